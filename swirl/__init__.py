@@ -1,0 +1,30 @@
+"""swirl: step-wise reinforcement learning of tool-using language models (SWiRL, arXiv 2504.04736)."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Names are handed on lazily, so that `python -m swirl.filter --help` loads no torch.
+_HOMES = {
+    "Gemma": "swirl.model.gemma",
+    "GemmaConfig": "swirl.model.gemma",
+    "PackedBatch": "swirl.learning.packing",
+    "pack": "swirl.learning.packing",
+    "Tokenizer": "swirl.model.tokenizer",
+    "Question": "swirl.trajectory",
+    "Step": "swirl.trajectory",
+    "Trajectory": "swirl.trajectory",
+    "read_trajectories": "swirl.trajectory",
+    "write_trajectories": "swirl.trajectory",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'swirl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -1,0 +1,167 @@
+"""Questions, steps and trajectories, and their JSONL form: one trajectory a line.
+
+Token ids travel with the text, so nothing is tokenised again between turns:
+state s_k = prompt_ids + (action_ids + observation_ids of every step before k).
+`observation_ids` holds the whole turn around the result, as the next state continues with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import msgspec
+
+from swirl.errors import InputError
+
+SCHEMA_VERSION = 1
+Verdict = Literal["GOOD", "BAD"]
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is asked. `answer` is the golden answer, None where there is none; `hops` the known number of steps."""
+
+    id: str
+    task: str
+    question: str
+    answer: str | None = None
+    aliases: tuple[str, ...] = ()
+    hops: int | None = None
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One action and what came back. `log_probs` are the behaviour policy's, one float per action id, natural log."""
+
+    action: str
+    observation: str | None = None
+    action_ids: tuple[int, ...] | None = None
+    observation_ids: tuple[int, ...] | None = None
+    log_probs: tuple[float, ...] | None = None
+    verdict: Verdict | None = None
+    reason: str | None = None
+    reward: float | None = None
+
+
+class Trajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """K steps answering one question. `stop` says why it ended; `prediction` is the answer given, if any.
+
+    `tokenizer` is the fingerprint of the tokenizer that made the ids (None: no ids).
+    `retokenized` says the ids were made from text once, because the policy's endpoint gave none.
+    """
+
+    id: str
+    question: Question
+    prompt: str
+    steps: tuple[Step, ...]
+    stop: Literal["answer", "step_limit", "invalid_action", "context_limit"]
+    sample: int = 0
+    prediction: str | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    tokenizer: str | None = None
+    retokenized: bool = False
+    policy: str | None = None
+    outcome: bool | None = None
+    schema: int = SCHEMA_VERSION
+
+    def state_ids(self, k: int) -> list[int]:
+        """Token ids of state k (from 0), all before action k. Raises ValueError where ids are absent."""
+        if self.prompt_ids is None:
+            raise ValueError(f"trajectory {self.id} carries no token ids")
+        ids = list(self.prompt_ids)
+        for step in self.steps[:k]:
+            ids += (step.action_ids or ()) + (step.observation_ids or ())
+        return ids
+
+    def sub_trajectories(self) -> list[tuple[list[int], list[int]]]:
+        """The k (state_ids, action_ids) pairs of a trajectory of k actions."""
+        return [(self.state_ids(k), list(step.action_ids or ())) for k, step in enumerate(self.steps)]
+
+
+_decoder = msgspec.json.Decoder(Trajectory)
+_encoder = msgspec.json.Encoder()
+
+
+def decode_trajectory(text: bytes | str, file: str | os.PathLike = "<memory>", line: int | None = None) -> Trajectory:
+    """Parse and validate one line. Raises InputError naming file, line and field."""
+    try:
+        trajectory = _decoder.decode(text)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        raise InputError(file, message, line=line, field=path.strip("`.") or None) from None
+    except msgspec.DecodeError as error:
+        raise InputError(file, f"expected one JSON object a line ({error})", line=line) from None
+    _validate(trajectory, file, line)
+    return trajectory
+
+
+def _validate(trajectory: Trajectory, file, line) -> None:
+    def refuse(field, expected):
+        raise InputError(file, expected, line=line, field=field)
+
+    if trajectory.schema != SCHEMA_VERSION:
+        refuse("schema", f"expected {SCHEMA_VERSION}, got {trajectory.schema}")
+    if not trajectory.steps:
+        refuse("steps", "expected at least one step")
+    has_ids = trajectory.prompt_ids is not None
+    if has_ids and not trajectory.prompt_ids:
+        refuse("prompt_ids", "expected at least one token id")
+    if has_ids and min(trajectory.prompt_ids) < 0:
+        refuse("prompt_ids", "expected token ids >= 0")
+    last = len(trajectory.steps) - 1
+    for k, step in enumerate(trajectory.steps):
+        if has_ids != (step.action_ids is not None):
+            refuse(f"steps[{k}].action_ids", "expected ids on the prompt and on every action, or on none")
+        if has_ids and not step.action_ids:
+            refuse(f"steps[{k}].action_ids", "expected at least one token id")
+        if has_ids and k < last and not step.observation_ids:
+            refuse(f"steps[{k}].observation_ids", "expected token ids of what follows the action")
+        for name in ("action_ids", "observation_ids"):
+            if getattr(step, name) and min(getattr(step, name)) < 0:
+                refuse(f"steps[{k}].{name}", "expected token ids >= 0")
+        if step.log_probs is not None and len(step.log_probs) != len(step.action_ids or ()):
+            refuse(f"steps[{k}].log_probs", f"expected {len(step.action_ids or ())} values, one per action id")
+
+
+def encode_trajectory(trajectory: Trajectory) -> bytes:
+    """One line of JSON, newline included."""
+    return _encoder.encode(trajectory) + b"\n"
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of every non-blank line. Raises InputError if the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
+
+
+def iter_trajectories(path: str | os.PathLike) -> Iterator[Trajectory]:
+    """Stream a JSONL file. Raises InputError naming file, line and field."""
+    for number, line in read_lines(path):
+        yield decode_trajectory(line, path, number)
+
+
+def read_trajectories(path: str | os.PathLike) -> list[Trajectory]:
+    """All trajectories of a JSONL file; an empty file is an InputError."""
+    trajectories = list(iter_trajectories(path))
+    if not trajectories:
+        raise InputError(path, "expected at least one trajectory, the file is empty")
+    return trajectories
+
+
+def write_trajectories(path: str | os.PathLike, trajectories: Iterable[Trajectory]) -> int:
+    """Write aside, then rename, so that no reader sees half a file. Returns the number written."""
+    aside = f"{os.fspath(path)}.partial"
+    count = 0
+    with open(aside, "wb") as file:
+        for trajectory in trajectories:
+            file.write(encode_trajectory(trajectory))
+            count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return count
