@@ -1,0 +1,92 @@
+"""Tasks: where questions come from, which tool they need, and how an answer is scored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from swirl.errors import ConfigError
+from swirl.trajectory import Question
+
+ALMANAC_FAMILIES = ("bridge", "deep", "counterfactual", "mixed", "arithmetic")
+_CALCULATOR_TASKS = ("arithmetic", "gsm8k")
+_DATA_SETS = ("gsm8k", "hotpotqa", "musique", "cofca", "beerqa", "own")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One family of questions. `max_queries` is the paper's: 5 with search, 10 with the calculator.
+
+    `score(question, prediction)` gives {"em", "f1"} (and more where the data set has it), each in [0, 1];
+    a missing prediction scores 0. `correct` is the key that counts as accuracy.
+    """
+
+    name: str
+    tool_name: str
+    max_queries: int
+    questions: Callable[[str, int | None], list[Question]]
+    open_tool: Callable[[], object]
+    score: Callable[[Question, str], dict[str, float]]
+    correct: str = "em"
+
+    def is_correct(self, question: Question, prediction: str | None) -> bool:
+        return prediction is not None and self.score(question, prediction)[self.correct] == 1.0
+
+
+def open_task(
+    name: str, *, questions: str | os.PathLike | None = None, corpus: str | os.PathLike | None = None
+) -> Task:
+    """An Almanac family by name, or a data set by name with the file of its questions.
+
+    `corpus` is a JSONL of {title, text} pages for the search tool; without it, the pages of the questions' own file.
+    Raises ConfigError on an unknown name or a data set without its file.
+    """
+    if name in ALMANAC_FAMILIES:
+        return _almanac_task(name)
+    if name not in _DATA_SETS:
+        raise ConfigError(f"task '{name}' is unknown: expected one of {', '.join(ALMANAC_FAMILIES + _DATA_SETS)}")
+    if questions is None:
+        raise ConfigError(f"task '{name}' needs --questions, the file of the data set")
+    return _data_set_task(name, questions, corpus)
+
+
+def _almanac_task(name: str) -> Task:
+    from swirl.tasks import almanac
+
+    return Task(
+        name=name,
+        tool_name="calculator" if name in _CALCULATOR_TASKS else "search",
+        max_queries=almanac.max_queries(name),
+        questions=lambda split, num: almanac.questions(name, split, num),
+        open_tool=lambda: almanac.tool(name),
+        score=almanac.score,
+    )
+
+
+def _data_set_task(name: str, path, corpus) -> Task:
+    module = import_module(f"swirl.tasks.{name}")
+    uses_calculator = name in _CALCULATOR_TASKS
+
+    def questions(split: str, num: int | None) -> list[Question]:
+        return module.load(path)[:num]
+
+    def open_tool():
+        if uses_calculator:
+            from swirl.environment.calculator import CalculatorTool
+
+            return CalculatorTool()
+        from swirl.environment.search import SearchTool, read_pages
+
+        return SearchTool(read_pages(corpus) if corpus is not None else list(module.corpus(path)))
+
+    return Task(
+        name=name,
+        tool_name="calculator" if uses_calculator else "search",
+        max_queries=10 if uses_calculator else 5,
+        questions=questions,
+        open_tool=open_tool,
+        score=module.score,
+        correct="number" if name == "gsm8k" else "em",
+    )

@@ -1,0 +1,144 @@
+"""Rollouts: a policy and a tool answer questions step by step, many trajectories in flight.
+
+Each turn the policy calls the tool or answers. A trajectory ends with the answer, at the step limit, at an action
+that is neither (nothing can follow it), or when the state no longer fits the policy's context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from swirl.environment.policy import PolicyState
+from swirl.environment.prompts import observation_text, parse_action, question_prompt
+from swirl.trajectory import Question, Step, Trajectory
+
+
+class Tool(Protocol):
+    """What a policy may call: `search` or `calculator`. A fault is a readable result, never an exception."""
+
+    name: str
+
+    async def __call__(self, argument: str) -> str: ...
+
+
+class TokenCoder(Protocol):
+    """How turns become token ids; swirl.model.tokenizer.Tokenizer is one."""
+
+    fingerprint: str
+
+    def prompt_ids(self, prompt: str) -> list[int]: ...
+    def action_ids(self, action: str) -> list[int]: ...
+    def observation_ids(self, observation: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """`max_queries` is what the prompt allows; `max_steps` ends a trajectory; tokens are per action and per state."""
+
+    max_queries: int
+    max_steps: int
+    max_new_tokens: int = 48
+    max_state_tokens: int = 8192
+    temperature: float = 1.0
+
+
+def draw_seed(*names: object) -> int:
+    """A 63-bit seed from what names the draw, such as (seed, question id, sample, step); same on every machine."""
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def trajectory_id(question: Question, sample: int) -> str:
+    return f"{question.id}#{sample}"
+
+
+async def rollout(
+    question: Question, sample: int, *, policy, tool: Tool, limits: RolloutLimits, coder: TokenCoder | None, seed: int
+) -> Trajectory:
+    """One trajectory. With a `coder`, token ids travel along; ids the policy gives are kept as they are."""
+    prompt = question_prompt(question.question, tool.name, limits.max_queries)
+    prompt_ids = tuple(coder.prompt_ids(prompt)) if coder else None
+    state = list(prompt_ids or ())
+    steps: list[Step] = []
+    stop, prediction, retokenized = "step_limit", None, False
+    while len(steps) < limits.max_steps:
+        if len(state) + limits.max_new_tokens > limits.max_state_tokens and steps:
+            stop = "context_limit"
+            break
+        action = await policy.act(
+            PolicyState(
+                prompt=prompt,
+                steps=tuple(steps),
+                ids=tuple(state) if coder else None,
+                seed=draw_seed(seed, question.id, sample, len(steps)),
+                temperature=limits.temperature,
+                max_new_tokens=limits.max_new_tokens,
+            )
+        )
+        ids, log_probs = action.ids, action.log_probs
+        if coder and ids is None:
+            ids, log_probs, retokenized = tuple(coder.action_ids(action.text)), None, True
+        parsed = parse_action(action.text) if action.stopped else None
+        made = Step(action=action.text, action_ids=ids if coder else None, log_probs=log_probs if coder else None)
+        if parsed is not None and parsed.kind == "answer":
+            stop, prediction = "answer", parsed.argument
+            steps.append(made)
+            break
+        if parsed is None or parsed.kind != tool.name:
+            stop = "invalid_action"
+            steps.append(made)
+            break
+        if len(steps) + 1 == limits.max_steps:
+            steps.append(made)  # no state can follow, so the tool is not asked
+            break
+        observation = observation_text(parsed.argument, await tool(parsed.argument))
+        observation_ids = tuple(coder.observation_ids(observation)) if coder else None
+        steps.append(
+            Step(
+                action=made.action,
+                action_ids=made.action_ids,
+                log_probs=made.log_probs,
+                observation=observation,
+                observation_ids=observation_ids,
+            )
+        )
+        state += (ids or ()) + (observation_ids or ()) if coder else ()
+    return Trajectory(
+        id=trajectory_id(question, sample),
+        question=question,
+        sample=sample,
+        prompt=prompt,
+        prompt_ids=prompt_ids,
+        steps=tuple(steps),
+        stop=stop,
+        prediction=prediction,
+        tokenizer=coder.fingerprint if coder else None,
+        retokenized=retokenized,
+        policy=policy.name,
+    )
+
+
+async def rollouts(
+    asked: Iterable[tuple[Question, int]], *, policy, tool: Tool, limits: RolloutLimits, coder, seed: int, in_flight: int
+) -> AsyncIterator[Trajectory]:
+    """Trajectories of (question, sample) pairs as they end, at most `in_flight` at a time; the input is read lazily."""
+    waiting = iter(asked)
+    running: set[asyncio.Task] = set()
+    try:
+        while True:
+            while len(running) < in_flight and (pair := next(waiting, None)) is not None:
+                play = rollout(*pair, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed)
+                running.add(asyncio.create_task(play))
+            if not running:
+                return
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                yield task.result()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
