@@ -1,0 +1,197 @@
+"""Hugging Face folders: config.json, safetensors in one file or in shards, and the tokenizer's files.
+
+Reading checks every name and shape before the first byte of weights; writing never leaves half a folder behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from swirl.errors import CheckpointError
+
+SHARD_BYTES = 5_000_000_000
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """A JSON object from a file of a model folder. Raises CheckpointError naming the file."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        aside = _aside(path.parent, "old")
+        hint = f"; an interrupted save left {aside}" if aside.is_dir() else ""
+        raise CheckpointError(path.parent, f"no such model folder{hint}")
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(path, f"expected JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(path, "expected a JSON object")
+    return content
+
+
+def check_tokenizer_fits(tokenizer, vocab_size: int, path: str | os.PathLike) -> None:
+    """Raises CheckpointError where the tokenizer has ids the model has no embedding for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            path,
+            f"the tokenizer's ids go to {tokenizer.vocab_size - 1}, the model's vocabulary holds {vocab_size}",
+        )
+
+
+def _open(file):
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(file, "no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(file, f"truncated, or not a safetensors file ({error})") from None
+
+
+def _files_of_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, by the headers of the files themselves."""
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(folder / INDEX, "field 'weight_map': expected tensor names and their files")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    elif (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    else:
+        raise CheckpointError(folder, f"expected {SINGLE} or {INDEX}")
+    where = {}
+    for file in files:
+        with _open(file) as tensors:
+            where.update(dict.fromkeys(tensors.keys(), file))
+    return where
+
+
+def load_weights(
+    module: torch.nn.Module,
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    tied: dict[str, str],
+) -> None:
+    """Give `module`, built on the meta device, the weights of a folder, one tensor at a time.
+
+    `tied` maps names that some writers repeat to the parameter they must equal.
+    Raises CheckpointError naming the file: missing, truncated, or a tensor missing, unknown or misshaped.
+    """
+    folder = Path(folder)
+    where = _files_of_tensors(folder)
+    expected = {name: parameter.shape for name, parameter in module.state_dict().items()}
+    missing = [name for name in expected if name not in where]
+    unknown = [name for name in where if name not in expected and name not in tied]
+    for names, what in ((missing, "is missing"), (unknown, "is not part of this model")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(where.get(names[0], folder), f"tensor '{names[0]}'{more} {what}")
+    state = {}
+    for file in sorted(set(where.values())):
+        with _open(file) as tensors:
+            for name in sorted(tensors.keys()):
+                shape = expected[tied.get(name, name)]
+                if tuple(tensors.get_slice(name).get_shape()) != tuple(shape):
+                    got = tuple(tensors.get_slice(name).get_shape())
+                    raise CheckpointError(file, f"tensor '{name}': expected shape {tuple(shape)}, got {got}")
+                tensor = tensors.get_tensor(name)
+                if not tensor.is_floating_point():
+                    raise CheckpointError(file, f"tensor '{name}': expected floats, got {tensor.dtype}")
+                # A copy, so that no parameter stays a window onto a file that may change.
+                state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    for name, same in tied.items():
+        if name in state and not torch.equal(state.pop(name), state[same]):
+            raise CheckpointError(
+                where[name], f"tensor '{name}' differs from '{same}': an untied head is not supported"
+            )
+    module.load_state_dict(state, assign=True)
+
+
+def save(state: dict[str, torch.Tensor], config: dict, path: str | os.PathLike, tokenizer=None) -> None:
+    """Write a model folder: aside, synced, then renamed into place; other files of an older checkpoint are kept.
+
+    Raises CheckpointError where the folder cannot be written or `path` holds something that is no checkpoint.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(path, "is a file, expected a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        raise CheckpointError(
+            path, "holds files but no config.json: not a checkpoint, so it is left as it is"
+        )
+    partial, old = _aside(target, "partial"), _aside(target, "old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(partial, state, config, tokenizer)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        partial.rename(target)
+        if old.exists():
+            _keep_other_files(old, target)
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(path, f"cannot be written ({error})") from None
+
+
+def _aside(folder: Path, what: str) -> Path:
+    return folder.parent / f".{folder.name}.{what}"
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    """A model card or a log beside the weights survives; weights, index and whatever was rewritten do not."""
+    for entry in old.iterdir():
+        if entry.suffix != ".safetensors" and entry.name != INDEX and not (new / entry.name).exists():
+            entry.rename(new / entry.name)
+
+
+def _write(folder: Path, state, config, tokenizer) -> None:
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        eos = generation["eos_token_id"]
+        ends = [*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.end_of_turn_id]
+        generation["eos_token_id"] = sorted({end for end in ends if end is not None})
+    shards = _shards(state)
+    names = [SINGLE] if len(shards) == 1 else []
+    names = names or [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {key: state[key].detach().cpu().contiguous() for key in shard}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "config.json", config)
+    for entry in folder.iterdir():
+        with open(entry, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _shards(state) -> list[list[str]]:
+    """Names in order, cut where the next tensor would pass SHARD_BYTES."""
+    shards, size = [[]], 0
+    for name, tensor in state.items():
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + bytes_ > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_
+    return shards
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

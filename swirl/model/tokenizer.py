@@ -1,0 +1,158 @@
+"""Text to token ids and back, with Gemma's turns.
+
+    <bos><start_of_turn>user\\n{prompt}<end_of_turn>\\n<start_of_turn>model\\n{action}<end_of_turn>\\n<start_of_turn>user\\n...
+
+Text is text: a control token spelled out in a prompt, page or action becomes ordinary pieces, never the control id.
+So no tool result can close a turn, and `decode(encode(text)) == text` with a tokenizer of `train_tokenizer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from swirl.errors import CheckpointError, ConfigError
+
+CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+ACTION_TAGS = ("<search_query>", "</search_query>", "<math_exp>", "</math_exp>", "<answer>", "</answer>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\\n' + message['content'] + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+class Tokenizer:
+    """A tokenizer.json that knows Gemma's control tokens, and the files that lie beside it.
+
+    `vocab_size` is one past the largest id; `fingerprint` the SHA-256 of tokenizer.json.
+    """
+
+    def __init__(self, files: dict[str, bytes], source: str | os.PathLike = "<memory>"):
+        self._files = files
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        except Exception as error:  # noqa: BLE001, the library raises nothing narrower
+            raise CheckpointError(source, f"not a tokenizer.json ({error})") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+        def control(token: str) -> int:
+            token_id = self._tokenizer.token_to_id(token)
+            if token_id is None:
+                raise CheckpointError(source, f"expected a token {token}, which Gemma's turns are made of")
+            return token_id
+
+        self.pad_id, self.eos_id, self.bos_id = control("<pad>"), control("<eos>"), control("<bos>")
+        self.start_of_turn_id, self.end_of_turn_id = control("<start_of_turn>"), control("<end_of_turn>")
+        self._to_model = [
+            self.end_of_turn_id,
+            *self.encode("\n"),
+            self.start_of_turn_id,
+            *self.encode("model\n"),
+        ]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> Tokenizer:
+        """From a Hugging Face folder. Raises CheckpointError where there is none, or none for Gemma's turns."""
+        folder = Path(folder)
+        try:
+            files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        except OSError as error:
+            raise CheckpointError(folder, f"cannot be read ({error.strerror})") from None
+        if "tokenizer.json" not in files:
+            raise CheckpointError(folder / "tokenizer.json", "no such file")
+        return cls(files, folder / "tokenizer.json")
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json, byte for byte as it was read, and the files beside it."""
+        os.makedirs(folder, exist_ok=True)
+        for name, content in self._files.items():
+            (Path(folder) / name).write_bytes(content)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: nothing is added, and no control token comes out of it."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; control tokens are left out. Raises ValueError on an id outside the vocabulary."""
+        ids = list(ids)
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"expected token ids in [0, {self.vocab_size}), got {min(ids)}..{max(ids)}")
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of `<bos><start_of_turn>user\\n{prompt}<end_of_turn>\\n<start_of_turn>model\\n`."""
+        return [self.bos_id, *self._user_turn(prompt)]
+
+    def action_ids(self, action: str) -> list[int]:
+        """Ids of `{action}<end_of_turn>`."""
+        return [*self.encode(action), self.end_of_turn_id]
+
+    def observation_ids(self, observation: str) -> list[int]:
+        """Ids of `\\n<start_of_turn>user\\n{observation}<end_of_turn>\\n<start_of_turn>model\\n`."""
+        return [*self.encode("\n"), *self._user_turn(observation)]
+
+    def _user_turn(self, text: str) -> list[int]:
+        return [self.start_of_turn_id, *self.encode(f"user\n{text}"), *self._to_model]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` ids, the control tokens first, the action tags next.
+
+    Newlines and digits stand alone, so that turns split where their pieces do and numbers are read by digit.
+    Raises ConfigError where `vocab_size` has no room for the 256 bytes and the fixed tokens.
+    """
+    least = len(CONTROL_TOKENS) + len(ACTION_TAGS) + 256
+    if vocab_size < least:
+        raise ConfigError(f"expected a vocab_size of at least {least}, got {vocab_size}")
+    pre, models = tokenizers.pre_tokenizers, tokenizers.models
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre.Sequence(
+        [pre.Split(tokenizers.Regex(r"\n|\p{N}"), "isolated"), pre.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    # The trainer puts its special tokens first, tags included, which gives them the ids they are known by.
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[tokenizers.AddedToken(token, special=True) for token in CONTROL_TOKENS + ACTION_TAGS],
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] in CONTROL_TOKENS
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 8192,
+        "clean_up_tokenization_spaces": False,
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "bos_token": "<bos>",
+        "unk_token": "<unk>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return Tokenizer(
+        {
+            "tokenizer.json": json.dumps(content, ensure_ascii=False, indent=1).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=1).encode(),
+        }
+    )
