@@ -47,6 +47,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """K steps answering one question. `stop` says why it ended; `prediction` is the answer given, if any.
 
     `tokenizer` is the fingerprint of the tokenizer that made the ids (None: no ids).
+    `outcome` says whether the final answer is correct, `dropped` why a filter let the trajectory go.
     `retokenized` says the ids were made from text once, because the policy's endpoint gave none.
     """
 
@@ -62,6 +63,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     retokenized: bool = False
     policy: str | None = None
     outcome: bool | None = None
+    dropped: str | None = None
     schema: int = SCHEMA_VERSION
 
     def state_ids(self, k: int) -> list[int]:
@@ -165,3 +167,59 @@ def write_trajectories(path: str | os.PathLike, trajectories: Iterable[Trajector
         os.fsync(file.fileno())
     os.replace(aside, path)
     return count
+
+
+class _Name(msgspec.Struct):
+    id: str
+
+
+class TrajectoryLog:
+    """An append-only JSONL file that survives being killed: each line is whole or, as the last one, cut off on reopening.
+
+    `done` holds the ids already there. Lines are flushed to disk in groups of `group`; use it as a context manager.
+    Raises InputError where an existing line is not a trajectory (the file is left as it is).
+    """
+
+    def __init__(self, path: str | os.PathLike, *, group: int = 64):
+        self.path, self._group, self._unsynced = os.fspath(path), group, 0
+        self.done: set[str] = set()
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        self._file = open(self.path, "a+b")
+        try:
+            self._recover()
+        except InputError:
+            self._file.close()
+            raise
+
+    def _recover(self) -> None:
+        self._file.seek(0)
+        end, decoder = 0, msgspec.json.Decoder(_Name)
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(end)
+                break
+            end += len(line)
+            if line.strip():
+                try:
+                    self.done.add(decoder.decode(line).id)
+                except msgspec.DecodeError as error:
+                    raise InputError(self.path, f"expected a trajectory ({error})", line=number) from None
+
+    def append(self, trajectory: Trajectory) -> None:
+        self.done.add(trajectory.id)
+        self._file.write(encode_trajectory(trajectory))
+        self._unsynced += 1
+        if self._unsynced >= self._group:
+            self.sync()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
+
+    def __enter__(self) -> TrajectoryLog:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.sync()
+        self._file.close()

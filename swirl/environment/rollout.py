@@ -6,12 +6,14 @@ that is neither (nothing can follow it), or when the state no longer fits the po
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec.structs import replace
+
+from swirl.environment.concurrency import as_done
 from swirl.environment.policy import PolicyState
 from swirl.environment.prompts import observation_text, parse_action, question_prompt
 from swirl.trajectory import Question, Step, Trajectory
@@ -37,12 +39,11 @@ class TokenCoder(Protocol):
 
 @dataclass(frozen=True)
 class RolloutLimits:
-    """`max_queries` is what the prompt allows; `max_steps` ends a trajectory; tokens are per action and per state."""
+    """`max_queries` is what the prompt allows, `max_steps` ends a trajectory, `max_new_tokens` an action."""
 
     max_queries: int
     max_steps: int
     max_new_tokens: int = 48
-    max_state_tokens: int = 8192
     temperature: float = 1.0
 
 
@@ -65,8 +66,9 @@ async def rollout(
     state = list(prompt_ids or ())
     steps: list[Step] = []
     stop, prediction, retokenized = "step_limit", None, False
+    context = getattr(policy, "max_state_tokens", None)
     while len(steps) < limits.max_steps:
-        if len(state) + limits.max_new_tokens > limits.max_state_tokens and steps:
+        if steps and context is not None and len(state) + limits.max_new_tokens > context:
             stop = "context_limit"
             break
         action = await policy.act(
@@ -122,23 +124,29 @@ async def rollout(
     )
 
 
-async def rollouts(
+def with_ids(trajectory: Trajectory, coder: TokenCoder) -> Trajectory:
+    """The trajectory with token ids made from its text, once; `retokenized` says so."""
+    steps = tuple(
+        replace(
+            step,
+            action_ids=tuple(coder.action_ids(step.action)),
+            observation_ids=None if step.observation is None else tuple(coder.observation_ids(step.observation)),
+            log_probs=None,
+        )
+        for step in trajectory.steps
+    )
+    return replace(
+        trajectory,
+        prompt_ids=tuple(coder.prompt_ids(trajectory.prompt)),
+        steps=steps,
+        tokenizer=coder.fingerprint,
+        retokenized=True,
+    )
+
+
+def rollouts(
     asked: Iterable[tuple[Question, int]], *, policy, tool: Tool, limits: RolloutLimits, coder, seed: int, in_flight: int
 ) -> AsyncIterator[Trajectory]:
     """Trajectories of (question, sample) pairs as they end, at most `in_flight` at a time; the input is read lazily."""
-    waiting = iter(asked)
-    running: set[asyncio.Task] = set()
-    try:
-        while True:
-            while len(running) < in_flight and (pair := next(waiting, None)) is not None:
-                play = rollout(*pair, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed)
-                running.add(asyncio.create_task(play))
-            if not running:
-                return
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                yield task.result()
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+    plays = (rollout(*pair, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed) for pair in asked)
+    return as_done(plays, in_flight)

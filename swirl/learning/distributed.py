@@ -29,6 +29,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def launched_as_main() -> bool:
+    """`is_main` before the process group exists: by torchrun's environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def process_group(device: torch.device):
     """Join torchrun's processes (NCCL on CUDA, gloo on CPU) for the body; a world of one joins nothing."""

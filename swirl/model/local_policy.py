@@ -18,9 +18,10 @@ class LocalPolicy:
 
     def __init__(self, model, tokenizer: Tokenizer, *, name: str = "local"):
         self.name = name
-        self._engine = Engine(model)
+        self.max_state_tokens = model.config.max_position_embeddings
+        self.engine = Engine(model)
         self._tokenizer = tokenizer
-        self._stop_ids = (tokenizer.end_of_turn_id, tokenizer.eos_id)
+        self.stop_ids = (tokenizer.end_of_turn_id, tokenizer.eos_id)
         self._waiting: list[tuple[PolicyState, asyncio.Future]] = []
         self._worker: asyncio.Task | None = None
 
@@ -68,12 +69,12 @@ class LocalPolicy:
         for index, state in enumerate(states):
             kinds.setdefault((state.temperature, state.max_new_tokens), []).append(index)
         for (temperature, max_new_tokens), members in kinds.items():
-            completions = self._engine.sample(
+            completions = self.engine.sample(
                 [list(states[i].ids) for i in members],
                 seeds=[states[i].seed for i in members],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
-                stop_ids=self._stop_ids,
+                stop_ids=self.stop_ids,
             )
             for i, completion in zip(members, completions, strict=True):
                 actions[i] = completion_action(completion, self._tokenizer)

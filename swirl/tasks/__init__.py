@@ -17,22 +17,13 @@ _DATA_SETS = ("gsm8k", "hotpotqa", "musique", "cofca", "beerqa", "own")
 
 @dataclass(frozen=True)
 class Task:
-    """One family of questions. `max_queries` is the paper's: 5 with search, 10 with the calculator.
-
-    `score(question, prediction)` gives {"em", "f1"} (and more where the data set has it), each in [0, 1];
-    a missing prediction scores 0. `correct` is the key that counts as accuracy.
-    """
+    """One family of questions. `max_queries` is the paper's: 5 with search, 10 with the calculator."""
 
     name: str
     tool_name: str
     max_queries: int
     questions: Callable[[str, int | None], list[Question]]
     open_tool: Callable[[], object]
-    score: Callable[[Question, str], dict[str, float]]
-    correct: str = "em"
-
-    def is_correct(self, question: Question, prediction: str | None) -> bool:
-        return prediction is not None and self.score(question, prediction)[self.correct] == 1.0
 
 
 def open_task(
@@ -57,11 +48,10 @@ def _almanac_task(name: str) -> Task:
 
     return Task(
         name=name,
-        tool_name="calculator" if name in _CALCULATOR_TASKS else "search",
+        tool_name=tool_name(name, ""),
         max_queries=almanac.max_queries(name),
         questions=lambda split, num: almanac.questions(name, split, num),
         open_tool=lambda: almanac.tool(name),
-        score=almanac.score,
     )
 
 
@@ -87,6 +77,26 @@ def _data_set_task(name: str, path, corpus) -> Task:
         max_queries=10 if uses_calculator else 5,
         questions=questions,
         open_tool=open_tool,
-        score=module.score,
-        correct="number" if name == "gsm8k" else "em",
     )
+
+
+def tool_name(task: str, prompt: str) -> str:
+    """The tool of a trajectory; for a user's own task the one its prompt offers."""
+    if task in _CALCULATOR_TASKS or (task not in ALMANAC_FAMILIES + _DATA_SETS and "<math_exp>" in prompt):
+        return "calculator"
+    return "search"
+
+
+def score(question: Question, prediction: str) -> dict[str, float]:
+    """The official scores of an answer under the question's own task; a user's own task scores as HotPotQA does."""
+    if question.task in ALMANAC_FAMILIES:
+        module = import_module("swirl.tasks.almanac")
+    else:
+        module = import_module(f"swirl.tasks.{question.task if question.task in _DATA_SETS else 'own'}")
+    return module.score(question, prediction)
+
+
+def is_correct(question: Question, prediction: str | None) -> bool:
+    """Exact match under the task's rule (numbers compared as numbers for gsm8k); no prediction is not correct."""
+    key = "number" if question.task == "gsm8k" else "em"
+    return prediction is not None and score(question, prediction)[key] == 1.0

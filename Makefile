@@ -1,0 +1,38 @@
+# `make train` and `make test` do all the set-up on a fresh machine, then the job; a second call starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+RUN := $(VENV)/bin/python
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cpp/*)
+
+.PHONY: train smoke test lint bench clean
+
+train: $(VENV)/.ready
+	$(RUN) -m swirl.train --packed $(ARGS)
+
+smoke: $(VENV)/.ready
+	$(RUN) -m swirl.train --packed --smoke --out run-smoke $(ARGS)
+
+test: $(VENV)/.ready-tests
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest tests $(ARGS)
+
+lint: $(VENV)/.ready-tests
+	$(RUN) -m ruff check .
+
+bench: $(VENV)/.ready-tests
+	$(RUN) -m benchmarks.train_step $(ARGS)
+
+# torch is pinned for this CPU set-up alone; a machine with its own torch (CUDA) uses `pip install .` instead.
+$(VENV)/.ready: $(BUILD_INPUTS)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.ready-tests: $(VENV)/.ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/_cpu*.so

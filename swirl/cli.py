@@ -1,0 +1,76 @@
+"""What the commands share: flags from a frozen dataclass, results on stdout, one line and an exit code for errors.
+
+Exit codes: 0 done, 1 a known error (one line on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import TypeVar
+
+import msgspec
+
+from swirl.errors import ConfigError, SwirlError
+
+Config = TypeVar("Config")
+
+
+def config_from_json(path: str, kind: type[Config]) -> Config:
+    """A config dataclass from a JSON object; absent keys keep their defaults. Raises ConfigError naming the key."""
+    try:
+        with open(path, "rb") as file:
+            values = msgspec.json.decode(file.read())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: expected a JSON object ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    known = {field.name for field in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: key '{key}' is unknown: expected one of {', '.join(sorted(known))}")
+    try:
+        return msgspec.convert(values, kind, strict=True)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$.")
+        raise ConfigError(f"{path}: key '{where.rstrip('`')}': {message}") from None
+
+
+def config_to_json(config: object) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(asdict(config)), indent=2)
+
+
+def parse(kind: type[Config], description: str, argv: list[str] | None = None) -> Config:
+    """Flags over defaults; `--config FILE` (JSON, such as a run's own config.json) replaces the defaults."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = kind()
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise ConfigError("--config: expected the path of a JSON file")
+        default = config_from_json(argv[at + 1], kind)
+        del argv[at : at + 2]
+    description += "\n\nAlso: --config FILE takes defaults from a JSON file, such as the config.json of a run."
+    return tyro.cli(kind, args=argv, default=default, description=description)
+
+
+def run(command: Callable[[Config], None], kind: type[Config], description: str) -> None:
+    """Parse, run, and leave with the right exit code. The body of every `python -m swirl.<command>`."""
+    try:
+        command(parse(kind, description))
+        sys.stdout.flush()
+    except SwirlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

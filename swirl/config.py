@@ -1,0 +1,119 @@
+"""The config of a training run. Defaults the paper leaves open are ours, and each says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from swirl.errors import ConfigError
+from swirl.tasks import ALMANAC_FAMILIES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    out: Path = Path("run")
+    """The run's folder. One that is already there is set aside as run.1, run.2, ..., never overwritten."""
+    model: str = "almanac"
+    """`almanac` (the 1M-parameter base policy that ships with swirl) or a Hugging Face folder of a Gemma 2."""
+    data: Path | None = None
+    """Trajectories to train on, JSONL; default: generate them with the model on --task and filter them."""
+    task: tuple[str, ...] = ("bridge",)
+    """Almanac families to generate trajectories on: bridge, deep, counterfactual, mixed, arithmetic."""
+    evaluate_on: tuple[str, ...] = ALMANAC_FAMILIES
+    """Almanac families to evaluate on before and after."""
+    packed: bool = True
+    """All sub-trajectories of a micro-batch as one packed tree; --no-packed runs each alone (the baseline)."""
+    actions: Literal["auto", "sampled", "recorded"] = "auto"
+    """sampled: drawn from the current policy at each recorded state (the paper's formula); recorded: those in the data.
+    auto: sampled where the reward can score a new action, else recorded."""
+    reward: str = "auto"
+    """Who rewards an action: `rule` (Almanac's judge), `recorded` (the data's rewards or verdicts), `outcome` (recorded
+    actions, 1 where the trajectory's answer is correct, else 0), or the URL of a reward model. auto: rule on Almanac, else recorded."""
+    updates: int = 60
+    """Optimizer calls. Ours."""
+    seed: int = 0
+    smoke: bool = False
+    """Shrink everything: the whole way in under 40 s on two cores."""
+
+    filter: Literal["none", "process", "outcome", "both"] = "process"
+    """Which generated trajectories to keep (the paper's best: process)."""
+    num_questions: int = 300
+    """Questions to generate trajectories of, per task. Ours; the paper takes 10,000."""
+    trajectories_per_question: int = 5
+    """The paper's 5."""
+    generate_temperature: float = 1.0
+    """Ours."""
+    test_questions: int = 200
+    """Test questions per family."""
+
+    trajectories_per_update: int = 24
+    """Ours. Each gives as many states as it has steps."""
+    samples_per_state: int = 4
+    """Actions drawn at each state. Ours."""
+    temperature: float = 1.0
+    """Of those draws. Ours; other than 1 the draws are off-policy, and the ratio corrects for it."""
+    max_new_tokens: int = 48
+    """Tokens in an action at most."""
+    baseline: Literal["auto", "none", "mean", "leave_one_out"] = "auto"
+    """Subtracted from the reward: mean of the update, or of the other draws at the state. auto: leave_one_out when sampled,
+    none when recorded. Ours."""
+    learning_rate: float = 3e-4
+    """Ours, as are warm-up, decay and clipping below."""
+    warmup: int = 5
+    final_learning_rate: float = 0.1
+    """As a share of the peak, reached linearly."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip: float = 0.2
+    """PPO's clip of the ratio to the behaviour policy."""
+    kl_coefficient: float = 0.0
+    """Beta of the KL to the reference policy (the model before training), per action token. Ours."""
+
+    tokens_per_micro_batch: int = 8192
+    """Packed tokens in one backward pass at most."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    save_every: int = 0
+    """Also save a checkpoint every so many updates; 0: at the end alone."""
+    evaluate_every: int = 0
+    """Also evaluate every so many updates (on --task's families); 0: before and after alone."""
+    device: str = "auto"
+    """auto, cpu, or cuda."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        def require(holds: bool, flag: str, expected: str):
+            if not holds:
+                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected {expected}")
+
+        for flag in ("updates", "trajectories_per_update", "max_new_tokens", "tokens_per_micro_batch", "num_questions",
+                     "trajectories_per_question", "test_questions"):  # fmt: skip
+            require(getattr(self, flag) >= 1, flag, "at least 1")
+        for flag in ("save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient", "generate_temperature"):
+            require(getattr(self, flag) >= 0, flag, "0 or more")
+        for flag in ("learning_rate", "max_grad_norm", "clip", "temperature"):
+            require(getattr(self, flag) > 0, flag, "more than 0")
+        require(0 <= self.final_learning_rate <= 1, "final_learning_rate", "a share between 0 and 1")
+        for flag in ("task", "evaluate_on"):
+            for name in getattr(self, flag):
+                require(name in ALMANAC_FAMILIES, flag, f"of {', '.join(ALMANAC_FAMILIES)}")
+        require(bool(self.evaluate_on), "evaluate_on", "at least one family")
+        require(bool(self.task) or self.data is not None, "task", "at least one family, or --data")
+        sampled = self.actions == "sampled"
+        require(not sampled or self.samples_per_state >= 2 or self.baseline == "none" or self.baseline == "mean",
+                "samples_per_state", "at least 2, since the other draws are the baseline")  # fmt: skip
+        require(not (sampled and self.reward in ("recorded", "outcome")), "reward",
+                "rule or a URL: sampled actions have no recorded reward")  # fmt: skip
+
+
+def smoke(config: TrainConfig) -> TrainConfig:
+    """The same run, shrunk: a few questions, a few updates."""
+    return replace(
+        config,
+        updates=min(config.updates, 4),
+        num_questions=min(config.num_questions, 12),
+        trajectories_per_question=min(config.trajectories_per_question, 3),
+        test_questions=min(config.test_questions, 10),
+        trajectories_per_update=min(config.trajectories_per_update, 6),
+    )

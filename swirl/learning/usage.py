@@ -1,0 +1,69 @@
+"""What an update costs: FLOPs by arithmetic, the machine's peak by measurement, memory from the system."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+
+def update_flops(config, batch) -> float:
+    """Forward and backward FLOPs of one packed batch under a GemmaConfig: 6 per weight and token, the head on action
+    rows alone, attention 4 * heads * head_dim a visible pair forward and 2.5 times that backward."""
+    d, D = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    weights = config.num_hidden_layers * (2 * d * D * (heads + kv_heads) + 3 * d * config.intermediate_size)
+    depth = batch.position_ids.double() + 1
+    pairs = 0.0
+    for layer in range(config.num_hidden_layers):
+        window = config.window(layer)
+        pairs += (depth if window is None else depth.clamp(max=window)).sum().item()
+    head = 6 * batch.num_action_tokens * d * config.vocab_size
+    return 6 * weights * batch.num_tokens + head + 3.5 * 4 * heads * D * pairs
+
+
+def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of a square matrix product, the best of a few: what utilization is held against."""
+    size = size if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        _synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        _synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most device memory held, on a CPU that of the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+def commit() -> str:
+    """The commit of this checkout, with `+` where it was changed; the package's version where there is no git."""
+    from swirl import __version__
+
+    def git(*words):
+        return subprocess.run(
+            ("git", "-C", str(Path(__file__).parent), *words), capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return __version__

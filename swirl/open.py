@@ -1,0 +1,59 @@
+"""From what a user names on the command line to the thing itself: policies and judges."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from swirl.errors import ConfigError
+
+ALMANAC_BASE = Path(__file__).parent / "tasks" / "almanac_base"
+
+
+def is_url(spec: str) -> bool:
+    return spec.startswith(("http://", "https://"))
+
+
+def model_folder(spec: str) -> Path:
+    """`almanac` is the base policy that ships with swirl; anything else is a Hugging Face folder."""
+    return ALMANAC_BASE if spec == "almanac" else Path(spec)
+
+
+def load_model(spec: str, *, device="cpu", dtype=None):
+    """(Gemma, Tokenizer) from a folder or `almanac`. Raises CheckpointError, also where the two do not fit."""
+    import torch
+
+    from swirl.model.checkpoint import check_tokenizer_fits
+    from swirl.model.gemma import Gemma
+    from swirl.model.tokenizer import Tokenizer
+
+    folder = model_folder(spec)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = Gemma.from_pretrained(folder, dtype=dtype or torch.float32, device=device)
+    check_tokenizer_fits(tokenizer, model.config.vocab_size, folder)
+    return model, tokenizer
+
+
+def open_policy(spec: str, *, device: str = "cpu"):
+    """(policy, token coder or None) from `almanac`, a checkpoint folder, or the URL of a server."""
+    if is_url(spec):
+        from swirl.environment.policy import open_policy as open_wire_policy
+
+        return open_wire_policy(spec), None
+    from swirl.model.local_policy import LocalPolicy
+
+    model, tokenizer = load_model(spec, device=device)
+    return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
+
+
+def open_judge(spec: str):
+    """`rule` (knows Almanac only), or the URL of a server whose model judges."""
+    if spec == "rule":
+        from swirl.tasks.almanac import RuleJudge
+
+        return RuleJudge()
+    if is_url(spec):
+        from swirl.environment.judge import open_judge as open_wire_judge
+
+        return open_wire_judge(spec)
+    raise ConfigError(f"judge '{spec}' is unknown: expected 'rule' or a URL")

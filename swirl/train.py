@@ -1,0 +1,491 @@
+"""Stage 2: step-wise RL. Every state of every kept trajectory is a place to act; each action has its own reward.
+
+  python -m swirl.train --packed                     all of it, on Almanac: evaluate, generate, filter, train, evaluate
+  python -m swirl.train --packed --data kept.jsonl   train on trajectories you have
+  torchrun --nproc-per-node 2 -m swirl.train --packed
+
+Writes config.json, trajectories.jsonl, kept.jsonl, metrics.jsonl, summary.json, report.html and checkpoint/ into --out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from swirl import cli, config as configs, open as opening, tasks
+from swirl.config import TrainConfig
+from swirl.environment.judge import StepToJudge
+from swirl.environment.rollout import draw_seed, with_ids
+from swirl.errors import ConfigError, InputError, SwirlError
+from swirl.evaluate import Score, answer, score_trajectories
+from swirl.filter import filter_in_memory
+from swirl.generate import collect, limits_for
+from swirl.learning import distributed, usage
+from swirl.learning.objective import leave_one_out_advantages, policy_loss
+from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
+from swirl.learning.packing import PackedBatch, pack_micro_batches, separate
+from swirl.model.local_policy import LocalPolicy, completion_action
+from swirl.progress import progress
+from swirl.report import print_comparison, write_report
+from swirl.trajectory import Trajectory, read_trajectories, write_trajectories
+
+_log = logging.getLogger("swirl")
+
+
+@dataclass(frozen=True)
+class ScoredAction:
+    """One sub-trajectory to learn from. `behaviour_log_probs` (natural log) is None where the data has none."""
+
+    tree: int
+    state_ids: list[int]
+    action_ids: tuple[int, ...]
+    advantage: float
+    behaviour_log_probs: tuple[float, ...] | None
+
+
+class Trainer:
+    """The policy and what updates it; `update` is one optimizer call."""
+
+    def __init__(self, config: TrainConfig, model, tokenizer, judge):
+        self.config, self.model, self.tokenizer, self.judge = config, model, tokenizer, judge
+        self.policy = LocalPolicy(model, tokenizer, name=config.model)
+        self.optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coefficient else None
+
+    def evaluate(self, families: tuple[str, ...], description: str) -> list[Score]:
+        """Greedy answers to each family's test questions, shared out over ranks."""
+        opened = [tasks.open_task(family) for family in families]
+        asked = [task.questions("test", self.config.test_questions) for task in opened]
+        total = sum(len(distributed.my_share(questions)) for questions in asked)
+        scores = []
+        with progress(description, total, show=distributed.is_main()) as advance:
+            for task, questions in zip(opened, asked, strict=True):
+                share = answer(
+                    distributed.my_share(questions),
+                    task=task,
+                    policy=self.policy,
+                    coder=self.tokenizer,
+                    judge=opening.open_judge("rule"),
+                    temperature=0.0,
+                    max_new_tokens=self.config.max_new_tokens,
+                    in_flight=1024,
+                    seed=self.config.seed,
+                    advance=advance,
+                )
+                scores.append(score_trajectories(task.name, distributed.gather_shares(asyncio.run(share))))
+        return scores
+
+    def generate(self) -> list[Trajectory]:
+        """The policy's own trajectories on every task to train on, shared out over ranks."""
+        config, made = self.config, []
+        for name in config.task:
+            task = tasks.open_task(name)
+            questions = task.questions("train", config.num_questions)
+            asked = distributed.my_share([(q, s) for q in questions for s in range(config.trajectories_per_question)])
+            limits = limits_for(
+                task,
+                max_steps=None,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.generate_temperature,
+            )
+            with progress(f"generate {name}", len(asked), show=distributed.is_main()) as advance:
+                playing = collect(
+                    asked,
+                    task=task,
+                    policy=self.policy,
+                    coder=self.tokenizer,
+                    limits=limits,
+                    seed=config.seed,
+                    in_flight=1024,
+                    advance=advance,
+                )
+                made += distributed.gather_shares(asyncio.run(playing))
+        return made
+
+    def sampled_actions(self, trajectories: list[Trajectory], update: int) -> tuple[list[ScoredAction], dict]:
+        """G actions drawn at each state, each with its reward less the mean of the others. All ranks get all of them."""
+        config = self.config
+        states = [(tree, k) for tree, trajectory in enumerate(trajectories) for k in range(len(trajectory.steps))]
+        mine = distributed.my_share(states)
+        G = config.samples_per_state
+        seeds = [
+            draw_seed(config.seed, "update", update, trajectories[tree].id, k, g) for tree, k in mine for g in range(G)
+        ]
+        completions = self.policy.engine.sample(
+            [ids for tree, k in mine for ids in [trajectories[tree].state_ids(k)] * G],
+            seeds=seeds,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            stop_ids=self.policy.stop_ids,
+        )
+        actions = [completion_action(completion, self.tokenizer) for completion in completions]
+        owners = [state for state in mine for _ in range(G)]
+        rewards = asyncio.run(_rewards(self.judge, trajectories, owners, actions))
+        drawn = [(actions[i * G : i * G + G], rewards[i * G : i * G + G]) for i in range(len(mine))]
+        drawn = distributed.gather_shares(drawn)
+
+        table = np.array([row for _, row in drawn], dtype=np.float64).reshape(len(states), G)
+        if config.baseline in ("auto", "leave_one_out"):
+            advantages = leave_one_out_advantages(table)
+        else:
+            advantages = table - (np.nanmean(table) if config.baseline == "mean" else 0.0)
+        scored = [
+            ScoredAction(tree, trajectories[tree].state_ids(k), action.ids, float(advantage), action.log_probs)
+            for (tree, k), (draws, _), row in zip(states, drawn, advantages, strict=True)
+            for action, advantage in zip(draws, row, strict=True)
+        ]
+        return scored, {"reward": _mean(table), "masked": int(np.isnan(table).sum())}
+
+    def recorded_actions(self, trajectories: list[Trajectory]) -> tuple[list[ScoredAction], dict]:
+        """The actions in the data with their recorded rewards; steps without one are masked."""
+        rewards = [_recorded_reward(t, k, self.config.reward) for t in trajectories for k in range(len(t.steps))]
+        table = np.array(rewards, dtype=np.float64)
+        advantages = table - (_mean(table) if self.config.baseline == "mean" else 0.0)
+        places = [(tree, k) for tree, t in enumerate(trajectories) for k in range(len(t.steps))]
+        scored = [
+            ScoredAction(
+                tree,
+                trajectories[tree].state_ids(k),
+                trajectories[tree].steps[k].action_ids,
+                float(advantage),
+                trajectories[tree].steps[k].log_probs,
+            )
+            for (tree, k), advantage in zip(places, advantages, strict=True)
+        ]
+        return scored, {"reward": _mean(table), "masked": int(np.isnan(table).sum())}
+
+    def update(self, scored: list[ScoredAction], update: int) -> dict[str, float]:
+        """Forward and backward over this rank's trees, then one optimizer call, alike on all ranks.
+
+        Masked actions (NaN advantage) count nowhere. Those of advantage 0 have no gradient, so they are not computed
+        unless a KL is, but they count among the action tokens the loss is divided by.
+        """
+        config, device = self.config, self.model.device
+        scored = [action for action in scored if not np.isnan(action.advantage)]
+        num_action_tokens = max(1, sum(len(action.action_ids) for action in scored))
+        live = [action for action in scored if action.advantage != 0.0 or self.reference is not None]
+        mine = _my_trees(live)
+        pairs = [(action.state_ids, action.action_ids) for action in mine]
+        if config.packed:
+            batches = pack_micro_batches(pairs, config.tokens_per_micro_batch)
+        else:
+            batches = [(batch, np.array([i])) for i, batch in enumerate(separate(pairs))] if pairs else []
+
+        totals = dict.fromkeys(("loss", "kl", "clipped", "ratio", "tokens", "computed_tokens", "flops"), 0.0)
+        for batch, members in batches:
+            loss_sum, metrics = self._loss(batch.to(device), [mine[i] for i in members])
+            (loss_sum / num_action_tokens).backward()
+            totals["loss"] += loss_sum.item() / num_action_tokens
+            for name, value in metrics.items():
+                totals[name] += value.item() / num_action_tokens
+            totals["tokens"] += batch.num_separate_tokens
+            totals["computed_tokens"] += batch.num_tokens
+            totals["flops"] += usage.update_flops(self.model.config, batch)
+        totals = dict(zip(totals, distributed.sum_scalars(list(totals.values()), device), strict=True))
+
+        distributed.sum_gradients(self.model)
+        grad_norm = clip_grad_norm(self.model, config.max_grad_norm).item()
+        distributed.require_finite(f"update {update + 1}: loss", totals["loss"])
+        distributed.require_finite(f"update {update + 1}: gradient norm", grad_norm)
+        learning_rate = learning_rate_at(
+            update, config.updates, config.learning_rate, warmup=config.warmup, floor=config.final_learning_rate
+        )
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**totals, "grad_norm": grad_norm, "learning_rate": learning_rate, "action_tokens": num_action_tokens}
+
+    def _loss(self, batch: PackedBatch, actions: list[ScoredAction]):
+        advantages = torch.tensor([action.advantage for action in actions], device=batch.input_ids.device)
+        log_probs = self.model.token_log_probs(batch)
+        behaviour = log_probs.detach().clone()
+        row = 0
+        for action in actions:
+            if action.behaviour_log_probs is not None:
+                behaviour[row : row + len(action.action_ids)] = torch.tensor(action.behaviour_log_probs).to(behaviour)
+            row += len(action.action_ids)
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = self.reference.token_log_probs(batch)
+        return policy_loss(
+            log_probs,
+            advantages.to(log_probs)[batch.sub_trajectory],
+            behaviour_log_probs=behaviour,
+            reference_log_probs=reference,
+            clip=self.config.clip,
+            kl_coefficient=self.config.kl_coefficient,
+        )
+
+
+def _my_trees(scored: list[ScoredAction]) -> list[ScoredAction]:
+    """This rank's actions: whole trees, dealt by the tokens they take."""
+    trees: dict[int, list[ScoredAction]] = {}
+    for action in scored:
+        trees.setdefault(action.tree, []).append(action)
+    costs = [
+        max(len(a.state_ids) for a in members) + sum(len(a.action_ids) for a in members) for members in trees.values()
+    ]
+    members = list(trees.values())
+    return [action for index in distributed.deal(costs)[distributed.rank()] for action in members[index]]
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
+
+
+async def _rewards(judge, trajectories, owners, actions) -> list[float]:
+    """Reward of each action in [0, 1]; NaN where the judge failed. One cut off before its end is a bad step, unasked."""
+
+    async def reward(owner, action):
+        tree, k = owner
+        trajectory = trajectories[tree]
+        if not action.stopped:
+            return 0.0
+        item = StepToJudge(
+            question=trajectory.question,
+            steps=trajectory.steps[:k],
+            action=action.text,
+            tool=tasks.tool_name(trajectory.question.task, trajectory.prompt),
+        )
+        judgement = await judge.judge(item)
+        if judgement.reward is not None:
+            return judgement.reward
+        return {"GOOD": 1.0, "BAD": 0.0, None: float("nan")}[judgement.verdict]
+
+    return list(await asyncio.gather(*(reward(*pair) for pair in zip(owners, actions, strict=True))))
+
+
+def _recorded_reward(trajectory: Trajectory, k: int, reward: str) -> float:
+    """Of step k: its reward, else its verdict as 1 or 0, else NaN; under `outcome` the trajectory's."""
+    if reward == "outcome":
+        outcome = trajectory.outcome
+        if outcome is None and trajectory.question.answer is not None:
+            outcome = tasks.is_correct(trajectory.question, trajectory.prediction)
+        return float("nan") if outcome is None else float(outcome)
+    step = trajectory.steps[k]
+    if step.reward is not None:
+        return step.reward
+    return {"GOOD": 1.0, "BAD": 0.0, None: float("nan")}[step.verdict]
+
+
+def _with_ids(trajectories: list[Trajectory], tokenizer, file: Path) -> list[Trajectory]:
+    """Trajectories whose ids fit this tokenizer: kept where they were made with it, made once from text otherwise."""
+    made = []
+    for trajectory in trajectories:
+        if trajectory.prompt_ids is not None:
+            if trajectory.tokenizer not in (None, tokenizer.fingerprint):
+                raise InputError(
+                    file, f"expected the tokenizer of the model ({tokenizer.fingerprint[:12]}), "
+                    f"trajectory '{trajectory.id}' has ids of another", field="tokenizer",
+                )  # fmt: skip
+            top = max(max(ids) for s in trajectory.steps for ids in (s.action_ids, s.observation_ids or (0,)))
+            if max(top, *trajectory.prompt_ids) >= tokenizer.vocab_size:
+                raise InputError(
+                    file, f"expected token ids below the vocabulary's {tokenizer.vocab_size}, "
+                    f"trajectory '{trajectory.id}' has others", field="action_ids",
+                )  # fmt: skip
+            made.append(trajectory)
+        else:
+            made.append(with_ids(trajectory, tokenizer))
+    return made
+
+
+def _settle(config: TrainConfig, trajectories: list[Trajectory] | None) -> TrainConfig:
+    """Replace every `auto` by what it means for this data."""
+    from dataclasses import replace
+
+    on_almanac = trajectories is None or all(t.question.task in tasks.ALMANAC_FAMILIES for t in trajectories)
+    reward = config.reward
+    if reward == "auto":
+        reward = "rule" if on_almanac and config.actions != "recorded" else "recorded"
+    if reward == "rule" and not on_almanac:
+        raise ConfigError("--reward rule: Almanac's judge knows no other questions; take recorded, outcome or a URL")
+    actions = config.actions
+    if actions == "auto":
+        actions = "recorded" if reward in ("recorded", "outcome") else "sampled"
+    if actions == "recorded" and reward not in ("recorded", "outcome"):
+        raise ConfigError(f"--reward {reward}: recorded actions take recorded or outcome")
+    if config.baseline == "leave_one_out" and actions == "recorded":
+        raise ConfigError("--baseline leave_one_out: recorded actions have no other draws; take none or mean")
+    return replace(config, reward=reward, actions=actions)
+
+
+def _set_aside(out: Path) -> None:
+    """Make room for the run: an earlier one moves to out.1, out.2, ...; what is no run is not touched."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "config.json").exists():
+        raise ConfigError(f"--out {out}: is there already and is no run of swirl; name another folder")
+    number = 1
+    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    out.rename(aside)
+    print(f"{out} is an earlier run: set aside as {aside}", file=sys.stderr)
+
+
+def _batches(num_trajectories: int, config: TrainConfig):
+    """Indices of the trajectories of each update, forever: shuffled anew each time round, the same on every rank."""
+    rng = np.random.default_rng(config.seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < config.trajectories_per_update:
+            waiting += rng.permutation(num_trajectories).tolist()
+        yield [waiting.pop(0) for _ in range(config.trajectories_per_update)]
+
+
+def _prepare(config: TrainConfig, trainer: Trainer, data: list[Trajectory] | None) -> list[Trajectory]:
+    """The trajectories to train on: the data's, or generated and filtered ones, which are also written down."""
+    if data is not None:
+        return data
+    made = trainer.generate()
+    with progress("filter", len(made), show=distributed.is_main()) as advance:
+        kept, _ = asyncio.run(
+            filter_in_memory(made, judge=opening.open_judge("rule"), mode=config.filter, advance=advance)
+        )
+    if distributed.is_main():
+        write_trajectories(config.out / "trajectories.jsonl", made)
+        write_trajectories(config.out / "kept.jsonl", kept)
+        print(f"kept {len(kept)} of {len(made)} trajectories ({config.filter} filter)", file=sys.stderr)
+    if not kept:
+        raise ConfigError(f"--filter {config.filter} kept none of {len(made)} trajectories: nothing to train on")
+    return kept
+
+
+def _train(config: TrainConfig, trainer: Trainer, kept: list[Trajectory]) -> list[dict]:
+    """The loop: evaluate? save? last? break; draw; update; log."""
+    batches, update, history = _batches(len(kept), config), 0, []
+    peak_flops = usage.measured_peak_flops(trainer.model.device, trainer.model.dtype) if distributed.is_main() else 0.0
+    main = distributed.is_main()
+    with progress("train", config.updates, show=main) as advance:
+        while True:
+            last = update == config.updates
+            if config.evaluate_every and update and not last and update % config.evaluate_every == 0:
+                scores = trainer.evaluate(config.task, f"evaluate at {update}")
+                history[-1]["accuracy"] = {score.task: score.accuracy for score in scores}
+            if main and config.save_every and update and not last and update % config.save_every == 0:
+                trainer.model.save_pretrained(config.out / f"checkpoint-{update}", tokenizer=trainer.tokenizer)
+            if history and main:
+                _append_json(config.out / "metrics.jsonl", history[-1])
+            if last:
+                return history
+            started = time.perf_counter()
+            trajectories = [kept[i] for i in next(batches)]
+            if config.actions == "sampled":
+                scored, sampling = trainer.sampled_actions(trajectories, update)
+            else:
+                scored, sampling = trainer.recorded_actions(trajectories)
+            sampled_s = time.perf_counter() - started
+            metrics = {"update": update + 1, **sampling, **trainer.update(scored, update)}
+            wall_s = time.perf_counter() - started
+            metrics["update_s"], metrics["sample_s"] = wall_s, sampled_s
+            metrics["tokens_per_s"] = metrics["tokens"] / wall_s
+            metrics["utilization"] = metrics.pop("flops") / (wall_s - sampled_s) / peak_flops if peak_flops else 0.0
+            metrics["peak_bytes"] = usage.peak_bytes(trainer.model.device)
+            history.append(metrics)
+            update += 1
+            advance(note=(
+                f"reward {metrics['reward']:.2f}  loss {metrics['loss']:+.3f}  kl {metrics['kl']:.3f}  "
+                f"grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_s']:,.0f} tok/s  "
+                f"MFU {metrics['utilization']:.0%}  {metrics['peak_bytes'] / 2**30:.1f} GB"
+            ))  # fmt: skip
+
+
+def _append_json(path: Path, value: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def _summary(config, before, after, history, started) -> dict:
+    gains = {
+        a.task: (a.accuracy - b.accuracy) / b.accuracy if b.accuracy else None
+        for b, a in zip(before, after, strict=True)
+    }
+    busy_s = sum(metrics["update_s"] for metrics in history)
+    return {
+        "accuracy_before": {score.task: score.accuracy for score in before},
+        "accuracy_after": {score.task: score.accuracy for score in after},
+        "interval_before": {score.task: score.interval for score in before},
+        "interval_after": {score.task: score.interval for score in after},
+        "relative_gain": gains,
+        "good_steps_before": {score.task: score.good_steps for score in before},
+        "good_steps_after": {score.task: score.good_steps for score in after},
+        "f1_before": {score.task: score.f1 for score in before},
+        "f1_after": {score.task: score.f1 for score in after},
+        "updates": len(history),
+        "tokens_per_s": sum(metrics["tokens"] for metrics in history) / busy_s if busy_s else 0.0,
+        "wall_s": time.perf_counter() - started,
+        "peak_rss_bytes": usage.peak_rss_bytes(),
+        "seed": config.seed,
+        "commit": usage.commit(),
+        "world_size": distributed.world_size(),
+    }
+
+
+def train(config: TrainConfig) -> dict | None:
+    """The whole way. Returns the summary on the main rank, None on the others. Raises SwirlError."""
+    started = time.perf_counter()
+    config = configs.smoke(config) if config.smoke else config
+    device = distributed.local_device(config.device)
+    data = read_trajectories(config.data) if config.data is not None else None
+    config = _settle(config, data)
+    with distributed.process_group(device):
+        model, tokenizer = opening.load_model(config.model, device=device, dtype=getattr(torch, config.dtype))
+        model.recompute = config.recompute
+        if data is not None:
+            data = _with_ids(data, tokenizer, config.data)
+            _require_context(data, model.config.max_position_embeddings, config.data)
+        judge = opening.open_judge(config.reward) if config.actions == "sampled" else None
+        trainer = Trainer(config, model, tokenizer, judge)
+        main = distributed.is_main()
+        if main:
+            _set_aside(config.out)
+            config.out.mkdir(parents=True, exist_ok=True)
+            (config.out / "config.json").write_bytes(cli.config_to_json(config))
+            print(f"{config.actions} actions, {config.reward} reward, {device}, {distributed.world_size()} rank(s)",
+                  file=sys.stderr)  # fmt: skip
+        before = trainer.evaluate(config.evaluate_on, "evaluate before")
+        kept = _prepare(config, trainer, data)
+        history = _train(config, trainer, kept)
+        after = trainer.evaluate(config.evaluate_on, "evaluate after")
+        if not main:
+            return None
+        model.save_pretrained(config.out / "checkpoint", tokenizer=tokenizer)
+        summary = _summary(config, before, after, history, started)
+        (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_report(config.out)
+        print_comparison(before, after)
+        print(f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
+              f"the picture in {config.out}/report.html")  # fmt: skip
+        return summary
+
+
+def _require_context(trajectories: list[Trajectory], limit: int, file: Path) -> None:
+    for trajectory in trajectories:
+        length = len(trajectory.state_ids(len(trajectory.steps)))
+        if length > limit:
+            raise InputError(
+                file, f"trajectory '{trajectory.id}' has {length} tokens, expected at most the model's {limit}"
+            )
+
+
+def main(config: TrainConfig) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not distributed.launched_as_main():
+        # one voice: the others' results would repeat the main rank's, their errors are the launcher's to show
+        sys.stdout = open(os.devnull, "w")
+    train(config)
+
+
+if __name__ == "__main__":
+    cli.run(main, TrainConfig, __doc__)
