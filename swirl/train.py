@@ -10,13 +10,12 @@ Writes config.json, trajectories.jsonl, kept.jsonl, metrics.jsonl, summary.json,
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import logging
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,41 +25,24 @@ from swirl import cli, config as configs, open as opening, tasks
 from swirl.config import TrainConfig
 from swirl.environment.judge import StepToJudge
 from swirl.environment.rollout import draw_seed, with_ids
-from swirl.errors import ConfigError, InputError, SwirlError
+from swirl.errors import ConfigError, InputError, NonFiniteError
 from swirl.evaluate import Score, answer, score_trajectories
 from swirl.filter import filter_in_memory
 from swirl.generate import collect, limits_for
 from swirl.learning import distributed, usage
-from swirl.learning.objective import leave_one_out_advantages, policy_loss
-from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
-from swirl.learning.packing import PackedBatch, pack_micro_batches, separate
+from swirl.learning.learner import Learner, ScoredAction
+from swirl.learning.objective import leave_one_out_advantages
 from swirl.model.local_policy import LocalPolicy, completion_action
 from swirl.progress import progress
 from swirl.report import print_comparison, write_report
 from swirl.trajectory import Trajectory, read_trajectories, write_trajectories
 
-_log = logging.getLogger("swirl")
-
-
-@dataclass(frozen=True)
-class ScoredAction:
-    """One sub-trajectory to learn from. `behaviour_log_probs` (natural log) is None where the data has none."""
-
-    tree: int
-    state_ids: list[int]
-    action_ids: tuple[int, ...]
-    advantage: float
-    behaviour_log_probs: tuple[float, ...] | None
-
-
-class Trainer:
-    """The policy and what updates it; `update` is one optimizer call."""
+class Actor:
+    """The policy at work: it answers questions, makes trajectories, and draws actions to learn from."""
 
     def __init__(self, config: TrainConfig, model, tokenizer, judge):
-        self.config, self.model, self.tokenizer, self.judge = config, model, tokenizer, judge
+        self.config, self.tokenizer, self.judge = config, tokenizer, judge
         self.policy = LocalPolicy(model, tokenizer, name=config.model)
-        self.optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coefficient else None
 
     def evaluate(self, families: tuple[str, ...], description: str) -> list[Score]:
         """Greedy answers to each family's test questions, shared out over ranks."""
@@ -164,81 +146,6 @@ class Trainer:
         ]
         return scored, {"reward": _mean(table), "masked": int(np.isnan(table).sum())}
 
-    def update(self, scored: list[ScoredAction], update: int) -> dict[str, float]:
-        """Forward and backward over this rank's trees, then one optimizer call, alike on all ranks.
-
-        Masked actions (NaN advantage) count nowhere. Those of advantage 0 have no gradient, so they are not computed
-        unless a KL is, but they count among the action tokens the loss is divided by.
-        """
-        config, device = self.config, self.model.device
-        scored = [action for action in scored if not np.isnan(action.advantage)]
-        num_action_tokens = max(1, sum(len(action.action_ids) for action in scored))
-        live = [action for action in scored if action.advantage != 0.0 or self.reference is not None]
-        mine = _my_trees(live)
-        pairs = [(action.state_ids, action.action_ids) for action in mine]
-        if config.packed:
-            batches = pack_micro_batches(pairs, config.tokens_per_micro_batch)
-        else:
-            batches = [(batch, np.array([i])) for i, batch in enumerate(separate(pairs))] if pairs else []
-
-        totals = dict.fromkeys(("loss", "kl", "clipped", "ratio", "tokens", "computed_tokens", "flops"), 0.0)
-        for batch, members in batches:
-            loss_sum, metrics = self._loss(batch.to(device), [mine[i] for i in members])
-            (loss_sum / num_action_tokens).backward()
-            totals["loss"] += loss_sum.item() / num_action_tokens
-            for name, value in metrics.items():
-                totals[name] += value.item() / num_action_tokens
-            totals["tokens"] += batch.num_separate_tokens
-            totals["computed_tokens"] += batch.num_tokens
-            totals["flops"] += usage.update_flops(self.model.config, batch)
-        totals = dict(zip(totals, distributed.sum_scalars(list(totals.values()), device), strict=True))
-
-        distributed.sum_gradients(self.model)
-        grad_norm = clip_grad_norm(self.model, config.max_grad_norm).item()
-        distributed.require_finite(f"update {update + 1}: loss", totals["loss"])
-        distributed.require_finite(f"update {update + 1}: gradient norm", grad_norm)
-        learning_rate = learning_rate_at(
-            update, config.updates, config.learning_rate, warmup=config.warmup, floor=config.final_learning_rate
-        )
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {**totals, "grad_norm": grad_norm, "learning_rate": learning_rate, "action_tokens": num_action_tokens}
-
-    def _loss(self, batch: PackedBatch, actions: list[ScoredAction]):
-        advantages = torch.tensor([action.advantage for action in actions], device=batch.input_ids.device)
-        log_probs = self.model.token_log_probs(batch)
-        behaviour = log_probs.detach().clone()
-        row = 0
-        for action in actions:
-            if action.behaviour_log_probs is not None:
-                behaviour[row : row + len(action.action_ids)] = torch.tensor(action.behaviour_log_probs).to(behaviour)
-            row += len(action.action_ids)
-        reference = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference = self.reference.token_log_probs(batch)
-        return policy_loss(
-            log_probs,
-            advantages.to(log_probs)[batch.sub_trajectory],
-            behaviour_log_probs=behaviour,
-            reference_log_probs=reference,
-            clip=self.config.clip,
-            kl_coefficient=self.config.kl_coefficient,
-        )
-
-
-def _my_trees(scored: list[ScoredAction]) -> list[ScoredAction]:
-    """This rank's actions: whole trees, dealt by the tokens they take."""
-    trees: dict[int, list[ScoredAction]] = {}
-    for action in scored:
-        trees.setdefault(action.tree, []).append(action)
-    costs = [
-        max(len(a.state_ids) for a in members) + sum(len(a.action_ids) for a in members) for members in trees.values()
-    ]
-    members = list(trees.values())
-    return [action for index in distributed.deal(costs)[distributed.rank()] for action in members[index]]
-
 
 def _mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
@@ -303,8 +210,6 @@ def _with_ids(trajectories: list[Trajectory], tokenizer, file: Path) -> list[Tra
 
 def _settle(config: TrainConfig, trajectories: list[Trajectory] | None) -> TrainConfig:
     """Replace every `auto` by what it means for this data."""
-    from dataclasses import replace
-
     on_almanac = trajectories is None or all(t.question.task in tasks.ALMANAC_FAMILIES for t in trajectories)
     reward = config.reward
     if reward == "auto":
@@ -344,11 +249,11 @@ def _batches(num_trajectories: int, config: TrainConfig):
         yield [waiting.pop(0) for _ in range(config.trajectories_per_update)]
 
 
-def _prepare(config: TrainConfig, trainer: Trainer, data: list[Trajectory] | None) -> list[Trajectory]:
+def _prepare(config: TrainConfig, actor: Actor, data: list[Trajectory] | None) -> list[Trajectory]:
     """The trajectories to train on: the data's, or generated and filtered ones, which are also written down."""
     if data is not None:
         return data
-    made = trainer.generate()
+    made = actor.generate()
     with progress("filter", len(made), show=distributed.is_main()) as advance:
         kept, _ = asyncio.run(
             filter_in_memory(made, judge=opening.open_judge("rule"), mode=config.filter, advance=advance)
@@ -362,36 +267,43 @@ def _prepare(config: TrainConfig, trainer: Trainer, data: list[Trajectory] | Non
     return kept
 
 
-def _train(config: TrainConfig, trainer: Trainer, kept: list[Trajectory]) -> list[dict]:
-    """The loop: evaluate? save? last? break; draw; update; log."""
-    batches, update, history = _batches(len(kept), config), 0, []
-    peak_flops = usage.measured_peak_flops(trainer.model.device, trainer.model.dtype) if distributed.is_main() else 0.0
+def _save(folder: Path, actor: Actor, what: str) -> None:
+    actor.policy.engine.model.save_pretrained(folder, tokenizer=actor.tokenizer)
+    print(f"{what}: {folder}", file=sys.stderr)
+
+
+def _train(
+    config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajectory], history: list[dict]
+) -> None:
+    """The loop: evaluate? save? log; last? break; draw; update. Each update's metrics are appended to `history`."""
+    batches, update = _batches(len(kept), config), 0
+    peak_flops = usage.measured_peak_flops(learner.model.device, learner.model.dtype) if distributed.is_main() else 0.0
     main = distributed.is_main()
     with progress("train", config.updates, show=main) as advance:
         while True:
             last = update == config.updates
             if config.evaluate_every and update and not last and update % config.evaluate_every == 0:
-                scores = trainer.evaluate(config.task, f"evaluate at {update}")
+                scores = actor.evaluate(config.task, f"evaluate at {update}")
                 history[-1]["accuracy"] = {score.task: score.accuracy for score in scores}
             if main and config.save_every and update and not last and update % config.save_every == 0:
-                trainer.model.save_pretrained(config.out / f"checkpoint-{update}", tokenizer=trainer.tokenizer)
+                _save(config.out / f"checkpoint-{update}", actor, f"checkpoint of update {update}")
             if history and main:
                 _append_json(config.out / "metrics.jsonl", history[-1])
             if last:
-                return history
+                return
             started = time.perf_counter()
             trajectories = [kept[i] for i in next(batches)]
             if config.actions == "sampled":
-                scored, sampling = trainer.sampled_actions(trajectories, update)
+                scored, sampling = actor.sampled_actions(trajectories, update)
             else:
-                scored, sampling = trainer.recorded_actions(trajectories)
+                scored, sampling = actor.recorded_actions(trajectories)
             sampled_s = time.perf_counter() - started
-            metrics = {"update": update + 1, **sampling, **trainer.update(scored, update)}
+            metrics = {"update": update + 1, **sampling, **learner.update(scored, update)}
             wall_s = time.perf_counter() - started
             metrics["update_s"], metrics["sample_s"] = wall_s, sampled_s
             metrics["tokens_per_s"] = metrics["tokens"] / wall_s
             metrics["utilization"] = metrics.pop("flops") / (wall_s - sampled_s) / peak_flops if peak_flops else 0.0
-            metrics["peak_bytes"] = usage.peak_bytes(trainer.model.device)
+            metrics["peak_bytes"] = usage.peak_bytes(learner.model.device)
             history.append(metrics)
             update += 1
             advance(note=(
@@ -446,7 +358,7 @@ def train(config: TrainConfig) -> dict | None:
             data = _with_ids(data, tokenizer, config.data)
             _require_context(data, model.config.max_position_embeddings, config.data)
         judge = opening.open_judge(config.reward) if config.actions == "sampled" else None
-        trainer = Trainer(config, model, tokenizer, judge)
+        actor = Actor(config, model, tokenizer, judge)
         main = distributed.is_main()
         if main:
             _set_aside(config.out)
@@ -454,10 +366,16 @@ def train(config: TrainConfig) -> dict | None:
             (config.out / "config.json").write_bytes(cli.config_to_json(config))
             print(f"{config.actions} actions, {config.reward} reward, {device}, {distributed.world_size()} rank(s)",
                   file=sys.stderr)  # fmt: skip
-        before = trainer.evaluate(config.evaluate_on, "evaluate before")
-        kept = _prepare(config, trainer, data)
-        history = _train(config, trainer, kept)
-        after = trainer.evaluate(config.evaluate_on, "evaluate after")
+        before = actor.evaluate(config.evaluate_on, "evaluate before")
+        kept = _prepare(config, actor, data)
+        history: list[dict] = []
+        try:
+            _train(config, actor, Learner(config, model), kept, history)
+        except (NonFiniteError, KeyboardInterrupt):
+            if main and history:
+                _save(config.out / f"checkpoint-{len(history)}", actor, "the weights of the last good update")
+            raise
+        after = actor.evaluate(config.evaluate_on, "evaluate after")
         if not main:
             return None
         model.save_pretrained(config.out / "checkpoint", tokenizer=tokenizer)

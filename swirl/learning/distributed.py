@@ -43,6 +43,7 @@ def process_group(device: torch.device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+        dist.barrier()  # a rank that leaves first would tear the connections of the others
     finally:
         dist.destroy_process_group()
 

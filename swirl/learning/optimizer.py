@@ -19,7 +19,7 @@ def learning_rate_at(update: int, num_updates: int, peak: float, *, warmup: int,
     """Linear warm-up over `warmup` updates, then linear decay to `floor` times the peak at the last update."""
     if update < warmup:
         return peak * (update + 1) / warmup
-    done = (update - warmup) / max(1, num_updates - warmup)
+    done = (update - warmup) / max(1, num_updates - 1 - warmup)
     return peak * (1 - (1 - floor) * min(1.0, done))
 
 
