@@ -1,0 +1,202 @@
+// swirl.kernels._cpu: checks what Python hands over, plans the live tiles once per call, and picks the instruction set.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tree_attention.h"
+
+namespace nb = nanobind;
+using Tensor = nb::ndarray<nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+using swirl::BLOCK;
+using swirl::Dtype;
+using swirl::Problem;
+using swirl::Tile;
+
+struct Isa {
+    const char* name;
+    bool (*fwd)(const Problem&);
+    bool (*bwd)(const Problem&);
+    bool (*here)();
+};
+
+// Best first. SWIRL_X86 is set where the compiler could build the x86 sets.
+const Isa ISAS[] = {
+#if defined(SWIRL_X86)
+    {"avx512_bf16", swirl::avx512_bf16::tree_attention_fwd, swirl::avx512_bf16::tree_attention_bwd,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512bf16");
+     }},
+    {"avx512", swirl::avx512::tree_attention_fwd, swirl::avx512::tree_attention_bwd,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    {"avx2", swirl::avx2::tree_attention_fwd, swirl::avx2::tree_attention_bwd,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"plain", swirl::plain::tree_attention_fwd, swirl::plain::tree_attention_bwd, [] { return true; }},
+};
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : ISAS)
+        if (isa.here()) names.push_back(isa.name);
+    return names;
+}
+
+const Isa& pick(const std::string& name) {
+    for (const Isa& isa : ISAS)
+        if (isa.here() && (name.empty() || name == isa.name)) return isa;
+    std::string message = "this CPU and build have no instruction set '" + name + "'; choose from";
+    for (const std::string& here : isas()) message += " " + here;
+    throw std::invalid_argument(message);
+}
+
+Dtype dtype_of(const Tensor& x) {
+    if (x.dtype() == nb::dtype<float>()) return Dtype::float32;
+    if (x.dtype() == nb::dtype<double>()) return Dtype::float64;
+    nb::dlpack::dtype type = x.dtype();
+    if (type.code == (uint8_t)nb::dlpack::dtype_code::Bfloat && type.bits == 16) return Dtype::bfloat16;
+    throw std::invalid_argument("tensors must be float32, float64 or bfloat16");
+}
+
+void expect(const Tensor& x, nb::dlpack::dtype dtype, std::initializer_list<size_t> shape, const char* name) {
+    bool fits = x.dtype() == dtype && x.ndim() == shape.size();
+    for (size_t i = 0; fits && i < shape.size(); i++) fits = x.shape(i) == shape.begin()[i];
+    if (!fits) throw std::invalid_argument(std::string(name) + " has not the shape or dtype that q asks for");
+}
+
+// The mask by block, padded to whole blocks, and the live tiles. Owns what the Problem points to.
+struct Plan {
+    std::vector<int32_t> end, position, limit;
+    std::vector<Tile> tiles;
+    std::vector<int64_t> first;
+
+    Plan(Problem& p, const int32_t* subtree_end, const int32_t* position_ids, int64_t window, bool by_key) {
+        int64_t padded = p.num_blocks * BLOCK;
+        end.assign(padded, 0), position.assign(padded, 0), limit.assign(padded, 0);
+        constexpr int64_t most = std::numeric_limits<int32_t>::max();
+        for (int64_t i = 0; i < p.T; i++) {
+            end[i] = subtree_end[i];
+            position[i] = position_ids[i];
+            limit[i] = window ? (int32_t)std::min<int64_t>(position_ids[i] + window, most) : (int32_t)most;
+        }
+        struct Range {
+            int32_t low, high;
+        };
+        auto ranges = [&](const std::vector<int32_t>& values) {  // over tokens before T
+            std::vector<Range> result(p.num_blocks);
+            for (int64_t b = 0; b < p.num_blocks; b++) {
+                auto [low, high] = std::minmax_element(values.begin() + b * BLOCK,
+                                                       values.begin() + std::min<int64_t>((b + 1) * BLOCK, p.T));
+                result[b] = {*low, *high};
+            }
+            return result;
+        };
+        std::vector<Range> ends = ranges(end), positions = ranges(position), limits = ranges(limit);
+        for (int64_t query = 0; query < p.num_blocks; query++) {
+            int64_t q0 = query * BLOCK, turn = 0;
+            for (int64_t key = 0; key <= query; key++) {
+                if (ends[key].high <= q0 || (window && positions[query].low >= limits[key].high)) continue;
+                bool full = key < query && ends[key].low >= q0 + BLOCK && positions[query].high < limits[key].low;
+                tiles.push_back({(int32_t)query, (int32_t)key, (int32_t)turn++, full});
+            }
+        }
+        if (by_key)
+            std::stable_sort(tiles.begin(), tiles.end(),
+                             [](const Tile& a, const Tile& b) { return a.key_block < b.key_block; });
+        first.assign(p.num_blocks + 1, 0);
+        for (const Tile& tile : tiles) first[(by_key ? tile.key_block : tile.query_block) + 1]++;
+        for (int64_t b = 0; b < p.num_blocks; b++) first[b + 1] += first[b];
+        p.end = end.data(), p.position = position.data(), p.limit = limit.data();
+        p.tiles = tiles.data(), p.first = first.data();
+    }
+};
+
+Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& subtree_end,
+                   const Tensor& position_ids, double scale, double softcap, int64_t window, int threads) {
+    if (q.ndim() != 3 || k.ndim() != 3) throw std::invalid_argument("q, k and v must be (T, H, D)");
+    Problem p = {};
+    p.dtype = dtype_of(q);
+    p.T = q.shape(0), p.Hq = q.shape(1), p.D = q.shape(2), p.Hkv = k.shape(1);
+    size_t T = p.T, D = p.D, Hkv = p.Hkv;
+    expect(k, q.dtype(), {T, Hkv, D}, "k");
+    expect(v, q.dtype(), {T, Hkv, D}, "v");
+    expect(subtree_end, nb::dtype<int32_t>(), {T}, "subtree_end");
+    expect(position_ids, nb::dtype<int32_t>(), {T}, "position_ids");
+    if (Hkv == 0 || p.Hq % p.Hkv || p.T >= std::numeric_limits<int32_t>::max() - BLOCK)
+        throw std::invalid_argument("query heads must be a multiple of key heads, and T fit in 31 bits");
+    if (softcap < 0 || window < 0 || threads < 1) throw std::invalid_argument("softcap, window or threads below range");
+    p.num_blocks = (p.T + BLOCK - 1) / BLOCK;
+    p.scale = scale, p.softcap = softcap, p.threads = threads;
+    p.q = q.data(), p.k = k.data(), p.v = v.data();
+    return p;
+}
+
+void run(bool (*kernel)(const Problem&), Problem& p, const Tensor& subtree_end, const Tensor& position_ids,
+         int64_t window, bool by_key) {
+    if (p.T == 0 || p.Hq == 0 || p.D == 0) return;
+    const auto *ends = (const int32_t*)subtree_end.data(), *positions = (const int32_t*)position_ids.data();
+    nb::gil_scoped_release release;
+    Plan plan(p, ends, positions, window, by_key);
+    if (!kernel(p)) throw std::bad_alloc();
+}
+
+void tree_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor position_ids, Tensor out, Tensor softmax,
+                        std::optional<Tensor> out_wide, double scale, double softcap, int64_t window, int threads,
+                        const std::string& isa) {
+    Problem p = problem_of(q, k, v, subtree_end, position_ids, scale, softcap, window, threads);
+    auto wide = p.dtype == Dtype::float64 ? nb::dtype<double>() : nb::dtype<float>();
+    size_t T = p.T, Hq = p.Hq, D = p.D;
+    expect(out, q.dtype(), {T, Hq, D}, "out");
+    expect(softmax, wide, {2, Hq, T}, "softmax");
+    if (out_wide) expect(*out_wide, wide, {T, Hq, D}, "out_wide");
+    p.out = out.data(), p.softmax = softmax.data(), p.out_wide = out_wide ? out_wide->data() : nullptr;
+    run(pick(isa).fwd, p, subtree_end, position_ids, window, false);
+}
+
+void tree_attention_bwd(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor position_ids, Tensor out_wide,
+                        Tensor softmax, Tensor d_out, Tensor dq, Tensor dk, Tensor dv, double scale, double softcap,
+                        int64_t window, int threads, const std::string& isa) {
+    Problem p = problem_of(q, k, v, subtree_end, position_ids, scale, softcap, window, threads);
+    auto wide = p.dtype == Dtype::float64 ? nb::dtype<double>() : nb::dtype<float>();
+    size_t T = p.T, Hq = p.Hq, Hkv = p.Hkv, D = p.D;
+    expect(out_wide, wide, {T, Hq, D}, "out_wide");
+    expect(softmax, wide, {2, Hq, T}, "softmax");
+    expect(d_out, q.dtype(), {T, Hq, D}, "d_out");
+    expect(dq, q.dtype(), {T, Hq, D}, "dq");
+    expect(dk, q.dtype(), {T, Hkv, D}, "dk");
+    expect(dv, q.dtype(), {T, Hkv, D}, "dv");
+    p.out_wide = out_wide.data(), p.softmax = softmax.data(), p.d_out = d_out.data();
+    p.dq = dq.data(), p.dk = dk.data(), p.dv = dv.data();
+    run(pick(isa).bwd, p, subtree_end, position_ids, window, true);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.doc() = "The ops of cpp/; swirl.kernels.cpu wraps them for autograd.";
+    m.def("isas", isas, "Names of the instruction sets built and present here, best first.");
+    m.def("tree_attention_fwd", tree_attention_fwd, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("subtree_end"),
+          nb::arg("position_ids"), nb::arg("out"), nb::arg("softmax"), nb::arg("out_wide").none(), nb::arg("scale"),
+          nb::arg("softcap"), nb::arg("window"), nb::arg("threads"), nb::arg("isa"),
+          "Fills out (T, Hq, D), softmax (2, Hq, T) and, if given, out_wide: O before rounding. softcap, window 0: none.");
+    m.def("tree_attention_bwd", tree_attention_bwd, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("subtree_end"),
+          nb::arg("position_ids"), nb::arg("out_wide"), nb::arg("softmax"), nb::arg("d_out"), nb::arg("dq"),
+          nb::arg("dk"), nb::arg("dv"), nb::arg("scale"), nb::arg("softcap"), nb::arg("window"), nb::arg("threads"),
+          nb::arg("isa"), "Fills dq (T, Hq, D), dk and dv (T, Hkv, D).");
+}

@@ -1,0 +1,234 @@
+"""The C++ ops against the references in float64: forests, sizes, windows, dtypes, threads, instructions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from swirl.kernels import cpu
+from swirl.kernels.tree_attention import tree_attention, tree_attention_reference
+
+pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the C++ ops are not built")
+
+
+def forest(T, seed, branch=0.1, new_tree=0.02):
+    """Random subtree_end, position_ids (T,) int32 of a forest in depth-first order."""
+    rng = random.Random(seed)
+    path, end, position = [], [T] * T, []
+    for i in range(T):
+        chance = rng.random()
+        keep = len(path)
+        if chance < new_tree:
+            keep = 0
+        elif chance < new_tree + branch:
+            keep = rng.randint(0, len(path))
+        for token in path[keep:]:
+            end[token] = i
+        del path[keep:]
+        position.append(len(path))
+        path.append(i)
+    return torch.tensor(end, dtype=torch.int32), torch.tensor(position, dtype=torch.int32)
+
+
+def tensors(T, Hq, Hkv, D, seed=0, dtype=torch.float32, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(T, Hq, D), (T, Hkv, D), (T, Hkv, D), (T, Hq, D)]
+    normal = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [(size * x).to(dtype) for x in normal]
+
+
+def run(op, q, k, v, d_out, mask, **options):
+    """Output and the three gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = op(*leaves, *mask, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+
+def truth(q, k, v, d_out, mask, **options):
+    return run(tree_attention_reference, *(x.double() for x in (q, k, v, d_out)), mask, **options)
+
+
+def error(*inputs, **options):
+    """Largest error of output and gradients, as a share of the largest value (1 where that is less)."""
+    results, expected = run(tree_attention, *inputs, **options), truth(*inputs, **options)
+    return share_of_largest(results, expected)
+
+
+def share_of_largest(results, expected):
+    assert all(x.isfinite().all() for x in results)
+    errors = [(x.double() - y).abs().max() / y.abs().max().clamp_min(1) for x, y in zip(results, expected)]
+    return max(errors).item()
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("softcap", [None, 2.0, 50.0, 500.0])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_every_instruction_set_agrees_with_the_reference(monkeypatch, isa, window, softcap, dtype, tolerance):
+    monkeypatch.setenv("SWIRL_CPU_ISA", isa)
+    mask = forest(200, seed=1)
+    inputs = tensors(200, 4, 2, 32, dtype=dtype, size=2.0)
+    assert error(*inputs, mask, scale=0.3, softcap=softcap, window=window) < tolerance
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("Hq,Hkv,D", [(1, 1, 8), (4, 1, 32), (4, 2, 64), (2, 2, 96), (4, 2, 5), (2, 1, 256)])
+def test_sizes(T, Hq, Hkv, D):
+    mask = forest(T, seed=T)
+    inputs = tensors(T, Hq, Hkv, D, seed=D)
+    assert error(*inputs, mask, scale=D**-0.5, softcap=50.0, window=40) < 4e-6
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_forests_of_every_kind(seed):
+    """Chains, bushes of one-token branches, many small trees; windows shorter than they are deep."""
+    branch, new_tree = [(0, 0), (0.9, 0), (0.1, 0.3), (0.02, 0.003), (0.5, 0.01), (0, 1)][seed]
+    mask = forest(330, seed, branch, new_tree)
+    inputs = tensors(330, 2, 1, 32, seed)
+    for window in (None, 1, 100):
+        assert error(*inputs, mask, scale=0.2, softcap=20.0, window=window) < 2e-6
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [32, 7])
+def test_half_precision_is_no_worse_than_the_reference(monkeypatch, isa, dtype, D):
+    monkeypatch.setenv("SWIRL_CPU_ISA", isa)
+    mask = forest(300, seed=3)
+    *inputs, d_out = tensors(300, 4, 2, D, dtype=dtype)
+    options = dict(scale=D**-0.5, softcap=50.0, window=60)
+    expected = truth(*inputs, d_out, mask, **options)
+    ours = run(tree_attention, *inputs, d_out, mask, **options)
+    reference = run(tree_attention_reference, *inputs, d_out, mask, **options)
+    for mine, theirs, exact in zip(ours, reference, expected):
+        assert mine.dtype == dtype
+        scale = exact.abs().max()
+        assert (mine.double() - exact).abs().max() <= (theirs.double() - exact).abs().max() + 1e-5 * scale
+        assert (mine.double() - exact).square().mean() <= (theirs.double() - exact).square().mean() * 1.001
+
+
+def test_scores_at_the_cap_and_far_beyond():
+    mask = forest(150, seed=5)
+    *inputs, d_out = tensors(150, 2, 2, 32, size=30.0)
+    for softcap in (30.0, 50.0, 64.0, 65.0, None):
+        options = dict(scale=1.0, softcap=softcap)
+        results = run(tree_attention, *inputs, d_out, mask, **options)
+        reference = run(tree_attention_reference, *inputs, d_out, mask, **options)
+        expected = truth(*inputs, d_out, mask, **options)
+        for mine, theirs, exact in zip(results, reference, expected):
+            scale = exact.abs().max()
+            assert (mine - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 1e-5 * scale + 1e-5
+
+
+def test_inputs_that_are_not_contiguous():
+    mask = forest(100, seed=6)
+    fused = torch.randn(100, 8, 3, 32)
+    q, k, v = fused[:, :4, 0], fused[:, ::4, 1], fused[:, 1::4, 2]
+    d_out = torch.randn(4, 100, 32).transpose(0, 1)
+    ends = torch.stack(mask, 1).long()
+    options = dict(scale=0.2, softcap=None)
+    assert error(q, k, v, d_out, (ends[:, 0], ends[:, 1]), **options) < 2e-6
+
+
+def test_the_thread_count_changes_no_bit():
+    mask = forest(700, seed=7)
+    *inputs, d_out = tensors(700, 4, 2, 32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(tree_attention, *inputs, d_out, mask, scale=0.2, softcap=50.0, window=90))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other))
+
+
+@pytest.mark.parametrize("softcap", [50.0, None])
+def test_tokens_out_of_sight_change_no_bit(softcap):
+    """Three branches on a trunk: new keys and values in the second leave the others' outputs as they were."""
+    T, second = 210, slice(97, 150)
+    end = torch.full((T,), T, dtype=torch.int32)
+    end[50:97], end[second], end[150:] = 97, 150, T
+    depth = torch.arange(T, dtype=torch.int32)
+    depth[second] -= 47
+    depth[150:] -= 100
+    q, k, v, _ = tensors(T, 4, 2, 32)
+    options = dict(scale=0.2, softcap=softcap)
+    before = tree_attention(q, k, v, end, depth, **options)
+    for x in (q, k, v):
+        x[second] = torch.randn_like(x[second]) * 3
+    after = tree_attention(q, k, v, end, depth, **options)
+    assert not torch.equal(before[second], after[second])
+    assert torch.equal(before[:97], after[:97]) and torch.equal(before[150:], after[150:])
+
+
+def test_nothing_is_left_from_uninitialised_memory(monkeypatch):
+    """Outputs are allocated empty; here they come poisoned."""
+
+    def poisoned(allocate):
+        return lambda *args, **options: allocate(*args, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    mask = forest(70, seed=8)
+    *inputs, d_out = tensors(70, 2, 1, 20)
+    results = run(tree_attention, *inputs, d_out, mask, scale=0.2, softcap=50.0)
+    monkeypatch.undo()
+    assert share_of_largest(results, truth(*inputs, d_out, mask, scale=0.2, softcap=50.0)) < 2e-6
+
+
+def test_no_tokens():
+    q = torch.empty(0, 2, 8, requires_grad=True)
+    mask = (torch.empty(0, dtype=torch.int32),) * 2
+    out = tree_attention(q, q, q, *mask, scale=1.0)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 2, 8)
+
+
+def test_hostile_masks_stay_in_bounds():
+    """Ends and positions that no packing makes: no crash, and tokens that are sound keep their values."""
+    q, k, v, _ = tensors(90, 2, 1, 16)
+    end, position = forest(90, seed=9)
+    sound = tree_attention(q, k, v, end, position, scale=0.2, window=2**31 - 1)
+    assert torch.equal(sound, tree_attention(q, k, v, end, position, scale=0.2))
+    end[80:] = torch.tensor([2**31 - 1, -(2**31), 0, -1, 90, 91, 2**31 - 1, 0, 0, 90])
+    position[80:] = 2**31 - 1
+    out = tree_attention(q, k, v, end, position, scale=0.2, softcap=50.0, window=5)
+    assert out.shape == q.shape and out[:80].isfinite().all()
+
+
+def test_the_module_refuses_what_does_not_fit():
+    from swirl.kernels import _cpu
+
+    q, k, v, out = tensors(8, 2, 1, 4)
+    mask, softmax, rest = forest(8, 0), torch.empty(2, 2, 8), (1.0, 0.0, 0, 1, "")
+    with pytest.raises(ValueError, match="choose from .*plain"):
+        _cpu.tree_attention_fwd(q, k, v, *mask, out, softmax, None, *rest[:-1], "sse9")
+    with pytest.raises(ValueError, match="v has not the shape"):
+        _cpu.tree_attention_fwd(q, k, v[:7].contiguous(), *mask, out, softmax, None, *rest)
+    with pytest.raises(ValueError, match="subtree_end"):
+        _cpu.tree_attention_fwd(q, k, v, mask[0].long(), mask[1], out, softmax, None, *rest)
+    with pytest.raises(ValueError, match="float32, float64 or bfloat16"):
+        _cpu.tree_attention_fwd(q.half(), k.half(), v.half(), *mask, out.half(), softmax, None, *rest)
+    with pytest.raises(ValueError, match="multiple"):
+        _cpu.tree_attention_fwd(k, q, q, *mask, v, softmax[:, :1].contiguous(), None, *rest)
+
+
+def test_absent_ops_say_so_once_and_the_reference_serves(monkeypatch):
+    q, k, v, _ = tensors(20, 2, 1, 8)
+    mask = forest(20, 0)
+    expected = tree_attention_reference(q, k, v, *mask, scale=0.3)
+    monkeypatch.setitem(__import__("sys").modules, "swirl.kernels._cpu", None)
+    monkeypatch.delattr("swirl.kernels._cpu", raising=False)
+    cpu._extension.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="slow reference") as record:
+            results = [tree_attention(q, k, v, *mask, scale=0.3) for _ in range(2)]
+        assert len(record) == 1
+        assert all(torch.equal(x, expected) for x in results)
+    finally:
+        monkeypatch.undo()
+        cpu._extension.cache_clear()
