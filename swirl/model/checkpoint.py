@@ -1,6 +1,6 @@
 """Hugging Face folders: config.json, safetensors in one file or in shards, and the tokenizer's files.
 
-Reading checks every name and shape before the first byte of weights; writing never leaves half a folder behind.
+Reading checks every name before the first byte of weights; writing never leaves half a folder behind.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_tokenizer_fits(tokenizer, vocab_size: int, path: str | os.PathLike) ->
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             path,
-            f"the tokenizer's ids go to {tokenizer.vocab_size - 1}, the model's vocabulary holds {vocab_size}",
+            f"the tokenizer's ids go to {tokenizer.vocab_size - 1}, the model's vocabulary is {vocab_size}",
         )
 
 
@@ -118,9 +118,9 @@ def load_weights(
 
 
 def save(state: dict[str, torch.Tensor], config: dict, path: str | os.PathLike, tokenizer=None) -> None:
-    """Write a model folder: aside, synced, then renamed into place; other files of an older checkpoint are kept.
+    """Write a model folder: aside, synced, then renamed into place; a model card beside older weights is kept.
 
-    Raises CheckpointError where the folder cannot be written or `path` holds something that is no checkpoint.
+    Raises CheckpointError where it cannot be written, or where `path` holds something that is no checkpoint.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():

@@ -102,9 +102,9 @@ class GemmaConfig:
 
     @classmethod
     def from_json(cls, content: dict) -> GemmaConfig:
-        """From the content of a config.json, as transformers 4 or 5 write it. Fields of no effect are passed over.
+        """From the content of a config.json, as transformers 4 or 5 write it; fields of no effect are passed over.
 
-        Raises ConfigError naming the field: an unknown architecture, a missing size, a feature not computed here.
+        Raises ConfigError naming the field: an unknown architecture, a missing size, something not computed here.
         """
         if content.get("model_type") != "gemma2":
             raise ConfigError(f"field 'model_type': expected 'gemma2', got {content.get('model_type')!r}")
@@ -240,7 +240,7 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids):
         weight = self.embed_tokens.weight
-        # sqrt(d) is rounded to the model's dtype before the product: 55.5 for d = 3072 in bfloat16, not 55.4256.
+        # sqrt(d) is rounded to the model's dtype before the product: 55.5 for d = 3072 in bfloat16.
         scale = torch.tensor(weight.shape[1] ** 0.5, dtype=weight.dtype, device="cpu").item()
         return self.embed_tokens(input_ids) * scale
 
@@ -255,9 +255,10 @@ class Decoder(nn.Module):
 
 
 class Gemma(nn.Module):
-    """A Gemma 2 language model with a tied head. `recompute` trades a second forward for the layers' activations.
+    """A Gemma 2 language model with a tied head.
 
     New weights are drawn by `init_weights(seed)`; `from_pretrained` reads them from a Hugging Face folder.
+    `recompute` trades a second forward of every layer, in the backward pass, for its activations.
     """
 
     def __init__(self, config: GemmaConfig, *, recompute: bool = False):
@@ -268,7 +269,7 @@ class Gemma(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Gemma:
-        """Normal with std 0.02, norms zero (a gain of 1). The same seed gives the same weights on every device."""
+        """Normal with std 0.02, norms zero (a gain of 1); the same seed gives the same weights on every device."""
         generator = torch.Generator("cpu").manual_seed(seed)
         for parameter in self.parameters():
             if parameter.dim() == 1:
@@ -292,7 +293,7 @@ class Gemma(nn.Module):
         return self.model(input_ids, position_ids, subtree_end, recompute=self.recompute)
 
     def token_log_probs(self, batch) -> torch.Tensor:
-        """(M,) log-prob of every action token of a PackedBatch, float32 (float64 for a float64 model), differentiable.
+        """(M,) log-prob of every action token of a PackedBatch, differentiable; float32, or float64 if the model is.
 
         The head runs on `batch.source_rows` alone and never holds (M, V) logits.
         """
@@ -338,9 +339,10 @@ class Gemma(nn.Module):
         return model
 
     def save_pretrained(self, path: str | os.PathLike, tokenizer=None) -> None:
-        """Write a Hugging Face folder, and the tokenizer's files beside it; aside first, then renamed into place.
+        """Write a Hugging Face folder, with the tokenizer's files if given; aside first, then renamed into place.
 
-        Raises CheckpointError where it cannot be written, or where `path` holds something that is no checkpoint.
+        Raises CheckpointError where it cannot be written, where `path` holds something that is no checkpoint,
+        or where the tokenizer does not fit the model.
         """
         if tokenizer is not None:
             checkpoint.check_tokenizer_fits(tokenizer, self.config.vocab_size, path)

@@ -2,7 +2,7 @@
 
     <bos><start_of_turn>user\\n{prompt}<end_of_turn>\\n<start_of_turn>model\\n{action}<end_of_turn>\\n<start_of_turn>user\\n...
 
-Text is text: a control token spelled out in a prompt, page or action becomes ordinary pieces, never the control id.
+Text is text: a control token spelled out in a prompt, page or action becomes ordinary pieces, never its id.
 So no tool result can close a turn, and `decode(encode(text)) == text` with a tokenizer of `train_tokenizer`.
 """
 
@@ -71,7 +71,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Tokenizer:
-        """From a Hugging Face folder. Raises CheckpointError where there is none, or none for Gemma's turns."""
+        """From a Hugging Face folder. Raises CheckpointError where it holds none, or one without Gemma's turns."""
         folder = Path(folder)
         try:
             files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
@@ -92,7 +92,7 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; control tokens are left out. Raises ValueError on an id outside the vocabulary."""
+        """The text of the ids, control tokens left out. Raises ValueError on an id outside the vocabulary."""
         ids = list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"expected token ids in [0, {self.vocab_size}), got {min(ids)}..{max(ids)}")
