@@ -1,4 +1,4 @@
-"""Almanac: an invented encyclopedia and five families of questions about it, so that swirl runs with nothing but a CPU.
+"""Almanac: an invented encyclopedia and five families of questions about it. swirl needs no network to run them.
 
 bridge          two hops                  after HotPotQA
 deep            three and four hops       after MuSiQue
