@@ -3,15 +3,17 @@
     expression := product (("+" | "-") product)*
     product    := unary (("*" | "x" | "×" | "·" | "/" | "÷" | "of" | nothing at all) unary)*
     unary      := ("-" | "+")* power
-    power      := postfix (("^" | "**") unary)?              -2^2 is -4, 2^3^2 is 512
-    postfix    := atom ("%" | "percent")*                    5% is 1/20
-    atom       := number | pi | π | "(" expression ")" | unknown | "√" atom | sqrt(a) | cbrt(a) | root(a, n) | abs(a)
+    power      := postfix (("^" | "**") unary)?       -2^2 is -4, 2^3^2 is 512
+    postfix    := atom ("%" | "percent")*             5% is 1/20
+    atom       := number | pi | π | unknown | "(" expression ")" | "√" atom
+                | sqrt(a) | cbrt(a) | root(a, n) | abs(a)
 
-Numbers may carry "$" and thousands commas. Whole numbers and fractions stay exact and print as SymPy prints them
-(`1/3`, `3*sqrt(2)/2`, `2*pi`); a decimal point anywhere in the input, or a value without a closed form, gives a
-decimal of at most 15 significant digits. `a = b` with one unknown is solved over the reals (`x = -2 or x = 2`,
-`no real solution`, `true for every x`); without an unknown it is `True` or `False`; an "=" with nothing after it
-is left out. Refused, with a reason: complex numbers, other functions, several unknowns, unknowns without an equation.
+Numbers may carry "$" and thousands commas. Whole numbers and fractions stay exact and print as SymPy prints
+them (`1/3`, `3*sqrt(2)/2`, `2*pi`); a decimal point anywhere in the input, or a value without a closed
+form, gives a decimal of at most 15 significant digits. `a = b` with one unknown is solved over the reals
+(`x = -2 or x = 2`, `no real solution`, `true for every x`); without an unknown it is `True` or `False`; an
+"=" with nothing after it is left out. Refused, with a reason: complex numbers, other functions, several
+unknowns, unknowns without an equation.
 
 Limits: 500 characters, 50 levels, 1000 digits, and a count of operations that keeps any input below 50 ms.
 """
@@ -23,7 +25,17 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from swirl.environment.polynomials import Ratio, real_roots
-from swirl.environment.surds import APPROXIMATE, DECIMAL, EXACT, MAX_DIGITS, PI, Arithmetic, Number, number, show
+from swirl.environment.surds import (
+    APPROXIMATE,
+    DECIMAL,
+    EXACT,
+    MAX_DIGITS,
+    PI,
+    Arithmetic,
+    Number,
+    number,
+    show,
+)
 from swirl.errors import CalculatorError
 
 MAX_CHARACTERS = 500
@@ -203,7 +215,9 @@ class _Parser:
 
 
 def _times_signs(tokens: list[_Token]) -> list[_Token]:
-    """Read "12 x 3" and "3x(4)" as products: an x between a value and a number, or any value if x is no unknown."""
+    """Read "12 x 3" and "3x(4)" as products: an x between a value and a number, or any value if x is no
+    unknown.
+    """
     names = {token.text for token in tokens if token.kind == "name"} - _KNOWN_NAMES
     is_equation = names <= {"x", "X"} and any(token.text in ("=", "==") for token in tokens[:-2])
     read = list(tokens)
@@ -211,7 +225,9 @@ def _times_signs(tokens: list[_Token]) -> list[_Token]:
         before, after = read[i - 1], tokens[i + 1]
         if tokens[i].text not in ("x", "X") or not (before.kind != "sign" or before.text in (")", "%")):
             continue
-        value_follows = after.text in ("(", "√", "-") or (after.kind == "name" and after.text not in ("of", "percent"))
+        value_follows = after.text in ("(", "√", "-") or (
+            after.kind == "name" and after.text not in ("of", "percent")
+        )
         if after.kind == "number" or (value_follows and not is_equation):
             read[i] = _Token("sign", "*")
     return read

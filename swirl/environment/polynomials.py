@@ -1,7 +1,7 @@
 """Equations in one unknown for the calculator: ratios of polynomials, and their real roots.
 
-Linear and quadratic equations, and a*x**n = b, are solved exactly; rational roots of higher degrees too. What is
-left of a higher degree is solved numerically to 15 digits.
+Linear and quadratic equations, and a*x**n = b, are solved exactly; rational roots of higher degrees too.
+What is left of a higher degree is solved numerically to 15 digits.
 """
 
 from __future__ import annotations

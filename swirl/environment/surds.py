@@ -1,13 +1,14 @@
 """Exact arithmetic for the calculator: sums of rationals times roots and powers of pi.
 
     Number = sum over keys of coefficient * product of base ** exponent
-A key is a sorted tuple of (base, exponent): base 0 stands for pi with any exponent but 0; every other base is an
-integer > 1, prime where it was small enough to factor, with an exponent in (0, 1). The empty key is the rational part.
+A key is a sorted tuple of (base, exponent): base 0 stands for pi with any exponent but 0; every other base
+is an integer > 1, prime where it was small enough to factor, with an exponent in (0, 1). The empty key is
+the rational part.
 
-Sums, differences and products are exact, division by one term is, and by `a + b*sqrt(n)`; so are rational powers of
-one term. What has no such form (2**pi, sqrt(1 + sqrt(2))) becomes APPROXIMATE: a rational good to 40 digits.
-Everything is bounded: digits, terms, and the work of one calculation, counted in operations rather than in time so
-that an expression is refused on every machine or on none.
+Sums, differences and products are exact, division by one term is, and by `a + b*sqrt(n)`; so are rational
+powers of one term. What has no such form (2**pi, sqrt(1 + sqrt(2))) becomes APPROXIMATE: a rational good to
+40 digits. Everything is bounded: digits, terms, and the work of one calculation, counted in operations
+rather than in time so that an expression is refused on every machine or on none.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MAX_TERMS = 32
 MAX_WORK = 10_000
 _MAX_BITS = int(MAX_DIGITS * 3.3219281)
 _FACTOR_BELOW = 10**18
-_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798")
+_PI = Decimal(
+    "3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798"
+)
 _SIGNIFICANT = 15  # digits of a decimal result, as SymPy shows a Float
 
 Key = tuple[tuple[int, Fraction], ...]
@@ -68,7 +71,9 @@ def _refuse_digits():
 
 
 class Arithmetic:
-    """The operations of one calculation; `work` is what it has spent. Each raises CalculatorError beyond a limit."""
+    """The operations of one calculation; `work` is what it has spent. Each raises CalculatorError beyond a
+    limit.
+    """
 
     def __init__(self):
         self.work = 0
@@ -211,7 +216,9 @@ def _join(a: Key, b: Key) -> tuple[Key, Fraction]:
 
 def _conjugate(b: Number) -> Number | None:
     """What makes `a + b*sqrt(n)` rational, None for any other sum."""
-    if len(b.terms) != 2 or any(base == 0 or power != Fraction(1, 2) for key in b.terms for base, power in key):
+    if len(b.terms) != 2 or any(
+        base == 0 or power != Fraction(1, 2) for key in b.terms for base, power in key
+    ):
         return None
     first = next(iter(b.terms))
     return Number({key: value if key == first else -value for key, value in b.terms.items()}, b.kind)
@@ -274,7 +281,9 @@ def _decimal(value: Fraction) -> Decimal:
 def value_of(a: Number) -> Decimal:
     """Its value, good to 40 digits and more."""
     largest = max((v.numerator.bit_length() for v in a.terms.values()), default=0)
-    with decimal.localcontext(prec=60 + (largest * 2 // 3 if len(a.terms) > 1 else 0), Emax=10**6, Emin=-(10**6)):
+    with decimal.localcontext(
+        prec=60 + (largest * 2 // 3 if len(a.terms) > 1 else 0), Emax=10**6, Emin=-(10**6)
+    ):
         total = Decimal(0)
         for key, value in a.terms.items():
             term = _decimal(value)

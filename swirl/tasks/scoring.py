@@ -1,6 +1,7 @@
 """The official scores of the five data sets, quirks included, and their averages.
 
-Sources: hotpot_evaluate_v1.py (HotPotQA), SQuAD 2's evaluate (MuSiQue), BeerQA's eval, grade-school-math's dataset.py.
+Sources: hotpot_evaluate_v1.py (HotPotQA), SQuAD 2's evaluate (MuSiQue), BeerQA's eval, grade-school-math's
+dataset.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def _overlap(prediction: list[str], golden: list[str]) -> float:
 
 
 def f1(prediction: str, golden: str) -> float:
-    """HotPotQA's F1 over bags of words: 0 where one side is yes, no or noanswer and they differ, or both are empty."""
+    """HotPotQA's F1 over bags of words: 0 where one side is yes, no or noanswer and they differ, or both
+    are empty.
+    """
     ours, theirs = normalize_answer(prediction), normalize_answer(golden)
     if ours != theirs and (ours in _CLOSED or theirs in _CLOSED):
         return 0.0
@@ -45,7 +48,9 @@ def f1(prediction: str, golden: str) -> float:
 
 
 def f1_squad(prediction: str, golden: str) -> float:
-    """SQuAD 2's F1, which MuSiQue uses: no rule for yes and no; an empty side scores 1 only against another."""
+    """SQuAD 2's F1, which MuSiQue uses: no rule for yes and no; an empty side scores 1 only against
+    another.
+    """
     ours, theirs = normalize_answer(prediction).split(), normalize_answer(golden).split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -53,7 +58,9 @@ def f1_squad(prediction: str, golden: str) -> float:
 
 
 def read_number(text: str) -> Fraction | None:
-    """The one number of a short answer ("$1,000.50", "10 dollars", "1/2"), None where there is none, or several."""
+    """The one number of a short answer ("$1,000.50", "10 dollars", "1/2"), None where there is none, or
+    several.
+    """
     text = text.replace("−", "-").strip()
     if len(text) > 200 or _SCALE.search(text):
         return None
@@ -73,7 +80,9 @@ def same_number(prediction: str, golden: str) -> bool:
 
 
 def mean_scores(scores: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The mean of every score, and `count`; the micro average. A missing prediction must be there as zeros."""
+    """The mean of every score, and `count`; the micro average. A missing prediction must be there as
+    zeros.
+    """
     scores = list(scores)
     totals: Counter[str] = Counter()
     for score in scores:

@@ -1,0 +1,174 @@
+"""Search by meaning: dense vectors from an /embeddings endpoint, and HTTP retrieval servers of Search-R1's
+form.
+
+Both take the request as a callable, so that limits, retries and the cache are the client's. A request that
+fails for good is a result the policy can read, `search failed: ...`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from swirl.environment.search import Page, read_pages, show_pages
+from swirl.errors import ConfigError, EndpointError, InputError, SwirlError
+
+Embed = Callable[[list[str]], Awaitable[list[list[float]]]]
+PostJson = Callable[[str, dict], Awaitable[dict]]
+
+_EXACT_BELOW = (
+    50_000  # pages that are compared one by one; above, usearch's graph finds nearly all of the same
+)
+
+
+def _vectors(given: Sequence[Sequence[float]], count: int, dimensions: int | None) -> np.ndarray:
+    """(count, dimensions) float32, rows of length 1. Raises EndpointError where it was given anything
+    else.
+    """
+    try:
+        array = np.asarray(given, dtype=np.float32)
+    except (ValueError, TypeError):
+        raise EndpointError("embeddings", "expected vectors of numbers, all of one length") from None
+    if array.ndim != 2 or len(array) != count or (dimensions is not None and array.shape[1] != dimensions):
+        shape = f"{count} vectors" + (f" of {dimensions} numbers" if dimensions is not None else "")
+        raise EndpointError("embeddings", f"expected {shape}, got shape {array.shape}")
+    norms = np.linalg.norm(array, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or not norms.all():
+        raise EndpointError("embeddings", "expected finite vectors, none of them zero")
+    return array / norms
+
+
+async def build_dense_index(
+    pages: Iterable[Page], folder: str | os.PathLike, embed: Embed, *, pages_per_request: int = 64
+) -> None:
+    """Embed every page as `title\\ntext` and write `folder` (pages.jsonl, vectors.usearch), whole or not at
+    all.
+
+    Raises ConfigError where the folder is there already or there is no page, EndpointError as `embed` does.
+    """
+    from usearch.index import Index
+
+    folder = Path(folder)
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already: an index is built once, remove it to build it anew")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    index, count = None, 0
+    try:
+        with open(aside / "pages.jsonl", "wb") as file:
+            for batch in _batches(pages, pages_per_request):
+                given = await embed([f"{page.title}\n{page.text}" for page in batch])
+                vectors = _vectors(given, len(batch), None if index is None else index.ndim)
+                if index is None:
+                    index = Index(ndim=vectors.shape[1], metric="ip", dtype="f32")
+                index.add(np.arange(count, count + len(batch), dtype=np.uint64), vectors)
+                count += len(batch)
+                file.writelines(msgspec.json.encode(page) + b"\n" for page in batch)
+        if index is None:
+            raise ConfigError("search needs at least one page")
+        index.save(str(aside / "vectors.usearch"))
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _batches(pages: Iterable[Page], size: int):
+    batch = []
+    for page in pages:
+        batch.append(page)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class DenseSearchTool:
+    """The policy's `search` by nearest vectors, over a folder that `build_dense_index` wrote; vectors are
+    mapped.
+
+    Raises InputError where the folder is no such index, or damaged.
+    """
+
+    name = "search"
+
+    def __init__(self, folder: str | os.PathLike, embed: Embed, top_k: int = 1):
+        from usearch.index import Index
+
+        self.embed, self.top_k = embed, top_k
+        self.pages = list(read_pages(Path(folder) / "pages.jsonl"))
+        try:
+            self.index = Index.restore(str(Path(folder) / "vectors.usearch"), view=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(folder, f"expected an index made by build_dense_index ({error})") from None
+        if self.index is None or len(self.index) != len(self.pages):
+            raise InputError(folder, "expected one vector a page: it is damaged, build it anew")
+
+    async def search(self, query: str, top_k: int | None = None) -> list[Page]:
+        """At most `top_k` pages, nearest first. Raises EndpointError as `embed` does."""
+        if not query.strip():
+            return []
+        vector = _vectors(await self.embed([query]), 1, self.index.ndim)[0]
+        count = min(self.top_k if top_k is None else top_k, len(self.pages))
+        matches = self.index.search(vector, count, exact=len(self.pages) < _EXACT_BELOW)
+        return [self.pages[int(key)] for key in matches.keys]
+
+    async def __call__(self, query: str) -> str:
+        try:
+            return show_pages(await self.search(query))
+        except SwirlError as error:
+            return _failed(error)
+
+
+class RetrievalServerTool:
+    """The policy's `search` by a server of Search-R1's form.
+
+    POST url {"queries": [...], "topk": k, "return_scores": true} -> {"result": [[{"document": {"contents":
+    "title\\ntext"}, "score": 0.5}, ...]]}, one list a query, best first. Documents with `title` and `text`
+    of their own, and lists without scores, are read too.
+    """
+
+    name = "search"
+
+    def __init__(self, url: str, post_json: PostJson, top_k: int = 1):
+        self.url, self.post_json, self.top_k = url, post_json, top_k
+
+    async def search(self, query: str, top_k: int | None = None) -> list[Page]:
+        """At most `top_k` pages, best first. Raises EndpointError as `post_json` does, or on another
+        answer's form.
+        """
+        if not query.strip():
+            return []
+        top_k = self.top_k if top_k is None else top_k
+        answer = await self.post_json(self.url, {"queries": [query], "topk": top_k, "return_scores": True})
+        try:
+            (found,) = answer["result"]
+            return [_page_of(item) for item in found[:top_k]]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            reason = 'expected {"result": [[{"document": {"contents": ...}}]]}, one list for the one query'
+            raise EndpointError(self.url, reason) from None
+
+    async def __call__(self, query: str) -> str:
+        try:
+            return show_pages(await self.search(query))
+        except SwirlError as error:
+            return _failed(error)
+
+
+def _failed(error: SwirlError) -> str:
+    return f"search failed: {error.reason if isinstance(error, EndpointError) else error}"
+
+
+def _page_of(item: dict) -> Page:
+    document = item.get("document", item)
+    if "contents" in document:
+        title, _, text = document["contents"].partition("\n")
+        return Page(title.strip().strip('"'), text)
+    return Page(str(document.get("title", "")), str(document["text"]))
