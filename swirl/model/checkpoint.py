@@ -118,7 +118,7 @@ def load_weights(
 
 
 def save(state: dict[str, torch.Tensor], config: dict, path: str | os.PathLike, tokenizer=None) -> None:
-    """Write a model folder: aside, synced, then renamed into place; a model card beside older weights is kept.
+    """Write a model folder aside, sync, rename it into place; a model card beside older weights is kept.
 
     Raises CheckpointError where it cannot be written, or where `path` holds something that is no checkpoint.
     """

@@ -239,7 +239,7 @@ class _Decoding:
         return torch.stack((cos, sin, cos * scale, sin * scale), 1)[:, :, None]
 
     def keep(self, running) -> torch.Tensor:
-        """Let all but the (B,) bool `running` go, whose places the last rows take; returns the rows as they lie."""
+        """Drop rows outside the (B,) bool `running`; late rows fill their places. Returns the order left."""
         n = int(running.sum())
         rows = torch.arange(n, device=running.device)
         holes, late = (~running[:n]).nonzero()[:, 0], running[n:].nonzero()[:, 0] + n
@@ -336,7 +336,7 @@ def _draw(logits, uniforms, temperature):
     if temperature == 0:
         return logits.argmax(-1)
     # Shifted first, so that no temperature, however small, overflows.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     return drawn[:, 0].clamp_(max=logits.shape[1] - 1)

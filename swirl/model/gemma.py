@@ -102,9 +102,9 @@ class GemmaConfig:
 
     @classmethod
     def from_json(cls, content: dict) -> GemmaConfig:
-        """From the content of a config.json, as transformers 4 or 5 write it; fields of no effect are passed over.
+        """From the content of a config.json of transformers 4 or 5; fields of no effect are passed over.
 
-        Raises ConfigError naming the field: an unknown architecture, a missing size, something not computed here.
+        Raises ConfigError naming the field: an unknown architecture, a missing size, a feature not computed.
         """
         if content.get("model_type") != "gemma2":
             raise ConfigError(f"field 'model_type': expected 'gemma2', got {content.get('model_type')!r}")
@@ -269,7 +269,7 @@ class Gemma(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Gemma:
-        """Normal with std 0.02, norms zero (a gain of 1); the same seed gives the same weights on every device."""
+        """Normal with std 0.02, norms zero (a gain of 1). A seed gives the same weights on every device."""
         generator = torch.Generator("cpu").manual_seed(seed)
         for parameter in self.parameters():
             if parameter.dim() == 1:
@@ -293,7 +293,7 @@ class Gemma(nn.Module):
         return self.model(input_ids, position_ids, subtree_end, recompute=self.recompute)
 
     def token_log_probs(self, batch) -> torch.Tensor:
-        """(M,) log-prob of every action token of a PackedBatch, differentiable; float32, or float64 if the model is.
+        """(M,) log-prob of each action token of a PackedBatch, float32 (float64 for float64), differentiable.
 
         The head runs on `batch.source_rows` alone and never holds (M, V) logits.
         """
@@ -339,7 +339,7 @@ class Gemma(nn.Module):
         return model
 
     def save_pretrained(self, path: str | os.PathLike, tokenizer=None) -> None:
-        """Write a Hugging Face folder, with the tokenizer's files if given; aside first, then renamed into place.
+        """Write a Hugging Face folder, with the tokenizer's files if given; aside, then renamed into place.
 
         Raises CheckpointError where it cannot be written, where `path` holds something that is no checkpoint,
         or where the tokenizer does not fit the model.

@@ -53,15 +53,11 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-        def control(token: str) -> int:
-            token_id = self._tokenizer.token_to_id(token)
-            if token_id is None:
-                raise CheckpointError(source, f"expected a token {token}, which Gemma's turns are made of")
-            return token_id
-
-        self.pad_id, self.eos_id, self.bos_id = control("<pad>"), control("<eos>"), control("<bos>")
-        self.start_of_turn_id, self.end_of_turn_id = control("<start_of_turn>"), control("<end_of_turn>")
+        for token in CONTROL_TOKENS:
+            if self.token_id(token) is None and token != "<unk>":
+                raise CheckpointError(source, f"expected a token {token}, as Gemma's turns are made of")
+        self.pad_id, self.eos_id, self.bos_id = map(self.token_id, ("<pad>", "<eos>", "<bos>"))
+        self.start_of_turn_id, self.end_of_turn_id = map(self.token_id, ("<start_of_turn>", "<end_of_turn>"))
         self._to_model = [
             self.end_of_turn_id,
             *self.encode("\n"),
@@ -71,7 +67,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Tokenizer:
-        """From a Hugging Face folder. Raises CheckpointError where it holds none, or one without Gemma's turns."""
+        """From a Hugging Face folder. Raises CheckpointError where there is none with Gemma's turns."""
         folder = Path(folder)
         try:
             files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
@@ -86,6 +82,10 @@ class Tokenizer:
         os.makedirs(folder, exist_ok=True)
         for name, content in self._files.items():
             (Path(folder) / name).write_bytes(content)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its exact spelling, control tokens included; None where there is none."""
+        return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: nothing is added, and no control token comes out of it."""

@@ -1,0 +1,197 @@
+"""Model folders: what is read is what was written, and every fault is one line that leaves all as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma2ForCausalLM
+
+from swirl import Gemma, GemmaConfig
+from swirl.errors import CheckpointError
+from swirl.model import checkpoint
+from swirl.model.tokenizer import train_tokenizer
+
+CONFIG = GemmaConfig(300, 16, 24, 2, 2, 1, head_dim=8, sliding_window=5)
+NAME = "model.layers.1.self_attn.q_proj.weight"
+
+
+def gemma(seed=0):
+    return Gemma(CONFIG).init_weights(seed)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    gemma().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def tokenizer():
+    return train_tokenizer(["one two three"], 280)
+
+
+def refusal(folder, **options):
+    with pytest.raises(CheckpointError) as caught:
+        Gemma.from_pretrained(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_round_trip_and_types(folder):
+    model = Gemma.from_pretrained(folder)
+    assert same(model, gemma()) and model.config == CONFIG
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    half = Gemma.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    half.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert same(Gemma.from_pretrained(folder), half.float())
+
+
+def test_weights_do_not_hang_on_the_file(folder):
+    model = Gemma.from_pretrained(folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"\xff" * 1000)
+    assert same(model, gemma())
+
+
+def test_shards_are_written_with_an_index_and_read_by_both(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    gemma(1).save_pretrained(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 1 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert not (folder / "model.safetensors").exists()
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in gemma().parameters())
+    assert same(Gemma.from_pretrained(folder), gemma(1))
+    theirs = Gemma2ForCausalLM.from_pretrained(folder).state_dict()
+    assert torch.equal(theirs[NAME], gemma(1).state_dict()[NAME])
+    monkeypatch.undo()
+    gemma(2).save_pretrained(folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_a_shard_of_their_writing(folder):
+    Gemma2ForCausalLM.from_pretrained(folder).save_pretrained(folder.parent / "theirs", max_shard_size="20KB")
+    assert (folder.parent / "theirs" / "model.safetensors.index.json").exists()
+    assert same(Gemma.from_pretrained(folder.parent / "theirs"), gemma())
+
+
+def test_missing_pieces(folder, tmp_path):
+    assert "no such model folder" in refusal(tmp_path / "nowhere")
+    (folder / "config.json").rename(folder / "aside")
+    assert "config.json: cannot be read (No such file or directory)" in refusal(folder)
+    (folder / "aside").rename(folder / "config.json")
+    (folder / "model.safetensors").unlink()
+    assert "expected model.safetensors or model.safetensors.index.json" in refusal(folder)
+
+
+def test_missing_shard_and_broken_index(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    gemma().save_pretrained(folder)
+    next(folder.glob("model-00002*")).unlink()
+    assert "model-00002" in refusal(folder) and "no such file" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    assert "field 'weight_map'" in refusal(folder)
+
+
+@pytest.mark.parametrize("size", [0, 7, 500, -1])
+def test_truncated_weights(folder, size):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:size])
+    assert "model.safetensors: truncated, or not a safetensors file" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00\xff"])
+def test_broken_config(folder, text):
+    (folder / "config.json").write_text(text)
+    assert "config.json: expected" in refusal(folder)
+
+
+def test_tensors_that_do_not_fit(folder):
+    rewrite(folder, lambda tensors: tensors.pop(NAME))
+    assert f"tensor '{NAME}' is missing" in refusal(folder)
+    rewrite(folder, lambda tensors: tensors.update({NAME: torch.zeros(16, 17)}))
+    assert f"tensor '{NAME}': expected shape (16, 16), got (16, 17)" in refusal(folder)
+    rewrite(folder, lambda tensors: tensors.update({NAME: torch.zeros(16, 16, dtype=torch.int32)}))
+    assert f"tensor '{NAME}': expected floats, got torch.int32" in refusal(folder)
+    rewrite(folder, lambda tensors: tensors.update({NAME: torch.zeros(16, 16), "a.bias": torch.zeros(1)}))
+    assert "tensor 'a.bias' is not part of this model" in refusal(folder)
+
+
+def test_a_repeated_head_must_be_the_embedding(folder):
+    embedding = gemma().state_dict()["model.embed_tokens.weight"]
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    assert same(Gemma.from_pretrained(folder), gemma())
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    assert "untied head" in refusal(folder)
+
+
+def test_a_save_that_fails_leaves_the_old_folder(folder, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(CheckpointError, match="cannot be written .*No space left"):
+        gemma(1).save_pretrained(folder)
+    assert same(Gemma.from_pretrained(folder), gemma(0))
+    monkeypatch.undo()
+    gemma(1).save_pretrained(folder)
+    assert same(Gemma.from_pretrained(folder), gemma(1))
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_saving_spares_other_files_and_other_folders(folder, tmp_path):
+    (folder / "README.md").write_text("card")
+    gemma(1).save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "card"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years")
+    for path in (tmp_path / "home", tmp_path / "home" / "thesis.txt"):
+        with pytest.raises(CheckpointError):
+            gemma().save_pretrained(path)
+    assert os.listdir(tmp_path / "home") == ["thesis.txt"]
+    gemma().save_pretrained(tmp_path / "deep" / "er")
+    assert same(Gemma.from_pretrained(tmp_path / "deep" / "er"), gemma())
+
+
+def test_an_interrupted_save_is_pointed_at(folder):
+    folder.rename(folder.parent / ".model.old")
+    assert "an interrupted save left" in refusal(folder)
+
+
+def test_a_link_keeps_pointing(folder, tmp_path):
+    (tmp_path / "latest").symlink_to(folder)
+    gemma(1).save_pretrained(tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink() and same(Gemma.from_pretrained(folder), gemma(1))
+
+
+def test_the_tokenizer_travels_and_must_fit(folder, tokenizer):
+    gemma().save_pretrained(folder, tokenizer)
+    assert (folder / "tokenizer.json").is_file() and (folder / "tokenizer_config.json").is_file()
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [tokenizer.eos_id, tokenizer.end_of_turn_id]
+    checkpoint.check_tokenizer_fits(tokenizer, tokenizer.vocab_size, folder)
+    with pytest.raises(CheckpointError, match=f"ids go to {tokenizer.vocab_size - 1}"):
+        checkpoint.check_tokenizer_fits(tokenizer, tokenizer.vocab_size - 1, folder)
+    small = Gemma(GemmaConfig(200, 16, 24, 2, 2, 1, head_dim=8))
+    with pytest.raises(CheckpointError, match="vocabulary is 200"):
+        small.save_pretrained(folder, tokenizer)
+    assert same(Gemma.from_pretrained(folder), gemma())
