@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 from swirl.environment.polynomials import Ratio, real_roots
 from swirl.environment.surds import (
-    APPROXIMATE,
     DECIMAL,
     EXACT,
     MAX_DIGITS,
@@ -266,19 +265,13 @@ def _calculate(text: str) -> str:
         if right is None:
             return show(value)
         difference = parser.ops.subtract(value, right.constant(""))
-        return str(_is_nothing(difference))
+        return str(difference.is_zero)
     if right is None:
         raise CalculatorError(f"unknown name {parser.unknown!r}: an unknown needs an equation")
     roots = real_roots(left.subtract(right, parser.ops), parser.ops)
     if roots is None:
         return f"true for every {parser.unknown}"
     return " or ".join(f"{parser.unknown} = {show(root)}" for root in roots) or "no real solution"
-
-
-def _is_nothing(difference: Number) -> bool:
-    if difference.kind == APPROXIMATE:
-        return abs(difference.rational) < Fraction(1, 10**15)
-    return difference.is_zero
 
 
 class CalculatorTool:

@@ -122,7 +122,8 @@ def real_roots(equation: Ratio, ops: Arithmetic) -> list[Number] | None:
         return None
     roots = _roots(equation.over, ops)
     kind = max([equation.kind, *(c.kind for c in equation.over + equation.under)])
-    roots = [Number(root.terms, max(root.kind, kind)) for root in roots]
+    zero = number(0, kind)
+    roots = [ops.add(root, zero) for root in roots]
     roots = [root for root in roots if not _value_at(equation.under, root, ops).is_zero]
     return sorted(roots, key=value_of)
 

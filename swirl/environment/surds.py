@@ -26,7 +26,8 @@ EXACT, DECIMAL, APPROXIMATE = 0, 1, 2
 
 MAX_DIGITS = 1000
 MAX_TERMS = 32
-MAX_WORK = 10_000
+MAX_ROOT = 10**6  # the degree of a root that is kept exact
+MAX_WORK = 3_000
 _MAX_BITS = int(MAX_DIGITS * 3.3219281)
 _FACTOR_BELOW = 10**18
 _PI = Decimal(
@@ -39,7 +40,9 @@ Key = tuple[tuple[int, Fraction], ...]
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """`terms` never holds a zero; `kind` is the least exact of all that went into it."""
+    """`terms` never holds a zero; `kind` is the least exact of all that went into it, APPROXIMATE is
+    rational.
+    """
 
     terms: dict[Key, Fraction]
     kind: int = EXACT
@@ -47,7 +50,7 @@ class Number:
     @property
     def is_zero(self) -> bool:
         if self.kind == APPROXIMATE:
-            return abs(self.rational or 0) < Fraction(1, 10**30)
+            return abs(self.rational) < Fraction(1, 10**30)
         return not self.terms
 
     @property
@@ -84,6 +87,11 @@ class Arithmetic:
             raise CalculatorError("too much work for one calculation")
         if len(terms) > MAX_TERMS:
             raise CalculatorError(f"a sum of more than {MAX_TERMS} different roots")
+        if kind == APPROXIMATE:
+            self.work += 4 * len(terms)
+            with decimal.localcontext(prec=50, Emax=10**6, Emin=-(10**6)):
+                value = +value_of(Number(terms))
+            terms = {(): Fraction(value)} if value else {}
         for value in terms.values():
             if value.numerator.bit_length() > _MAX_BITS or value.denominator.bit_length() > _MAX_BITS:
                 _refuse_digits()
@@ -146,7 +154,7 @@ class Arithmetic:
         if abs(exponent) * _bits(a) > 2 * _MAX_BITS:
             _refuse_digits()
         if len(a.terms) == 1:
-            if kind != APPROXIMATE or exponent.denominator == 1:
+            if exponent.denominator == 1 or (kind != APPROXIMATE and exponent.denominator <= MAX_ROOT):
                 ((key, value),) = a.terms.items()
                 return self._power_of_term(key, value, exponent, kind)
         elif exponent.denominator == 1 and abs(exponent) <= 64:
@@ -157,11 +165,14 @@ class Arithmetic:
                 left >>= 1
                 if left:
                     square = self.multiply(square, square)
-            return self.divide(number(1, kind), result) if exponent < 0 else Number(result.terms, kind)
+            return self.divide(number(1, kind), result) if exponent < 0 else self._made(result.terms, kind)
         self.work += 100
         with decimal.localcontext(prec=60, Emax=10**6, Emin=-(10**6)):
-            value = value_of(a) ** _decimal(exponent)
-        return self._made({(): Fraction(value)} if value else {}, APPROXIMATE)
+            base = value_of(a)
+            if abs(exponent) * (abs(base.adjusted()) + 1) > 2 * MAX_DIGITS:
+                _refuse_digits()
+            value = base ** _decimal(exponent)
+        return self._made({(): Fraction(value)}, APPROXIMATE)
 
     def _power_of_term(self, key: Key, value: Fraction, exponent: Fraction, kind: int) -> Number:
         if exponent.denominator == 1:
@@ -176,9 +187,8 @@ class Arithmetic:
         return self._made({key: factor}, kind)
 
     def approximate(self, a: Number) -> Number:
-        """The same value as one rational of at least 40 digits."""
-        self.work += 20 * len(a.terms)
-        return number(Fraction(value_of(a)), APPROXIMATE)
+        """The same value as one rational of 50 digits."""
+        return self._made(a.terms, APPROXIMATE)
 
     def sign(self, a: Number) -> int:
         if a.is_zero:
@@ -196,6 +206,8 @@ def _normal(exponents: dict[int, Fraction]) -> tuple[Key, Fraction]:
     """Whole powers of the bases go into the factor; what stays is the key."""
     factor, key = Fraction(1), []
     for base, exponent in exponents.items():
+        if abs(exponent) > MAX_DIGITS or exponent.denominator > MAX_ROOT**2:
+            _refuse_digits()
         if base:
             whole = exponent.numerator // exponent.denominator
             if abs(whole) * base.bit_length() > 2 * _MAX_BITS:
@@ -279,18 +291,21 @@ def _decimal(value: Fraction) -> Decimal:
 
 
 def value_of(a: Number) -> Decimal:
-    """Its value, good to 40 digits and more."""
-    largest = max((v.numerator.bit_length() for v in a.terms.values()), default=0)
-    with decimal.localcontext(
-        prec=60 + (largest * 2 // 3 if len(a.terms) > 1 else 0), Emax=10**6, Emin=-(10**6)
-    ):
-        total = Decimal(0)
-        for key, value in a.terms.items():
-            term = _decimal(value)
-            for base, exponent in key:
-                term *= (Decimal(base) if base else _PI) ** _decimal(exponent)
-            total += term
-        return total
+    """Its value, good to 40 digits. Raises CalculatorError where its terms cancel beyond 50 digits."""
+    for precision in (60, 100):
+        with decimal.localcontext(prec=precision, Emax=10**6, Emin=-(10**6)):
+            terms = [_value_of_term(key, value) for key, value in a.terms.items()]
+            total = sum(terms, Decimal(0))
+        if len(terms) < 2 or total and max(t.adjusted() for t in terms) - total.adjusted() < precision - 50:
+            return total
+    raise CalculatorError("a difference too small to tell from zero")
+
+
+def _value_of_term(key: Key, value: Fraction) -> Decimal:
+    term = _decimal(value)
+    for base, exponent in key:
+        term *= (Decimal(base) if base else _PI) ** _decimal(exponent)
+    return term
 
 
 def show(a: Number) -> str:
