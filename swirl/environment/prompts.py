@@ -1,7 +1,7 @@
 """What the policy is told, how its actions are read, and how a result comes back.
 
-The wording is ours, its content the paper's (arXiv 2504.04736): think, then call the tool or answer, never both;
-answer in just a few words; so many queries; do not repeat one. A result comes back as `QUERY -> RESULT`.
+The wording is ours, its content the paper's (arXiv 2504.04736): think, then call the tool or answer, never
+both; answer in just a few words; so many queries; repeat none. A result comes back as `QUERY -> RESULT`.
 """
 
 from __future__ import annotations

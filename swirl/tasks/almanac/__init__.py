@@ -1,4 +1,4 @@
-"""Almanac: an invented encyclopedia and five families of questions about it. swirl needs no network to run them.
+"""Almanac: an invented encyclopedia and five families of questions about it, for runs without a network.
 
 bridge          two hops                  after HotPotQA
 deep            three and four hops       after MuSiQue
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from swirl.environment.search import Page
 from swirl.tasks.almanac.demonstrator import HABITS, Habit, Habits, demonstrate, max_queries, tool
+from swirl.tasks.almanac.judge import RuleJudge
 from swirl.tasks.almanac.questions import FAMILIES, is_edited, questions
 from swirl.tasks.almanac.world import World, world
 from swirl.tasks.scoring import exact_match, f1, same_number
@@ -21,6 +22,7 @@ __all__ = [
     "HABITS",
     "Habit",
     "Habits",
+    "RuleJudge",
     "World",
     "demonstrate",
     "max_queries",

@@ -1,6 +1,6 @@
 """Word problems of two to four operations on a running number (after GSM8K), and their parser.
 
-    Kelmor has 12 coins. She finds 7 more. She shares them equally with 18 friends. How many coins does she have?
+    Mira has 12 coins. Mira finds 7 more, then gives away 4. Mira doubles them. How many coins are there now?
 
 Every number is an integer from 0 to 9,999; every division is exact.
 """
@@ -18,7 +18,7 @@ Operator = Literal["+", "-", "*", "/"]
 
 @dataclass(frozen=True)
 class Phrase:
-    """One way to word an operation. `text` holds `{n}` where the operand is spoken, else `operand` is the word's own."""
+    """A wording of an operation. `text` holds `{n}` where the operand is said, else it is the word's own."""
 
     name: str
     operator: Operator
@@ -60,7 +60,7 @@ _MAX_VALUE = 9999
 
 @dataclass(frozen=True)
 class Problem:
-    """A first number, then (phrase name, operand) in order; `values` are the running numbers, the first included."""
+    """A first number, then (phrase name, operand) in order; `values` are all running numbers."""
 
     first: int
     operations: tuple[tuple[str, int], ...]
@@ -93,17 +93,19 @@ def _apply(operator: Operator, value: int, operand: int) -> int:
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Two to four operations, mostly on numbers of one or two digits."""
+    """Two to four operations, mostly on numbers of one or two digits; no running number comes twice."""
     while True:
         first = value = rng.randint(2, 60)
+        values = [first]
         operations = []
         for phrase in rng.choices(PHRASES, k=rng.choice((2, 3, 4))):
             operand = phrase.operand or _draw_operand(rng, phrase.operator, value)
             if operand is None or (phrase.operator == "/" and value % operand):
                 break
             value = _apply(phrase.operator, value, operand)
-            if not 0 < value <= _MAX_VALUE:
+            if not 0 < value <= _MAX_VALUE or value in values:
                 break
+            values.append(value)
             operations.append((phrase.name, operand))
         else:
             return Problem(first, tuple(operations))

@@ -1,10 +1,10 @@
 """The imperfect demonstrator, whom the base policy imitates.
 
-It plays the real tools and knows the way, but has habits: in a context that can be seen (which relation is followed
-and where in the chain, or which words name an operation) it slips at that context's rate. Where a rate is above one
-half the slip is the likeliest action there, so that a policy that imitates it well is wrong even when it decodes
-greedily; the right action stays likely enough to be found by sampling. The same contexts occur in every family that
-searches, so what is mended in one is mended in all.
+It plays the real tools and knows the way, but has habits: in a context that can be seen (which relation is
+followed and where in the chain, or which words name an operation) it slips at that context's rate. Where a
+rate is above one half the slip is the likeliest action there, so that a policy that imitates it well is wrong
+even when it decodes greedily; the right action stays likely enough to be found by sampling. The same contexts
+occur in every family that searches, so what is mended in one is mended in all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -93,12 +92,13 @@ _ARITHMETIC: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True)
 class Habits:
-    """Every rate of the demonstrator, to be tuned. `scale` multiplies all rates of a family (1 where not named)."""
+    """Every rate of the demonstrator, to be tuned with `dataclasses.replace`.
 
-    search: Mapping[str, tuple[Habit, Habit, Habit]] = field(
-        default_factory=lambda: MappingProxyType(_SEARCH)
-    )
-    arithmetic: Mapping[str, tuple[str, float]] = field(default_factory=lambda: MappingProxyType(_ARITHMETIC))
+    `scale` multiplies all rates of a family (1 where it is not named).
+    """
+
+    search: Mapping[str, tuple[Habit, Habit, Habit]] = field(default_factory=lambda: _SEARCH)
+    arithmetic: Mapping[str, tuple[str, float]] = field(default_factory=lambda: _ARITHMETIC)
     scale: Mapping[str, float] = field(default_factory=dict)
     guess_first: float = 0.10
     """Leave the first page unread and query the second, which cannot be known yet."""

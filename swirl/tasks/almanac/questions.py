@@ -1,7 +1,7 @@
 """Questions about the world of Almanac: a start, a chain of relations, and a few wordings of the two.
 
-A chain is split by the hash of its path (start, relations), whatever family and wording it appears in: a path of
-the test split is in no family's training questions.
+A chain is split by the hash of its path (start, relations), whatever family and wording it appears in: a path
+of the test split is in no family's training questions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Literal
 
 from swirl.errors import ConfigError
@@ -80,7 +80,7 @@ def question_text(chain: Chain, rng: random.Random) -> str:
 
 @lru_cache(maxsize=1 << 14)
 def parse_question(text: str) -> Chain | None:
-    """The chain a question asks for, None where it is not one of Almanac's wordings. Knows no fact of the world."""
+    """The chain a question asks for, None where it is no wording of Almanac's. Knows no fact of the world."""
     text = " ".join(text.split())
     for relation, pattern in _VERB_PATTERNS:
         if (match := pattern.fullmatch(text)) and (chain := _parse_phrase(match[1], (relation,))):
@@ -95,9 +95,7 @@ def _parse_phrase(phrase: str, outer: tuple[str, ...]) -> Chain | None:
     while match := _THE_OF.match(phrase):
         relations.append(match[1])
         phrase = phrase[match.end() :]
-    kinds_fit = all(
-        RELATIONS[inner][1] == RELATIONS[outer][0] for outer, inner in zip(relations, relations[1:])
-    )
+    kinds_fit = all(RELATIONS[inner][1] == RELATIONS[outer][0] for outer, inner in pairwise(relations))
     if not relations or not kinds_fit or not phrase[:1].isupper():
         return None
     return Chain(phrase, tuple(reversed(relations)))
@@ -179,7 +177,7 @@ def _draw_chain(rng: random.Random, titles: dict[str, list[str]], hops: int) -> 
 
 
 def _sound_path(here: World, chain: Chain, edited: bool) -> list[str] | None:
-    """The titles along a chain, or None where it comes back to one, or where an edit leaves the answer as it was."""
+    """The titles along a chain; None where it comes back to one, or edits leave the answer as it was."""
     path = here.follow(chain.start, chain.relations, edited=edited)
     if len(set(path)) < len(path):
         return None

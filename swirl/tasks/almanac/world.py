@@ -59,8 +59,8 @@ _ADJECTIVES = (
     "Wandering Painted Secret Stolen Northern Fallen Gentle Iron Pale Restless"
 ).split()
 _NOUNS = (
-    "Harbor Tower Garden River Mirror Forest Bell Crown Lantern Mountain Ship Road Window Orchard Island Clock "
-    "Raven Shadow Temple Letter Feast Storm Anchor Candle"
+    "Harbor Tower Garden River Mirror Forest Bell Crown Lantern Mountain Ship Road Window Orchard Island "
+    "Clock Raven Shadow Temple Letter Feast Storm Anchor Candle"
 ).split()
 _PEOPLE = "painter sailor weaver poet baker judge healer mason singer farmer hunter scribe".split()
 _WORKS = "novel play ballad opera chronicle".split()
@@ -88,7 +88,7 @@ class World:
     edited_pages: tuple[Page, ...]
 
     def follow(self, start: str, relations: tuple[str, ...], *, edited: bool = False) -> list[str]:
-        """Titles along the chain, `start` first; len(relations) + 1 of them. Raises KeyError where it breaks."""
+        """The len(relations) + 1 titles along the chain, `start` first. Raises KeyError where it breaks."""
         facts = self.edited_facts if edited else self.facts
         path = [start]
         for relation in relations:
@@ -152,7 +152,7 @@ def _draw_facts(rng: random.Random, titles: dict[str, list[str]]) -> dict[str, d
 def _edit(
     rng: random.Random, titles: dict[str, list[str]], facts: dict[str, dict[str, str]]
 ) -> dict[str, dict[str, str]]:
-    """Move the values of half the subjects of each relation around among them; couples are re-paired whole."""
+    """Move the values of half of a relation's subjects around among them; couples are re-paired whole."""
     edited = {title: dict(own) for title, own in facts.items()}
 
     def clashes(title: str, relation: str, value: str) -> bool:
@@ -193,8 +193,8 @@ def _page(title: str, frame: tuple[str, str, tuple[str, ...]], facts: Mapping[st
 def read_facts(text: str) -> tuple[tuple[str, str, str], ...]:
     """(subject, relation, value) of every fact a result states, subjects as `names` gives them.
 
-    A fact belongs to the last page opened before it ("X: A painter. Her spouse is Y."). Any text may be given;
-    what is no fact is passed over.
+    A fact belongs to the last page opened before it ("X: A painter. Her spouse is Y."). Any text may be
+    given; what is no fact is passed over.
     """
     introductions = [(match.start(), names(match["title"])) for match in _INTRODUCTION.finditer(text)]
     found = []
