@@ -56,6 +56,7 @@ _ENDS = (
     "What is the number of {items}?",
 )
 _MAX_VALUE = 9999
+MAX_CHARACTERS = 1000  # a longer question is not Almanac's, and is not read
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ _PHRASE_PATTERNS = tuple((phrase, re.compile(_pattern(phrase.text))) for phrase 
 @lru_cache(maxsize=1 << 14)
 def parse_problem(text: str) -> Problem | None:
     """The problem a text words, None where it is not one of Almanac's wordings."""
+    if len(text) > MAX_CHARACTERS:
+        return None
     sentences = re.findall(r"[^.?]+[.?]", " ".join(text.split()))
     if len(sentences) < 3:
         return None

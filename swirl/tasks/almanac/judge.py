@@ -187,7 +187,7 @@ def _progress(problem: Problem, steps: tuple[Step, ...]) -> int:
 def _fit(problem: Problem, expression: str) -> tuple[tuple[int, int], ...]:
     """Every (i, j) where the expression takes running number i to number j by operations i to j - 1.
 
-    Any order and grouping of the same numbers will do if the value is right: 7 + 12 for 12 + 7, (12 + 7) * 2 for
+    Any order and grouping of these numbers will do if the value is right: 7 + 12 for 12 + 7, (12 + 7) * 2 for
     two steps at once, and 12 + 12 for 12 * 2.
     """
     expression = expression.strip().removesuffix("=")

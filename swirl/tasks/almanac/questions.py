@@ -17,6 +17,7 @@ from typing import Literal
 
 from swirl.errors import ConfigError
 from swirl.tasks.almanac import arithmetic
+from swirl.tasks.almanac.arithmetic import MAX_CHARACTERS
 from swirl.tasks.almanac.world import RELATIONS, RELATIONS_OF, SEED, World, world
 from swirl.trajectory import Question
 
@@ -81,6 +82,8 @@ def question_text(chain: Chain, rng: random.Random) -> str:
 @lru_cache(maxsize=1 << 14)
 def parse_question(text: str) -> Chain | None:
     """The chain a question asks for, None where it is no wording of Almanac's. Knows no fact of the world."""
+    if len(text) > MAX_CHARACTERS:
+        return None
     text = " ".join(text.split())
     for relation, pattern in _VERB_PATTERNS:
         if (match := pattern.fullmatch(text)) and (chain := _parse_phrase(match[1], (relation,))):

@@ -67,9 +67,11 @@ _WORKS = "novel play ballad opera chronicle".split()
 _CITIES = "city town port".split()
 _COUNTRIES = "kingdom republic duchy".split()
 
-_TITLE = r"[A-Z][A-Za-z'-]*(?: [A-Z][A-Za-z'-]*){0,5}"
-_INTRODUCTION = re.compile(rf"(?P<title>{_TITLE}): An? [a-z]+\.")
-_FACT = re.compile(rf"\b(?:Her|His|Its) (?P<relation>{'|'.join(RELATIONS)}) is (?P<value>{_TITLE})\.")
+_TITLE = r"[A-Z][A-Za-z'-]{0,30}(?: [A-Z][A-Za-z'-]{0,30}){0,5}"  # bounded, so that no text takes long
+_INTRODUCTION_OR_FACT = re.compile(
+    rf"(?P<title>{_TITLE}): An? [a-z]{{1,30}}\."
+    rf"|\b(?:Her|His|Its) (?P<relation>{'|'.join(RELATIONS)}) is (?P<value>{_TITLE})\."
+)
 
 
 def names(value: str) -> str:
@@ -196,10 +198,11 @@ def read_facts(text: str) -> tuple[tuple[str, str, str], ...]:
     A fact belongs to the last page opened before it ("X: A painter. Her spouse is Y."). Any text may be
     given; what is no fact is passed over.
     """
-    introductions = [(match.start(), names(match["title"])) for match in _INTRODUCTION.finditer(text)]
     found = []
-    for match in _FACT.finditer(text):
-        before = [title for start, title in introductions if start < match.start()]
-        if before:
-            found.append((before[-1], match["relation"], match["value"]))
+    subject = None
+    for match in _INTRODUCTION_OR_FACT.finditer(text):
+        if match["title"]:
+            subject = names(match["title"])
+        elif subject:
+            found.append((subject, match["relation"], match["value"]))
     return tuple(found)
