@@ -27,6 +27,14 @@ _EXACT_BELOW = (
 )
 
 
+def _index_class():
+    try:
+        from usearch.index import Index
+    except ImportError:
+        raise ConfigError("dense search needs usearch: pip install 'swirl[dense]'") from None
+    return Index
+
+
 def _vectors(given: Sequence[Sequence[float]], count: int, dimensions: int | None) -> np.ndarray:
     """(count, dimensions) float32, rows of length 1. Raises EndpointError where it was given anything
     else.
@@ -52,8 +60,7 @@ async def build_dense_index(
 
     Raises ConfigError where the folder is there already or there is no page, EndpointError as `embed` does.
     """
-    from usearch.index import Index
-
+    Index = _index_class()
     folder = Path(folder)
     if folder.exists():
         raise ConfigError(f"{folder} is there already: an index is built once, remove it to build it anew")
@@ -100,8 +107,7 @@ class DenseSearchTool:
     name = "search"
 
     def __init__(self, folder: str | os.PathLike, embed: Embed, top_k: int = 1):
-        from usearch.index import Index
-
+        Index = _index_class()
         self.embed, self.top_k = embed, top_k
         self.pages = list(read_pages(Path(folder) / "pages.jsonl"))
         try:

@@ -60,7 +60,7 @@ def read_pages(path: str | os.PathLike) -> Iterator[Page]:
         except msgspec.ValidationError as error:
             message, _, where = str(error).partition(" - at `$")
             raise InputError(path, message, line=number, field=where.strip("`.") or None) from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InputError(path, f"expected one page a line ({error})", line=number) from None
 
 

@@ -14,8 +14,10 @@ from swirl.trajectory import Question, read_lines
 
 Record = TypeVar("Record")
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError)  # bytes that are no UTF-8 are not wrapped by msgspec
 
-def _input_error(path, error: msgspec.MsgspecError, line: int | None, field: str = "") -> InputError:
+
+def _input_error(path, error: Exception, line: int | None, field: str = "") -> InputError:
     if isinstance(error, msgspec.ValidationError):
         message, _, where = str(error).partition(" - at `$")
         return InputError(path, message, line=line, field=(field + where.rstrip("`")).strip(".") or None)
@@ -29,7 +31,7 @@ def read_jsonl(path: str | os.PathLike, kind: type[Record]) -> Iterator[tuple[in
     for number, line in read_lines(path):
         try:
             yield number, decoder.decode(line)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise _input_error(path, error, number) from None
     if number == 0:
         raise InputError(path, "expected at least one line, the file is empty")
@@ -53,7 +55,7 @@ def read_array(path: str | os.PathLike, kind: type[Record], *, key: bool = False
         raise InputError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
     try:
         records = msgspec.json.decode(mapped, type=_Data if key else list[msgspec.Raw])
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise _input_error(path, error, None) from None
     records = records.data if key else records
     if not records:
@@ -61,7 +63,7 @@ def read_array(path: str | os.PathLike, kind: type[Record], *, key: bool = False
     for i, record in enumerate(records):
         try:
             yield decoder.decode(record)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise _input_error(path, error, None, f"data[{i}]" if key else f"[{i}]") from None
 
 
