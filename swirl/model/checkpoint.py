@@ -143,6 +143,8 @@ def save(state: dict[str, torch.Tensor], config: dict, path: str | os.PathLike, 
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(path, f"cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _aside(folder: Path, what: str) -> Path:
