@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "linear.h"
 #include "tree_attention.h"
 
 namespace nb = nanobind;
@@ -21,34 +22,39 @@ namespace {
 
 using swirl::BLOCK;
 using swirl::Dtype;
+using swirl::Linear;
 using swirl::Problem;
 using swirl::Tile;
 
 struct Isa {
     const char* name;
-    bool (*fwd)(const Problem&);
-    bool (*bwd)(const Problem&);
+    bool (*tree_attention_fwd)(const Problem&);
+    bool (*tree_attention_bwd)(const Problem&);
+    bool (*linear_fwd)(const Linear&);
+    bool (*linear_dx)(const Linear&);
+    bool (*linear_dw)(const Linear&);
     bool (*here)();
 };
 
-// Best first. SWIRL_X86 is set where the compiler could build the x86 sets.
+#define SWIRL_OPS(isa)                                                                               \
+    #isa, swirl::isa::tree_attention_fwd, swirl::isa::tree_attention_bwd, swirl::isa::linear_fwd,    \
+        swirl::isa::linear_dx, swirl::isa::linear_dw
+
+#if defined(SWIRL_X86)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Best first. SWIRL_X86 is set where the compiler builds the x86 sets.
 const Isa ISAS[] = {
 #if defined(SWIRL_X86)
-    {"avx512_bf16", swirl::avx512_bf16::tree_attention_fwd, swirl::avx512_bf16::tree_attention_bwd,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512bf16");
-     }},
-    {"avx512", swirl::avx512::tree_attention_fwd, swirl::avx512::tree_attention_bwd,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
-    {"avx2", swirl::avx2::tree_attention_fwd, swirl::avx2::tree_attention_bwd,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {SWIRL_OPS(avx512_bf16), [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {SWIRL_OPS(avx512), has_avx512},
+    {SWIRL_OPS(avx2), [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"plain", swirl::plain::tree_attention_fwd, swirl::plain::tree_attention_bwd, [] { return true; }},
+    {SWIRL_OPS(plain), [] { return true; }},
 };
 
 std::vector<std::string> isas() {
@@ -166,7 +172,7 @@ void tree_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor
     expect(softmax, wide, {2, Hq, T}, "softmax");
     if (out_wide) expect(*out_wide, wide, {T, Hq, D}, "out_wide");
     p.out = out.data(), p.softmax = softmax.data(), p.out_wide = out_wide ? out_wide->data() : nullptr;
-    run(pick(isa).fwd, p, subtree_end, position_ids, window, false);
+    run(pick(isa).tree_attention_fwd, p, subtree_end, position_ids, window, false);
 }
 
 void tree_attention_bwd(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor position_ids, Tensor out_wide,
@@ -183,7 +189,40 @@ void tree_attention_bwd(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor
     expect(dv, q.dtype(), {T, Hkv, D}, "dv");
     p.out_wide = out_wide.data(), p.softmax = softmax.data(), p.d_out = d_out.data();
     p.dq = dq.data(), p.dk = dk.data(), p.dv = dv.data();
-    run(pick(isa).bwd, p, subtree_end, position_ids, window, true);
+    run(pick(isa).tree_attention_bwd, p, subtree_end, position_ids, window, true);
+}
+
+Linear linear_of(const Tensor& x, const Tensor& w, int threads) {
+    if (x.ndim() != 2 || w.ndim() != 2 || threads < 1) throw std::invalid_argument("x and w must be (M, K) and (N, K)");
+    Linear p = {};
+    p.M = x.shape(0), p.K = x.shape(1), p.N = w.shape(0), p.threads = threads;
+    expect(x, nb::dtype<float>(), {x.shape(0), x.shape(1)}, "x");
+    expect(w, nb::dtype<float>(), {w.shape(0), x.shape(1)}, "w");
+    p.x = (const float*)x.data(), p.w = (const float*)w.data();
+    return p;
+}
+
+void linear_fwd(Tensor x, Tensor w, Tensor y, int threads, const std::string& isa) {
+    Linear p = linear_of(x, w, threads);
+    expect(y, nb::dtype<float>(), {x.shape(0), w.shape(0)}, "y");
+    p.y = (float*)y.data();
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    if (!set.linear_fwd(p)) throw std::bad_alloc();
+}
+
+void linear_bwd(Tensor x, Tensor w, Tensor dy, std::optional<Tensor> dx, std::optional<Tensor> dw, int threads,
+                const std::string& isa) {
+    Linear p = linear_of(x, w, threads);
+    expect(dy, nb::dtype<float>(), {x.shape(0), w.shape(0)}, "dy");
+    if (dx) expect(*dx, nb::dtype<float>(), {x.shape(0), x.shape(1)}, "dx");
+    if (dw) expect(*dw, nb::dtype<float>(), {w.shape(0), w.shape(1)}, "dw");
+    p.dy = (const float*)dy.data();
+    p.dx = dx ? (float*)dx->data() : nullptr, p.dw = dw ? (float*)dw->data() : nullptr;
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    if (p.dx && !set.linear_dx(p)) throw std::bad_alloc();
+    if (p.dw && !set.linear_dw(p)) throw std::bad_alloc();
 }
 
 }  // namespace
@@ -199,4 +238,8 @@ NB_MODULE(_cpu, m) {
           nb::arg("position_ids"), nb::arg("out_wide"), nb::arg("softmax"), nb::arg("d_out"), nb::arg("dq"),
           nb::arg("dk"), nb::arg("dv"), nb::arg("scale"), nb::arg("softcap"), nb::arg("window"), nb::arg("threads"),
           nb::arg("isa"), "Fills dq (T, Hq, D), dk and dv (T, Hkv, D).");
+    m.def("linear_fwd", linear_fwd, nb::arg("x"), nb::arg("w"), nb::arg("y"), nb::arg("threads"), nb::arg("isa"),
+          "Fills y (M, N) = x (M, K) w (N, K)^T, float32.");
+    m.def("linear_bwd", linear_bwd, nb::arg("x"), nb::arg("w"), nb::arg("dy"), nb::arg("dx").none(),
+          nb::arg("dw").none(), nb::arg("threads"), nb::arg("isa"), "Fills dx and dw, where given.");
 }

@@ -39,8 +39,13 @@ def isas() -> list[str]:
 
 
 def supports(q: torch.Tensor) -> bool:
-    """Whether the C++ ops are built and take this tensor."""
+    """Whether tree_attention here is built and takes this tensor."""
     return q.device.type == "cpu" and q.dtype in DTYPES and _extension() is not None
+
+
+def _machine() -> tuple[int, str]:
+    """Threads to use, and the instruction set asked for; "" is the best."""
+    return torch.get_num_threads(), os.environ.get("SWIRL_CPU_ISA", "")
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -54,8 +59,7 @@ class _TreeAttention(torch.autograd.Function):
         # The backward wants O before rounding: bfloat16's own error would enter dQ and dK through dO . O.
         keep_wide = q.dtype != wide and any(ctx.needs_input_grad)
         out_wide = torch.empty_like(q, dtype=wide) if keep_wide else None
-        isa = os.environ.get("SWIRL_CPU_ISA", "")
-        ctx.options = (scale, softcap or 0.0, window or 0, torch.get_num_threads(), isa)
+        ctx.options = (scale, softcap or 0.0, window or 0, *_machine())
         mask = (subtree_end, position_ids)
         _extension().tree_attention_fwd(q, k, v, *mask, out, softmax, out_wide, *ctx.options)
         ctx.save_for_backward(q, k, v, *mask, out_wide if keep_wide else out, softmax)
@@ -92,3 +96,47 @@ def tree_attention(
         out = _TreeAttention.apply(q, k, v, subtree_end, position_ids, scale, softcap, window)
         return out.to(torch.float16)
     return _TreeAttention.apply(q, k, v, subtree_end, position_ids, scale, softcap, window)
+
+
+def supports_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether linear here is built, takes these, and is the faster: float32, many rows, a weight the cache holds.
+
+    MKL leaves AVX-512 unused on CPUs that are not Intel's, a third of the rate; for few rows packing the weight
+    costs more than it saves, and the largest weights want a blocking that is not here.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[:-1].numel() >= 64
+        and weight.numel() <= 1 << 21
+        and any("avx512" in isa for isa in isas())
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        x, weight = x.detach().contiguous(), weight.detach().contiguous()
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        ctx.machine = _machine()
+        _extension().linear_fwd(x, weight, y, *ctx.machine)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = (saved.detach() for saved in ctx.saved_tensors)
+        dx, dweight = (
+            torch.empty_like(of) if needed else None for of, needed in zip((x, weight), ctx.needs_input_grad)
+        )
+        _extension().linear_bwd(x, weight, dy.contiguous(), dx, dweight, *ctx.machine)
+        return dx, dweight
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., K), weight (N, K) float32 -> (..., N): torch.nn.functional.linear without bias, where supports_linear.
+
+    A row of the result depends on its own row of x alone; no sum's order depends on the threads.
+    """
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)

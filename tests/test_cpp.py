@@ -232,3 +232,44 @@ def test_absent_ops_say_so_once_and_the_reference_serves(monkeypatch):
     finally:
         monkeypatch.undo()
         cpu._extension.cache_clear()
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("M,N,K", [(1, 1, 1), (7, 64, 33), (64, 128, 32), (530, 70, 100), (257, 160, 5)])
+def test_linear(monkeypatch, isa, M, N, K):
+    monkeypatch.setenv("SWIRL_CPU_ISA", isa)
+    x, w, dy = (torch.randn(shape, dtype=torch.float64) for shape in ((M, K), (N, K), (M, N)))
+    leaves = [x.float().requires_grad_(), w.float().requires_grad_()]
+    y = cpu.linear(*leaves)
+    results = [y.detach(), *torch.autograd.grad(y, leaves, dy.float())]
+    expected = [x @ w.T, dy @ w, dy.T @ x]
+    assert [r.shape for r in results] == [e.shape for e in expected]
+    assert share_of_largest(results, expected) < 2e-6
+
+
+def test_linear_keeps_rows_apart_and_ignores_threads():
+    x, w, dy = torch.randn(3, 101, 48), torch.randn(96, 48), torch.randn(3, 101, 96)
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y = cpu.linear(*leaves)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*results))
+    other = x.detach().clone()
+    other[1] = torch.randn(101, 48)
+    y = cpu.linear(other, w)
+    assert torch.equal(y[::2], results[0][0][::2]) and not torch.equal(y[1], results[0][0][1])
+    assert torch.equal(cpu.linear(x[1, 5:70], w), results[0][0][1, 5:70])  # nor on where it lies
+
+
+def test_linear_is_offered_where_it_is_the_faster():
+    w = torch.randn(32, 48)
+    fast = any("avx512" in isa for isa in cpu.isas())
+    assert cpu.supports_linear(torch.randn(2, 50, 48), w) == fast
+    assert not cpu.supports_linear(torch.randn(5, 48), w)
+    assert not cpu.supports_linear(torch.randn(100, 48).bfloat16(), w.bfloat16())
+    assert not cpu.supports_linear(torch.randn(100, 2), torch.empty(1 << 21, 2))
