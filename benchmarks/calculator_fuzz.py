@@ -153,23 +153,29 @@ def agrees(text: str, ours: str) -> bool:
     if "=" in text:
         return _same_roots(text, ours)
     theirs = sympy.sympify(_percent_in_brackets(text), rational=True)
-    if ours == "refused: division by zero":
-        return _divides_by_zero(sympy.sympify(_percent_in_brackets(text), rational=True, evaluate=False))
     if ours.startswith("refused: "):
-        return (
-            not (theirs.is_finite and theirs.is_real) or "digits" in ours or "work" in ours or "roots" in ours
-        )
+        if any(word in ours for word in ("digits", "work", "different roots")):
+            return True
+        return _has_no_value(sympy.sympify(_percent_in_brackets(text), rational=True, evaluate=False))
     if not theirs.is_finite or sympy.im(theirs.evalf(30)) != 0:
         return False
     return _close(sympy.sympify(ours, rational=True), theirs)
 
 
-def _divides_by_zero(expression) -> bool:
-    """Anywhere in it: SymPy goes on with infinity, so that 7/(65/0) is 0."""
+def _has_no_value(expression) -> bool:
+    """Is there a division by zero or a root of a negative number anywhere in it?
+
+    SymPy goes on with infinity and complex numbers, so that 7/(65/0) is 0 and sqrt(-1)^2 is -1.
+    """
     import sympy
 
-    powers = (node for node in sympy.preorder_traversal(expression) if node.is_Pow)
-    return any(power.exp.doit().is_negative and power.base.doit().is_zero is not False for power in powers)
+    for power in (node for node in sympy.preorder_traversal(expression) if node.is_Pow):
+        base, exponent = power.base.doit(), power.exp.doit()
+        if exponent.is_negative and base.is_zero is not False:
+            return True
+        if exponent.is_integer is not True and (base.is_negative or base.is_real is False):
+            return True
+    return False
 
 
 def _percent_in_brackets(text: str) -> str:

@@ -2,7 +2,7 @@
 
     Number = sum over keys of coefficient * product of base ** exponent
 A key is a sorted tuple of (base, exponent): base 0 stands for pi with any exponent but 0; every other base
-is an integer > 1, prime where it was small enough to factor, with an exponent in (0, 1). The empty key is
+is an integer > 1, prime or without factors below 1000, with an exponent in (0, 1). The empty key is
 the rational part.
 
 Sums, differences and products are exact, division by one term is, and by `a + b*sqrt(n)`; so are rational
@@ -27,9 +27,8 @@ EXACT, DECIMAL, APPROXIMATE = 0, 1, 2
 MAX_DIGITS = 1000
 MAX_TERMS = 32
 MAX_ROOT = 10**6  # the degree of a root that is kept exact
-MAX_WORK = 3_000
+MAX_WORK = 4_000
 _MAX_BITS = int(MAX_DIGITS * 3.3219281)
-_FACTOR_BELOW = 10**18
 _PI = Decimal(
     "3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798"
 )
@@ -93,8 +92,10 @@ class Arithmetic:
                 value = +value_of(Number(terms))
             terms = {(): Fraction(value)} if value else {}
         for value in terms.values():
-            if value.numerator.bit_length() > _MAX_BITS or value.denominator.bit_length() > _MAX_BITS:
+            bits = value.numerator.bit_length(), value.denominator.bit_length()
+            if max(bits) > _MAX_BITS:
                 _refuse_digits()
+            self.work += sum(bits) // 500
         return Number(terms, kind)
 
     def add(self, a: Number, b: Number) -> Number:
@@ -178,7 +179,7 @@ class Arithmetic:
         if exponent.denominator == 1:
             key, factor = _normal({base: power * exponent for base, power in key})
             return self._made({key: value**exponent.numerator * factor}, kind)
-        self.work += 100
+        self.work += 100 + _bits(number(value)) // 8
         exponents = {base: power * exponent for base, power in key}
         sides = ((value.numerator, 1), (value.denominator, -1))
         for base, power in [(b, p * side) for n, side in sides for b, p in _factors(n)]:
@@ -246,28 +247,27 @@ def _primes() -> tuple[int, ...]:
 
 
 def _factors(n: int) -> list[tuple[int, int]]:
-    """(base, power) pairs whose product is n; all prime below `_FACTOR_BELOW` but for factors above 1000."""
+    """(base, power) pairs whose product is n; every base is prime, or has no factor below 1000."""
     found = []
-    if n < _FACTOR_BELOW:
-        for prime in _primes():
-            if prime * prime > n:
-                break
-            power = 0
-            while n % prime == 0:
-                n //= prime
-                power += 1
-            if power:
-                found.append((prime, power))
+    for prime in _primes():
+        if prime * prime > n:
+            break
+        power = 0
+        while n % prime == 0:
+            n //= prime
+            power += 1
+        if power:
+            found.append((prime, power))
     if n > 1:
         found.append(_perfect_power(n))
     return found
 
 
 def _perfect_power(n: int) -> tuple[int, int]:
-    """(root, power) with root ** power == n and the greatest power."""
+    """(root, power) with root ** power == n, for powers whose prime factors are below 20."""
     power = 1
-    for prime in _primes():
-        if prime >= n.bit_length():
+    for prime in (2, 3, 5, 7, 11, 13, 17, 19):
+        if 10 * prime > n.bit_length():
             break
         while (root := integer_root(n, prime)) ** prime == n:
             n, power = root, power * prime
