@@ -1,26 +1,38 @@
 """LM head, final softcap and log-prob in one op: log_softmax(softcap(hidden weight^T))[target].
 
-hidden (M, d), weight (V, d), target_ids (M,) int64 -> (M,) float32 (float64 for float64 inputs).
+hidden (M, d), weight (V, d), target_ids (M,) int64 -> (M,) float32 (float64 for float64 inputs), and on
+request the entropy of each row's whole distribution, (M,), from the same pass.
 Never more than a chunk of logits is alive, forward or backward; the backward recomputes them.
-Numerics: logits, log-sum-exp and gradients in float32, chunks summed in a fixed order.
+Numerics: logits, log-sum-exp and gradients in float32, summed in a fixed order. The Triton backward keeps
+d_hidden in float32 as two 16-bit halves, the upper of which lives in the result, so that beside the gradients
+it takes `EXTRA_BYTES` (for at most 8k rows of Gemma-2 2b; from there on M * d * 2 bytes more).
 Floor: 2 * M * d * V FLOPs forward, 6 * M * d * V forward + backward (the recomputation is not counted).
 Source: the recomputation is that of cut-cross-entropy (arXiv:2411.09009).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch.autograd.function import once_differentiable
+
+from . import _triton
+from ._triton import LOG2E, jit, softcap_slope, softcapped, tile, tl
 
 CHUNK_BYTES = 32 << 20
+EXTRA_BYTES = 64 << 20
 
 
-def linear_log_prob_reference(hidden, weight, target_ids, *, softcap=None):
+def linear_log_prob_reference(hidden, weight, target_ids, *, softcap=None, return_entropy=False):
     """The definition: materialises (M, V) logits, differentiable by autograd."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits.log_softmax(-1).gather(1, target_ids[:, None])[:, 0]
+    log_p = logits.log_softmax(-1)
+    log_probs = log_p.gather(1, target_ids[:, None])[:, 0]
+    return (log_probs, -(log_p.exp() * log_p).sum(-1)) if return_entropy else log_probs
 
 
 def _chunk_rows(M, V, dtype):
@@ -34,24 +46,29 @@ def _logits(hidden, weight, softcap, dtype):
 
 class _ChunkedLinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target_ids, softcap):
+    def forward(ctx, hidden, weight, target_ids, softcap, return_entropy):
         M, V = hidden.shape[0], weight.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = torch.empty(M, dtype=dtype, device=hidden.device)
         log_z = torch.empty(M, dtype=dtype, device=hidden.device)
+        entropy = torch.zeros(M, dtype=dtype, device=hidden.device)
         rows = _chunk_rows(M, V, dtype)
         for start in range(0, M, rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, softcap, dtype)
             log_z[part] = logits.logsumexp(-1)
             log_probs[part] = logits.gather(1, target_ids[part, None])[:, 0] - log_z[part]
-        ctx.save_for_backward(hidden, weight, target_ids, log_z)
-        ctx.softcap = softcap
-        return log_probs
+            if return_entropy:
+                entropy[part] = log_z[part] - (logits - log_z[part, None]).exp_().mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, target_ids, log_z, entropy)
+        ctx.settings = softcap, return_entropy
+        return log_probs, entropy
 
     @staticmethod
-    def backward(ctx, d_log_probs):
-        hidden, weight, target_ids, log_z = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, d_log_probs, d_entropy):
+        hidden, weight, target_ids, log_z, entropy = ctx.saved_tensors
+        softcap, return_entropy = ctx.settings
         M, V = hidden.shape[0], weight.shape[0]
         dtype = log_z.dtype
         d_hidden = torch.empty_like(hidden)
@@ -59,24 +76,299 @@ class _ChunkedLinearLogProb(torch.autograd.Function):
         rows = _chunk_rows(M, V, dtype)
         for start in range(0, M, rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight, ctx.softcap, dtype)
+            logits = _logits(hidden[part], weight, softcap, dtype)
             d_part = d_log_probs[part, None].to(dtype)
-            d_logits = (logits - log_z[part, None]).exp_().mul_(-d_part)
+            log_p = logits - log_z[part, None]
+            if return_entropy:  # dH / d logit = -p (log p + H)
+                d_logits = log_p.exp().mul_(-d_part - d_entropy[part, None] * (log_p + entropy[part, None]))
+            else:
+                d_logits = log_p.exp_().mul_(-d_part)
             d_logits.scatter_add_(1, target_ids[part, None], d_part)
-            if ctx.softcap is not None:
-                d_logits.mul_(1 - (logits / ctx.softcap).square_())
+            if softcap is not None:
+                d_logits.mul_(1 - (logits / softcap).square_())
             d_hidden[part] = d_logits.to(hidden.dtype) @ weight
             d_weight.addmm_(d_logits.T, hidden[part].to(dtype))
-        return d_hidden, d_weight.to(weight.dtype), None, None
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+@jit(do_not_specialize=["M", "V", "num_tiles"])
+def _linear_log_prob_fwd_kernel(
+    h_rows, w_rows, p_target, p_target_logit, p_lse, p_mean_logit, M, V, num_tiles,
+    D: tl.constexpr, SOFTCAP: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, ENTROPY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    o_m, split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    i_m = o_m + tl.arange(0, BLOCK_M)
+    m_m = i_m < M
+    target = tl.load(p_target + i_m, mask=m_m, other=-1)
+    first, last = split * num_tiles * BLOCK_V, tl.minimum((split + 1) * num_tiles * BLOCK_V, V)
+    maximum = tl.full([BLOCK_M], 0.0 if FIXED_MAXIMUM else -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M], tl.float32)
+    target_logit = tl.zeros([BLOCK_M], tl.float32)
+    for o_v in range(first, last, BLOCK_V):
+        dots = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        for o_d in range(0, D, BLOCK_D):
+            h = tile(h_rows, o_m, o_d, M, D, BLOCK_M, BLOCK_D, TMA)
+            w = tile(w_rows, o_v, o_d, V, D, BLOCK_V, BLOCK_D, TMA)
+            dots = tl.dot(h, w.T, dots, input_precision=PRECISION)
+        i_v = o_v + tl.arange(0, BLOCK_V)
+        logits = softcapped(dots, 1.0, SOFTCAP)
+        logits = tl.where(i_v[None, :] < V, logits, -1e30)
+        target_logit += tl.sum(tl.where(i_v[None, :] == target[:, None], logits, 0.0), 1)
+        if FIXED_MAXIMUM:
+            p = tl.exp2(logits)
+        else:
+            higher = tl.maximum(maximum, tl.max(logits, 1))
+            shrink = tl.exp2(maximum - higher)
+            total *= shrink
+            weighted *= shrink
+            maximum = higher
+            p = tl.exp2(logits - maximum[:, None])
+        total += tl.sum(p, 1)
+        if ENTROPY:
+            weighted += tl.sum(p * logits, 1)
+    o_part = split.to(tl.int64) * M + i_m
+    tl.store(p_lse + o_part, maximum + tl.log2(total), mask=m_m)
+    if ENTROPY:
+        tl.store(p_mean_logit + o_part, weighted / total, mask=m_m)
+    tl.store(p_target_logit + i_m, target_logit, mask=m_m & (target >= first) & (target < last))
+
+
+@jit(do_not_specialize=["M", "V", "first"])
+def _d_logits_kernel(
+    h_rows, w_rows, p_target, p_lse, p_entropy, p_d_log_prob, p_d_entropy, p_d_logits,
+    M, V, first,
+    NUM_COLUMNS: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    o_m, o_column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_V
+    o_v = first + o_column
+    dots = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for o_d in range(0, D, BLOCK_D):
+        h = tile(h_rows, o_m, o_d, M, D, BLOCK_M, BLOCK_D, TMA)
+        w = tile(w_rows, o_v, o_d, V, D, BLOCK_V, BLOCK_D, TMA)
+        dots = tl.dot(h, w.T, dots, input_precision=PRECISION)
+    i_m, i_v = o_m + tl.arange(0, BLOCK_M), o_v + tl.arange(0, BLOCK_V)
+    m_m = i_m < M
+    target = tl.load(p_target + i_m, mask=m_m, other=-1)
+    lse = tl.load(p_lse + i_m, mask=m_m, other=0.0)
+    d_log_prob = tl.load(p_d_log_prob + i_m, mask=m_m, other=0.0)
+    logits = softcapped(dots, 1.0, SOFTCAP)
+    log_p = logits - lse[:, None] * LOG2E
+    slope = -d_log_prob[:, None]
+    if ENTROPY:  # dH / d logit = -p (log p + H), and log_p is in log2
+        entropy = tl.load(p_entropy + i_m, mask=m_m, other=0.0)
+        d_entropy = tl.load(p_d_entropy + i_m, mask=m_m, other=0.0)
+        slope = slope - d_entropy[:, None] * (log_p * (1 / LOG2E) + entropy[:, None])
+    d_logits = tl.exp2(log_p) * slope
+    d_logits += tl.where(i_v[None, :] == target[:, None], d_log_prob[:, None], 0.0)
+    d_logits *= softcap_slope(logits, SOFTCAP)
+    d_logits = tl.where(i_v[None, :] < V, d_logits, 0.0)
+    p_d_logits += o_m.to(tl.int64) * NUM_COLUMNS + o_column
+    o = tl.arange(0, BLOCK_M)[:, None] * NUM_COLUMNS + tl.arange(0, BLOCK_V)[None, :]
+    tl.store(p_d_logits + o, d_logits.to(p_d_logits.dtype.element_ty), mask=m_m[:, None])
+
+
+@jit(do_not_specialize=["M", "V", "first"])
+def _d_hidden_kernel(
+    g_rows, w_rows, p_d_hidden, p_upper, p_lower, M, V, first,
+    NUM_COLUMNS: tl.constexpr, D: tl.constexpr, HALVES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """d_hidden += d_logits weight, one chunk. HALVES: between chunks, the float32 sum is two 16-bit words."""
+    o_m, o_d = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_D
+    i_m, i_d = o_m + tl.arange(0, BLOCK_M), o_d + tl.arange(0, BLOCK_D)
+    o = tl.arange(0, BLOCK_M)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    o_tile = o_m.to(tl.int64) * D + o_d
+    p_d_hidden, p_upper, p_lower = p_d_hidden + o_tile, p_upper + o_tile, p_lower + o_tile
+    m = (i_m < M)[:, None] & (i_d < D)[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for o_v in range(0, NUM_COLUMNS, BLOCK_V):
+        g = tile(g_rows, o_m, o_v, M, NUM_COLUMNS, BLOCK_M, BLOCK_V, TMA)
+        w = tile(w_rows, first + o_v, o_d, V, D, BLOCK_V, BLOCK_D, TMA)
+        total = tl.dot(g, w, total, input_precision=PRECISION)
+    if not FIRST:
+        if HALVES:
+            upper = tl.load(p_upper + o, mask=m, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+            lower = tl.load(p_lower + o, mask=m, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+            total += ((upper << 16) | lower).to(tl.float32, bitcast=True)
+        else:
+            total += tl.load(p_d_hidden + o, mask=m, other=0.0)
+    if LAST or not HALVES:
+        tl.store(p_d_hidden + o, total.to(p_d_hidden.dtype.element_ty), mask=m)
+    else:
+        bits = total.to(tl.uint32, bitcast=True)
+        tl.store(p_upper + o, (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True), mask=m)
+        tl.store(p_lower + o, (bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True), mask=m)
+
+
+@dataclass(frozen=True)
+class _Config:
+    block_m: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+# By architecture and bytes an element: the logits (forward, and again backward), d_hidden. Found by
+# compiling, not by timing: the tile whose accumulators take half the registers.
+_CONFIGS = {
+    (80, 4): (_Config(64, 64, 32, 8, 2), _Config(64, 32, 64, 8, 2)),
+    (90, 4): (_Config(64, 64, 32, 8, 2), _Config(64, 32, 64, 8, 2)),
+    (100, 4): (_Config(64, 64, 32, 8, 2), _Config(64, 32, 64, 8, 2)),
+    (80, 2): (_Config(128, 128, 32, 8, 3), _Config(128, 32, 128, 8, 3)),
+    (90, 2): (_Config(128, 256, 64, 8, 3), _Config(128, 64, 256, 8, 3)),
+    (100, 2): (_Config(128, 256, 64, 8, 3), _Config(128, 64, 256, 8, 3)),
+}
+
+
+def _settings(hidden, config):
+    """What every launch on `hidden` has in common."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_V": config.block_v,
+        "BLOCK_D": config.block_d,
+        "PRECISION": "tf32x3" if hidden.element_size() == 4 else "tf32",
+        "TMA": hidden.element_size() == 2 and _triton.architecture(hidden.device) >= 90,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _linear_log_prob_fwd(hidden, weight, target_ids, softcap, return_entropy):
+    (M, d), V = hidden.shape, weight.shape[0]
+    config = _CONFIGS[_triton.architecture(hidden.device), hidden.element_size()][0]
+    settings = _settings(hidden, config)
+    num_rows, num_tiles = -(-M // config.block_m), -(-V // config.block_v)
+    # some eight programs a processor even out the last wave; rows run fastest, so that they share the weights
+    num_splits = max(1, min(num_tiles, 8 * _triton.num_processors(hidden.device) // num_rows))
+    tiles_per_split = -(-num_tiles // num_splits)
+    num_splits = -(-num_tiles // tiles_per_split)
+    target_logit = torch.empty(M, dtype=torch.float32, device=hidden.device)
+    lse, mean_logit = torch.empty(2, num_splits, M, dtype=torch.float32, device=hidden.device)  # in log2
+    _linear_log_prob_fwd_kernel[(num_rows, num_splits)](
+        h_rows=_triton.describe(hidden, [config.block_m, config.block_d], settings["TMA"]),
+        w_rows=_triton.describe(weight, [config.block_v, config.block_d], settings["TMA"]),
+        p_target=target_ids,
+        p_target_logit=target_logit,
+        p_lse=lse,
+        p_mean_logit=mean_logit,
+        M=M,
+        V=V,
+        num_tiles=tiles_per_split,
+        D=d,
+        SOFTCAP=softcap,
+        FIXED_MAXIMUM=softcap is not None and softcap <= 80,  # exp(80) V is finite
+        ENTROPY=return_entropy,
+        **settings,
+    )
+    ln2 = 1 / 1.4426950408889634
+    log_z = (lse * ln2).logsumexp(0)
+    entropy = torch.zeros_like(log_z)
+    if return_entropy:
+        entropy = log_z - ((lse * ln2 - log_z).exp() * mean_logit * ln2).sum(0)
+    return target_logit * ln2 - log_z, log_z, entropy
+
+
+def _round_down(n):
+    """To 2^k or 3 * 2^(k-1): the chunk is compiled in, and must not take a new value with every M."""
+    power = 1 << (n.bit_length() - 1)
+    return power + power // 2 if n >= power + power // 2 else power
+
+
+def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log_z, entropy, softcap):
+    (M, d), V = hidden.shape, weight.shape[0]
+    for_logits, for_hidden = _CONFIGS[_triton.architecture(hidden.device), hidden.element_size()]
+    with_logits, with_hidden = _settings(hidden, for_logits), _settings(hidden, for_hidden)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    halves = hidden.element_size() == 2
+    upper, lower = d_hidden, d_hidden  # in float32, the sum lives in d_hidden itself
+    if halves:
+        upper, lower = d_hidden.view(torch.int16), torch.empty(M, d, dtype=torch.int16, device=hidden.device)
+    spare = EXTRA_BYTES - (lower.nbytes if halves else 0)
+    block = max(for_logits.block_v, for_hidden.block_v)
+    columns = _round_down(max(4, spare // (M * hidden.element_size() * block))) * block
+    columns = min(columns, -(-V // block) * block)
+    d_logits = torch.empty(M, columns, dtype=hidden.dtype, device=hidden.device)
+    tma = with_logits["TMA"]
+    for first in range(0, V, columns):
+        _d_logits_kernel[(-(-M // for_logits.block_m), columns // for_logits.block_v)](
+            h_rows=_triton.describe(hidden, [for_logits.block_m, for_logits.block_d], tma),
+            w_rows=_triton.describe(weight, [for_logits.block_v, for_logits.block_d], tma),
+            p_target=target_ids,
+            p_lse=log_z,
+            p_entropy=entropy,
+            p_d_log_prob=d_log_probs,
+            p_d_entropy=d_entropy,
+            p_d_logits=d_logits,
+            M=M,
+            V=V,
+            first=first,
+            NUM_COLUMNS=columns,
+            D=d,
+            SOFTCAP=softcap,
+            ENTROPY=d_entropy is not None,
+            **with_logits,
+        )
+        rows = min(columns, V - first)
+        torch.mm(d_logits[:, :rows].T, hidden, out=d_weight[first : first + rows])
+        _d_hidden_kernel[(-(-M // for_hidden.block_m), -(-d // for_hidden.block_d))](
+            g_rows=_triton.describe(d_logits, [for_hidden.block_m, for_hidden.block_v], tma),
+            w_rows=_triton.describe(weight, [for_hidden.block_v, for_hidden.block_d], tma),
+            p_d_hidden=d_hidden,
+            p_upper=upper,
+            p_lower=lower,
+            M=M,
+            V=V,
+            first=first,
+            NUM_COLUMNS=columns,
+            D=d,
+            HALVES=halves,
+            FIRST=first == 0,
+            LAST=first + columns >= V,
+            **with_hidden,
+        )
+    return d_hidden, d_weight
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target_ids, softcap, return_entropy):
+        hidden, weight, target_ids = hidden.contiguous(), weight.contiguous(), target_ids.contiguous()
+        log_probs, log_z, entropy = _linear_log_prob_fwd(hidden, weight, target_ids, softcap, return_entropy)
+        ctx.save_for_backward(hidden, weight, target_ids, log_z, entropy)
+        ctx.settings = softcap, return_entropy
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_log_probs, d_entropy):
+        softcap, return_entropy = ctx.settings
+        d_log_probs = d_log_probs.contiguous()
+        d_entropy = d_entropy.contiguous() if return_entropy else None
+        gradients = _linear_log_prob_bwd(d_log_probs, d_entropy, *ctx.saved_tensors, softcap)
+        return *gradients, None, None, None
 
 
 def linear_log_prob(
-    hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, *, softcap: float | None = None
-) -> torch.Tensor:
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target under softmax(softcap * tanh(hidden weight^T / softcap)).
 
     hidden (M, d) and weight (V, d) float, target_ids (M,) int64 in [0, V). Returns (M,) float32
-    (float64 for float64 inputs), differentiable in hidden and weight. Raises ValueError on shapes that do not fit.
+    (float64 for float64 inputs), differentiable in hidden and weight. With return_entropy: (log_probs,
+    entropy), the entropy (M,) in nats of each row's distribution, differentiable too.
+    Raises ValueError on shapes that do not fit.
     """
     M, d = hidden.shape
     if weight.shape[1] != d or target_ids.shape != (M,):
@@ -84,4 +376,8 @@ def linear_log_prob(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and "
             f"target_ids {tuple(target_ids.shape)} do not fit (M, d), (V, d), (M,)"
         )
-    return _ChunkedLinearLogProb.apply(hidden, weight, target_ids, softcap)
+    # rows of 16 bytes are what TMA can read, and the kernels are written for
+    kernels = _triton.takes(hidden, weight) and M > 0 and d * hidden.element_size() % 16 == 0
+    function = _LinearLogProb if kernels else _ChunkedLinearLogProb
+    log_probs, entropy = function.apply(hidden, weight, target_ids, softcap, return_entropy)
+    return (log_probs, entropy) if return_entropy else log_probs

@@ -1,20 +1,28 @@
 """Tree attention: softmax(softcap(scale * q k^T) + tree mask) v, over a packed forest.
 
-q (T, Hq, D), k and v (T, Hkv, D), Hq a multiple of Hkv; subtree_end, position_ids (T,) int32 -> (T, Hq, D) as q.
+q (T, Hq, D), k and v (T, Hkv, D), Hq a multiple of Hkv; subtree_end, position_ids (T,) int32 -> as q.
 Query i sees key j  <=>  j <= i < subtree_end[j]  and  position_ids[i] - position_ids[j] < window.
-Numerics: scores and softmax in float32 (float64 for float64 inputs), one cast at the end.
+Numerics: scores and softmax in float32 (float64 for float64 inputs), one cast at the end. The kernels sum
+every gradient in a fixed order, without atomics. A softcap bounds the scores, so exp needs no running maximum
+(float16, whose range is too short for that, keeps one); float32 dots run as three tf32 ones.
 Floor: 4 * Hq * D * (visible pairs) FLOPs forward, 2.5 times that backward.
 Source: softcap and window as in Gemma 2 (arXiv:2408.00118); the mask is docs/structure.md, "The packed tree".
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from . import cpu
+from . import _triton, cpu
+from ._triton import jit, softcap_slope, softcapped, tile, tl
+from .schedule import schedule_of
 
 
-def tree_mask(subtree_end: torch.Tensor, position_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
+def tree_mask(
+    subtree_end: torch.Tensor, position_ids: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """(T, T) bool: entry [i, j] says whether query i sees key j. The definition, in words of tensors."""
     index = torch.arange(subtree_end.numel(), device=subtree_end.device)
     mask = (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
@@ -34,6 +42,323 @@ def tree_attention_reference(q, k, v, subtree_end, position_ids, *, scale, softc
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~tree_mask(subtree_end, position_ids, window), float("-inf"))
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), values).to(q.dtype)
+
+
+@jit()
+def _visible(i_q, i_k, p_end, p_position, T, WINDOW: tl.constexpr):
+    """The tree mask of queries i_q against keys i_k, whose shapes broadcast; beyond T nothing is visible."""
+    end = tl.load(p_end + i_k, mask=i_k < T, other=0)
+    visible = (i_k <= i_q) & (i_q < end)
+    if WINDOW is not None:
+        q_position = tl.load(p_position + i_q, mask=i_q < T, other=0)
+        k_position = tl.load(p_position + i_k, mask=i_k < T, other=0)
+        visible &= q_position - k_position < WINDOW
+    return visible
+
+
+@jit(do_not_specialize=["T", "num_columns"])
+def _tree_attention_fwd_kernel(
+    q_rows, k_rows, v_rows, p_o, p_lse, p_end, p_position, p_columns, p_num_full, p_num_live, p_order,
+    T, num_columns,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    b_q = tl.load(p_order + tl.program_id(1))
+    o_head = head // GROUP * D
+    p_columns += b_q.to(tl.int64) * num_columns
+    q = tile(q_rows, b_q * BLOCK_Q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
+    i_q = b_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o = tl.zeros([BLOCK_Q, D], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    maximum = tl.full([BLOCK_Q], 0.0 if FIXED_MAXIMUM else -1e30, tl.float32)
+    start = 0
+    for MASKED in tl.static_range(2):
+        stop = tl.load((p_num_live if MASKED else p_num_full) + b_q)
+        for n in range(start, stop):
+            o_k = tl.load(p_columns + n) * BLOCK_K
+            k = tile(k_rows, o_k, o_head, T, HEADS // GROUP * D, BLOCK_K, D, TMA)
+            scores = softcapped(tl.dot(q, k.T, input_precision=PRECISION), SCALE, SOFTCAP)
+            if MASKED:
+                i_k = o_k + tl.arange(0, BLOCK_K)
+                visible = _visible(i_q[:, None], i_k[None, :], p_end, p_position, T, WINDOW)
+                scores = tl.where(visible, scores, float("-inf"))
+            if not FIXED_MAXIMUM:
+                higher = tl.maximum(maximum, tl.max(scores, 1))
+                shrink = tl.exp2(maximum - higher)
+                total *= shrink
+                o *= shrink[:, None]
+                maximum = higher
+                scores -= maximum[:, None]
+            p = tl.exp2(scores)
+            total += tl.sum(p, 1)
+            v = tile(v_rows, o_k, o_head, T, HEADS // GROUP * D, BLOCK_K, D, TMA)
+            o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
+        start = stop
+    m_q = i_q < T
+    total = tl.where(m_q, total, 1.0)  # rows beyond T saw nothing
+    tl.store(p_lse + head.to(tl.int64) * T + i_q, maximum + tl.log2(total), mask=m_q)
+    p_o += (tl.cast(b_q * BLOCK_Q, tl.int64) * HEADS + head) * D
+    o_out = tl.arange(0, BLOCK_Q)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    tl.store(p_o + o_out, (o / total[:, None]).to(p_o.dtype.element_ty), mask=m_q[:, None])
+
+
+@jit(do_not_specialize=["T", "num_columns"])
+def _tree_attention_dq_kernel(
+    q_rows, k_rows, v_rows, o_rows, do_rows, p_dq, p_lse, p_delta, p_end, p_position,
+    p_columns, p_num_full, p_num_live, p_order, T, num_columns,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    b_q = tl.load(p_order + tl.program_id(1))
+    o_q, o_head = b_q * BLOCK_Q, head // GROUP * D
+    p_columns += b_q.to(tl.int64) * num_columns
+    i_q = o_q + tl.arange(0, BLOCK_Q)
+    m_q = i_q < T
+    do = tile(do_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
+    delta = tl.sum(
+        tile(o_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA).to(tl.float32) * do.to(tl.float32), 1
+    )
+    o_stat = head.to(tl.int64) * T + i_q
+    tl.store(p_delta + o_stat, delta, mask=m_q)
+    lse = tl.load(p_lse + o_stat, mask=m_q, other=0.0)
+    q = tile(q_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
+    dq = tl.zeros([BLOCK_Q, D], tl.float32)
+    start = 0
+    for MASKED in tl.static_range(2):
+        stop = tl.load((p_num_live if MASKED else p_num_full) + b_q)
+        for n in range(start, stop):
+            o_k = tl.load(p_columns + n) * BLOCK_K
+            k = tile(k_rows, o_k, o_head, T, HEADS // GROUP * D, BLOCK_K, D, TMA)
+            scores = softcapped(tl.dot(q, k.T, input_precision=PRECISION), SCALE, SOFTCAP)
+            p = tl.exp2(scores - lse[:, None])
+            if MASKED:
+                i_k = o_k + tl.arange(0, BLOCK_K)
+                visible = _visible(i_q[:, None], i_k[None, :], p_end, p_position, T, WINDOW)
+                p = tl.where(visible, p, 0.0)
+            v = tile(v_rows, o_k, o_head, T, HEADS // GROUP * D, BLOCK_K, D, TMA)
+            dp = tl.dot(do, v.T, input_precision=PRECISION)
+            ds = p * (dp - delta[:, None]) * softcap_slope(scores, SOFTCAP)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        start = stop
+    p_dq += (tl.cast(o_q, tl.int64) * HEADS + head) * D
+    o_out = tl.arange(0, BLOCK_Q)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    tl.store(p_dq + o_out, (dq * SCALE).to(p_dq.dtype.element_ty), mask=m_q[:, None])
+
+
+@jit(do_not_specialize=["T", "num_columns"])
+def _tree_attention_dkv_kernel(
+    q_rows, k_rows, v_rows, do_rows, p_dk, p_dv, p_lse, p_delta, p_end, p_position,
+    p_columns, p_num_full, p_num_live, p_order, T, num_columns,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0)
+    b_k = tl.load(p_order + tl.program_id(1))
+    o_k = b_k * BLOCK_K
+    p_columns += b_k.to(tl.int64) * num_columns
+    i_k = o_k + tl.arange(0, BLOCK_K)
+    k = tile(k_rows, o_k, kv_head * D, T, HEADS // GROUP * D, BLOCK_K, D, TMA)
+    if DK:
+        v = tile(v_rows, o_k, kv_head * D, T, HEADS // GROUP * D, BLOCK_K, D, TMA)
+    dk = tl.zeros([BLOCK_K, D], tl.float32)
+    dv = tl.zeros([BLOCK_K, D], tl.float32)
+    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+        o_stat = tl.cast(head, tl.int64) * T
+        start = 0
+        for MASKED in tl.static_range(2):
+            stop = tl.load((p_num_live if MASKED else p_num_full) + b_k)
+            for n in range(start, stop):
+                o_q = tl.load(p_columns + n) * BLOCK_Q
+                i_q = o_q + tl.arange(0, BLOCK_Q)
+                q = tile(q_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
+                lse = tl.load(p_lse + o_stat + i_q, mask=i_q < T, other=0.0)
+                # transposed from the start: a dot's result is never transposed (wrong on Hopper, see docs)
+                scores = softcapped(tl.dot(k, q.T, input_precision=PRECISION), SCALE, SOFTCAP)
+                p = tl.exp2(scores - lse[None, :])
+                if MASKED:
+                    visible = _visible(i_q[None, :], i_k[:, None], p_end, p_position, T, WINDOW)
+                    p = tl.where(visible, p, 0.0)
+                do = tile(do_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
+                if DV:
+                    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+                if DK:
+                    delta = tl.load(p_delta + o_stat + i_q, mask=i_q < T, other=0.0)
+                    dp = tl.dot(v, do.T, input_precision=PRECISION)
+                    ds = p * (dp - delta[None, :]) * softcap_slope(scores, SOFTCAP)
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            start = stop
+    m_k = i_k < T
+    o_out = tl.arange(0, BLOCK_K)[:, None] * (HEADS // GROUP * D) + tl.arange(0, D)[None, :]
+    o_tile = (tl.cast(o_k, tl.int64) * (HEADS // GROUP) + kv_head) * D
+    if DK:
+        tl.store(p_dk + o_tile + o_out, (dk * SCALE).to(p_dk.dtype.element_ty), mask=m_k[:, None])
+    if DV:
+        tl.store(p_dv + o_tile + o_out, dv.to(p_dv.dtype.element_ty), mask=m_k[:, None])
+
+
+@dataclass(frozen=True)
+class _Config:
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# By architecture, bytes an element and head_dim: forward, dQ, dK, dV; no dV: one kernel makes both. Found by
+# compiling, not by timing: the largest tiles that keep to the spill budget of tests/test_triton_compile.py.
+# At head_dim 256 dK and dV apart cost an eighth dot, but their accumulators fit beside 128 keys.
+_FLOAT32 = {  # tf32x3 wants six registers where bfloat16 wants one: small tiles, plain loads
+    256: (_Config(16, 16, 8, 1), _Config(16, 16, 8, 1), _Config(16, 16, 8, 1), None),
+    128: (_Config(32, 32, 8, 1), _Config(32, 32, 8, 1), _Config(32, 32, 8, 1), None),
+    64: (_Config(32, 32, 4, 1), _Config(32, 32, 4, 1), _Config(32, 32, 4, 1), None),
+}
+_CONFIGS = {
+    (80, 4): _FLOAT32,
+    (90, 4): _FLOAT32,
+    (100, 4): _FLOAT32,
+    (80, 2): {
+        256: (_Config(64, 32, 4, 2), _Config(64, 32, 8, 1), _Config(32, 32, 8, 2), None),
+        128: (_Config(64, 64, 4, 2), _Config(64, 64, 4, 2), _Config(32, 64, 8, 2), None),
+        64: (_Config(128, 64, 8, 2), _Config(128, 64, 8, 2), _Config(32, 64, 4, 2), None),
+    },
+    (90, 2): {
+        256: (_Config(128, 64, 8, 2), _Config(128, 32, 8, 2), _Config(32, 128, 8, 2), _Config(32, 128, 8, 3)),
+        128: (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2), None),
+        64: (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 128, 8, 2), None),
+    },
+    (100, 2): {
+        256: (_Config(128, 64, 8, 2), _Config(128, 32, 8, 2), _Config(64, 64, 8, 1), None),
+        128: (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2), None),
+        64: (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2), None),
+    },
+}
+
+
+def _configs(q):
+    return _CONFIGS[_triton.architecture(q.device), q.element_size()][max(q.shape[2], 64)]
+
+
+def _launch(
+    kernel, config, rows, queries, keys, p, subtree_end, position_ids, scale, softcap, window, **constants
+):
+    """One launch over all heads: `queries` and `keys` are read in tiles, `p` are pointers by name."""
+    T, Hq, D = queries["q"].shape
+    Hkv = keys["k"].shape[1]
+    schedule = schedule_of(subtree_end, position_ids, config.block_q, config.block_k, window, rows)
+    tma = queries["q"].element_size() == 2 and _triton.architecture(queries["q"].device) >= 90
+    tiles = {}
+    for tensors, block in ((queries, config.block_q), (keys, config.block_k)):
+        for name, x in tensors.items():
+            tiles[f"{name}_rows"] = _triton.describe(x.view(T, -1), [block, D], tma)
+    num_rows, num_columns = schedule.columns.shape
+    kernel[(Hq if rows == "queries" else Hkv, num_rows)](
+        **tiles,
+        **{f"p_{name}": x for name, x in p.items()},
+        p_end=subtree_end,
+        p_position=position_ids,
+        p_columns=schedule.columns,
+        p_num_full=schedule.num_full,
+        p_num_live=schedule.num_live,
+        p_order=schedule.order,
+        T=T,
+        num_columns=num_columns,
+        HEADS=Hq,
+        GROUP=Hq // Hkv,
+        D=D,
+        SCALE=scale,
+        SOFTCAP=softcap,
+        WINDOW=window if window is None or window < T else None,
+        BLOCK_Q=config.block_q,
+        BLOCK_K=config.block_k,
+        PRECISION="tf32x3" if queries["q"].element_size() == 4 else "tf32",
+        TMA=tma,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **constants,
+    )
+
+
+def _tree_attention_fwd(q, k, v, *mask):
+    o, softcap = torch.empty_like(q), mask[3]
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)  # (Hq, T), in log2
+    fixed = softcap is not None and softcap <= 80 and q.dtype != torch.float16  # exp(80) T is finite
+    config = _configs(q)[0]
+    queries, keys = {"q": q}, {"k": k, "v": v}
+    _launch(
+        _tree_attention_fwd_kernel,
+        config,
+        "queries",
+        queries,
+        keys,
+        {"o": o, "lse": lse},
+        *mask,
+        FIXED_MAXIMUM=fixed,
+    )
+    return o, lse
+
+
+def _tree_attention_bwd(do, q, k, v, o, lse, *mask):
+    _, for_dq, for_dk, for_dv = _configs(q)
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    queries, keys = {"q": q, "do": do}, {"k": k, "v": v}
+    statistics = {"lse": lse, "delta": delta}
+    _launch(
+        _tree_attention_dq_kernel,
+        for_dq,
+        "queries",
+        {**queries, "o": o},
+        keys,
+        {"dq": dq, **statistics},
+        *mask,
+    )
+    statistics |= {"dk": dk, "dv": dv}
+    for config, dk_too, dv_too in ((for_dk, True, for_dv is None), (for_dv, False, True)):
+        if config is not None:
+            _launch(
+                _tree_attention_dkv_kernel,
+                config,
+                "keys",
+                queries,
+                keys,
+                statistics,
+                *mask,
+                DK=dk_too,
+                DV=dv_too,
+            )
+    return dq, dk, dv
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, subtree_end, position_ids, scale, softcap, window):
+        tensors = tuple(x.contiguous() for x in (q, k, v))
+        mask = (subtree_end.contiguous(), position_ids.contiguous())
+        o, lse = _tree_attention_fwd(*tensors, *mask, scale, softcap, window)
+        ctx.save_for_backward(*tensors, o, lse, *mask)
+        ctx.settings = (scale, softcap, window)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        *tensors, subtree_end, position_ids = ctx.saved_tensors
+        gradients = _tree_attention_bwd(do.contiguous(), *tensors, subtree_end, position_ids, *ctx.settings)
+        return *gradients, None, None, None, None, None
+
+
+def _tree_attention_triton(q, k, v, subtree_end, position_ids, scale, softcap, window):
+    """The kernels know head_dim 32, 64, 128 and 256; any other is padded with zeros, which no dot sees."""
+    D = q.shape[2]
+    padding = max(32, 1 << (D - 1).bit_length()) - D
+    if padding:
+        q, k, v = (torch.nn.functional.pad(x, (0, padding)) for x in (q, k, v))
+    o = _TreeAttention.apply(q, k, v, subtree_end.int(), position_ids.int(), scale, softcap, window)
+    return o[..., :D] if padding else o
 
 
 def _check(q, k, v, subtree_end, position_ids, softcap, window):
@@ -60,9 +385,11 @@ def tree_attention(
     """Attention of every packed token to its ancestors (and itself), at most `window` positions back.
 
     q (T, Hq, D), k and v (T, Hkv, D), float; subtree_end and position_ids (T,) int32.
-    Returns (T, Hq, D) in q's dtype, differentiable in q, k and v. Raises ValueError on shapes that do not fit.
+    Returns (T, Hq, D) in q's dtype, differentiable in q, k and v. Raises ValueError on misfitting shapes.
     """
     _check(q, k, v, subtree_end, position_ids, softcap, window)
+    if _triton.takes(q, k, v) and q.shape[0] and q.shape[2] <= 256:
+        return _tree_attention_triton(q, k, v, subtree_end, position_ids, scale, softcap, window)
     if cpu.supports(q):
         return cpu.tree_attention(
             q, k, v, subtree_end, position_ids, scale=scale, softcap=softcap, window=window

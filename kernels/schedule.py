@@ -1,0 +1,96 @@
+"""Which blocks of a tree attention are visited: dead ones never, full ones without a mask.
+
+Two integers a token say everything (docs/structure.md, "The packed tree"), so their extremes in a block say
+it for the block: a key block is dead for a query block if all its subtrees end before that, or if it lies
+beyond the window, and full if every pair is visible. What lies between is masked pair by pair; "live" may
+overestimate, but never misses.
+Source: the block skipping of FlashMask (arXiv:2410.01359), with windows measured by position, not by index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True)
+class BlockSchedule:
+    """For each row of blocks, the columns to visit. All int32, on the device of the batch.
+
+    columns (rows, num_columns): full columns, then partial ones, each ascending, then the dead, never read.
+    num_full, num_live (rows,): where the full and the partial ones end.
+    order (rows,): the rows by falling number of live columns, so that the longest start first.
+    """
+
+    columns: torch.Tensor
+    num_full: torch.Tensor
+    num_live: torch.Tensor
+    order: torch.Tensor
+
+
+def _extremes(x, block, beyond_min, beyond_max):
+    num_blocks = -(-x.numel() // block)
+    short = num_blocks * block - x.numel()
+    low = torch.nn.functional.pad(x, (0, short), value=beyond_min).view(num_blocks, block).amin(1)
+    high = torch.nn.functional.pad(x, (0, short), value=beyond_max).view(num_blocks, block).amax(1)
+    return low, high
+
+
+def live_and_full(subtree_end, position_ids, block_q, block_k, window):
+    """Two bool (query blocks, key blocks) maps: some pair may be visible; every pair is."""
+    T, device = subtree_end.numel(), subtree_end.device
+    far = torch.iinfo(torch.int32).max
+    end_min, end_max = _extremes(subtree_end, block_k, 0, 0)  # keys beyond T: their subtree is over at once
+    q_min, q_max = _extremes(position_ids, block_q, far, -far)
+    k_min, k_max = _extremes(position_ids, block_k, far, -far)
+    q_first = torch.arange(0, T, block_q, device=device)[:, None]
+    k_first = torch.arange(0, T, block_k, device=device)[None, :]
+    live = (k_first < q_first + block_q) & (end_max[None, :] > q_first)
+    # end <= T, so a query block that runs beyond T is never full
+    full = (k_first + block_k - 1 <= q_first) & (end_min[None, :] >= q_first + block_q)
+    if window is not None:
+        live &= q_min[:, None].long() - k_max[None, :].long() < window
+        full &= q_max[:, None].long() - k_min[None, :].long() < window
+    return live, full & live
+
+
+def build(subtree_end, position_ids, block_q, block_k, window, rows) -> BlockSchedule:
+    """The schedule with `rows` "queries" (forward, dQ) or "keys" (dK, dV). The host waits for nothing."""
+    live, full = live_and_full(subtree_end, position_ids, block_q, block_k, window)
+    if rows == "keys":
+        live, full = live.T.contiguous(), full.T.contiguous()
+    rank = 2 - live.to(torch.int8) - full.to(torch.int8)
+    num_live = live.sum(1, dtype=torch.int32)
+    return BlockSchedule(
+        columns=rank.argsort(dim=1, stable=True).to(torch.int32),
+        num_full=full.sum(1, dtype=torch.int32),
+        num_live=num_live,
+        order=num_live.argsort(descending=True, stable=True).to(torch.int32),
+    )
+
+
+_schedules = WeakIdKeyDictionary()  # subtree_end -> {settings: schedule}; gone with the batch
+
+
+def _version(x):
+    return None if x.is_inference() else x._version
+
+
+def schedule_of(subtree_end, position_ids, block_q, block_k, window, rows) -> BlockSchedule:
+    """`build`, once a batch: kept as long as subtree_end lives and neither tensor is written to."""
+    if window is not None and window >= subtree_end.numel():
+        window = None  # no two tokens are that far apart, so all layers share one schedule
+    kept = _schedules.setdefault(subtree_end, {})
+    stamp = (id(position_ids), _version(subtree_end), _version(position_ids))
+    key = (block_q, block_k, window, rows)
+    found = kept.get(key)
+    if found is None or found[0] != stamp:
+        # position_ids is held, so that its id cannot come to mean another tensor
+        found = kept[key] = (
+            stamp,
+            position_ids,
+            build(subtree_end, position_ids, block_q, block_k, window, rows),
+        )
+    return found[2]

@@ -1,0 +1,315 @@
+"""The Triton kernels under Triton's interpreter, against float64 references; and the block schedule.
+
+TRITON_INTERPRET must be set before triton is imported, so `test_under_the_interpreter` runs the functions
+named `case_*` in a process of their own. The interpreter's bfloat16 dot multiplies raw bits: float32 and
+float16 here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from swirl.kernels import _triton, schedule
+from swirl.kernels.geglu import geglu, geglu_reference
+from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
+from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
+from swirl.kernels.rope import rope, rope_reference
+from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
+from swirl.kernels.tree_decode import tree_decode, tree_decode_reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "python_functions=case_*", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+def forest(T, seed):
+    """A random forest in depth-first order: subtree_end and position_ids, (T,) int32."""
+    generator = torch.Generator().manual_seed(seed)
+    subtree_end, position_ids, path = [0] * T, [0] * T, []
+    for token in range(T):
+        if path and torch.rand((), generator=generator) < 0.15:
+            keep = int(torch.randint(0, len(path), (), generator=generator))
+            for closed in path[keep:]:
+                subtree_end[closed] = token
+            path = path[:keep]
+        position_ids[token] = len(path)
+        path.append(token)
+    for open_still in path:
+        subtree_end[open_still] = T
+    return torch.tensor(subtree_end, dtype=torch.int32), torch.tensor(position_ids, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("rows", ["queries", "keys"])
+@pytest.mark.parametrize("T", [1, 63, 1000])
+@pytest.mark.parametrize("window", [None, 7])
+def test_schedule_visits_every_visible_pair_and_masks_where_it_must(T, window, rows):
+    subtree_end, position_ids = forest(T, seed=T)
+    mask = tree_mask(subtree_end, position_ids, window)
+    block_q, block_k = 16, 32
+    blocks = schedule.build(subtree_end, position_ids, block_q, block_k, window, rows)
+    visited, unmasked = torch.zeros_like(mask), torch.zeros_like(mask)
+    for row in range(blocks.columns.shape[0]):
+        num_live, num_full = int(blocks.num_live[row]), int(blocks.num_full[row])
+        for n, column in enumerate(blocks.columns[row, :num_live].tolist()):
+            q, k = (row, column) if rows == "queries" else (column, row)
+            pairs = slice(q * block_q, (q + 1) * block_q), slice(k * block_k, (k + 1) * block_k)
+            visited[pairs] = True
+            unmasked[pairs] = n < num_full
+            assert n >= num_full or mask[pairs].shape == (block_q, block_k)
+    assert bool((mask <= visited).all()) and bool((unmasked <= mask).all())
+    assert sorted(blocks.order.tolist()) == list(range(blocks.columns.shape[0]))
+    assert bool((blocks.num_live[blocks.order.long()].diff() <= 0).all())
+
+
+def test_schedule_of_separate_trees_is_block_diagonal():
+    subtree_end = torch.arange(64, 513, 64, dtype=torch.int32).repeat_interleave(64)
+    position_ids = torch.arange(64, dtype=torch.int32).repeat(8)
+    blocks = schedule.build(subtree_end, position_ids, 32, 32, None, "queries")
+    assert blocks.num_live.tolist() == [1, 2] * 8 and blocks.num_full.tolist() == [0, 1] * 8
+
+
+def test_schedule_is_built_once_a_batch_and_again_when_the_batch_is_written_to():
+    subtree_end, position_ids = forest(100, seed=0)
+    first = schedule.schedule_of(subtree_end, position_ids, 16, 16, 9, "keys")
+    assert schedule.schedule_of(subtree_end, position_ids, 16, 16, 9, "keys") is first
+    assert schedule.schedule_of(subtree_end, position_ids, 16, 16, 8, "keys") is not first
+    position_ids.add_(0)
+    assert schedule.schedule_of(subtree_end, position_ids, 16, 16, 9, "keys") is not first
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Whatever is allocated without values holds NaN (or 0x7FFF) until a kernel writes it."""
+
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(float("nan") if x.is_floating_point() else 0x7FFF)
+
+        return allocated
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+def hold(op, reference, inputs, tolerance, num_outputs=1):
+    """Outputs and gradients of op on `inputs` against those of `reference` on the same in float64."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    got, truth = op(*inputs), reference(*wide)
+    got, truth = (got, truth) if num_outputs > 1 else ((got,), (truth,))
+    weights = [torch.randn(y.shape, dtype=torch.float64) for y in truth]
+    gradients = torch.autograd.grad(sum((y * w.to(y.dtype)).sum() for y, w in zip(got, weights)), inputs)
+    true_gradients = torch.autograd.grad(
+        sum((y * w.to(x.dtype).double()).sum() for y, x, w in zip(truth, got, weights)), wide
+    )
+    for x, y in zip((*got, *gradients), (*truth, *true_gradients)):
+        error = (x.double() - y).norm()
+        assert error <= tolerance * max(y.norm(), 0.1 * y.numel() ** 0.5), f"{error:.1e} of {y.norm():.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("T", "Hq", "Hkv", "D", "softcap", "window"),
+    [
+        (1, 2, 1, 32, 50.0, None),
+        (97, 4, 2, 32, 50.0, None),
+        (129, 2, 2, 40, None, 9),
+        (63, 2, 1, 256, 3.0, 20),
+    ],
+)
+def case_tree_attention(poisoned, dtype, T, Hq, Hkv, D, softcap, window):
+    torch.manual_seed(T)
+    mask = forest(T, seed=T)
+    settings = dict(scale=2 * D**-0.5, softcap=softcap, window=window)
+    inputs = [torch.randn(T, heads, D).to(dtype) for heads in (Hq, Hkv, Hkv)]
+    op = lambda *x: tree_attention(*x, *mask, **settings)  # noqa: E731
+    assert "TreeAttention" in str(op(*(x.requires_grad_() for x in inputs)).grad_fn) or D == 40
+    hold(op, lambda *x: tree_attention_reference(*x, *mask, **settings), inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def case_tree_attention_in_every_tile_shape(poisoned, monkeypatch, architecture):
+    torch.manual_seed(0)
+    monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
+    mask = forest(200, seed=3)
+    for D in (64, 128, 256):
+        inputs = [torch.randn(200, 2, D).half() for _ in range(3)]
+        settings = dict(scale=D**-0.5, softcap=50.0, window=30)
+        hold(
+            lambda *x, s=settings: tree_attention(*x, *mask, **s),
+            lambda *x, s=settings: tree_attention_reference(*x, *mask, **s),
+            inputs,
+            TOLERANCE[torch.float16],
+        )
+
+
+def case_tree_attention_repeats_bitwise_and_ignores_other_branches(poisoned):
+    torch.manual_seed(0)
+    subtree_end = torch.tensor([96] * 32 + [64] * 32 + [96] * 32, dtype=torch.int32)
+    position_ids = torch.cat([torch.arange(64), torch.arange(32, 64)]).int()
+    q, k, v = (torch.randn(96, 2, 32) for _ in range(3))
+    run = lambda: tree_attention(q, k, v, subtree_end, position_ids, scale=0.2, softcap=50.0)  # noqa: E731
+    before = run()
+    assert torch.equal(before, run())
+    k[32:64], v[32:64] = torch.randn(2, 32, 2, 32)
+    after = run()
+    assert torch.equal(before[64:], after[64:]) and not torch.equal(before[32:64], after[32:64])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("return_entropy", [False, True])
+@pytest.mark.parametrize(
+    ("M", "d", "V", "softcap"),
+    [(1, 8, 3, 30.0), (100, 72, 1000, 30.0), (131, 136, 700, None), (63, 64, 256, 5.0)],
+)
+def case_linear_log_prob(poisoned, monkeypatch, dtype, return_entropy, M, d, V, softcap):
+    torch.manual_seed(M)
+    monkeypatch.setattr("swirl.kernels.linear_log_prob.EXTRA_BYTES", 0)  # the smallest chunks
+    target_ids = torch.randint(0, V, (M,))
+    settings = dict(softcap=softcap, return_entropy=return_entropy)
+    inputs = [torch.randn(M, d).to(dtype), (0.3 * torch.randn(V, d)).to(dtype)]
+    op = lambda *x: linear_log_prob(*x, target_ids, **settings)  # noqa: E731
+    reference = lambda *x: linear_log_prob_reference(*x, target_ids, **settings)  # noqa: E731
+    hold(op, reference, inputs, TOLERANCE[dtype], 1 + return_entropy)
+
+
+def case_linear_log_prob_carries_float32_from_chunk_to_chunk(poisoned, monkeypatch):
+    """One chunk has nothing to carry, so it says what many must give."""
+    torch.manual_seed(0)
+    M, d, V = 40, 64, 3000
+    hidden, weight = torch.randn(M, d).half(), (0.3 * torch.randn(V, d)).half()
+    target_ids, gradients = torch.randint(0, V, (M,)), []
+    for extra in (0, 1 << 30):
+        monkeypatch.setattr("swirl.kernels.linear_log_prob.EXTRA_BYTES", extra)
+        x = hidden.clone().requires_grad_()
+        linear_log_prob(x, weight, target_ids, softcap=30.0).sum().backward()
+        gradients.append(x.grad.double())
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert error < 2e-5  # float32 sums, each rounded to float16 once: only ties may fall apart
+
+
+def test_entropy_on_the_chunked_path():
+    torch.manual_seed(0)
+    target_ids = torch.randint(0, 300, (50,))
+    settings = dict(softcap=30.0, return_entropy=True)
+    hold(
+        lambda *x: linear_log_prob(*x, target_ids, **settings),
+        lambda *x: linear_log_prob_reference(*x, target_ids, **settings),
+        [torch.randn(50, 24).double(), torch.randn(300, 24).double()],
+        1e-10,
+        num_outputs=2,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "d"), [(1, 8), (63, 100), (200, 256)])
+def case_rms_norm(poisoned, dtype, rows, d):
+    torch.manual_seed(rows)
+    x, weight, residual = (
+        torch.randn(rows, d).to(dtype),
+        torch.randn(d).to(dtype),
+        torch.randn(rows, d).to(dtype),
+    )
+    hold(rms_norm, rms_norm_reference, [x, weight], TOLERANCE[dtype])
+    hold(
+        lambda x, weight, residual: rms_norm(x, weight, residual=residual),
+        lambda x, weight, residual: rms_norm_reference(x, weight, residual=residual),
+        [x, weight, residual],
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("T", "H", "D"), [(1, 1, 2), (63, 3, 40), (10, 2, 256)])
+def case_rope(poisoned, dtype, T, H, D):
+    torch.manual_seed(T)
+    position_ids = torch.randint(0, 100, (T,), dtype=torch.int32)
+    op, reference = (lambda x, f=f: f(x, position_ids) for f in (rope, rope_reference))
+    hold(op, reference, [torch.randn(T, H, D).to(dtype)], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (63, 65), (2, 3, 1000)])
+def case_geglu(poisoned, dtype, shape):
+    torch.manual_seed(0)
+    hold(
+        geglu,
+        geglu_reference,
+        [(3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)],
+        TOLERANCE[dtype],
+    )
+
+
+def case_geglu_far_out(poisoned):
+    gate = torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4])
+    truth = torch.tensor([0.0, 0.0, 0.0, 30.0, 1e4])
+    torch.testing.assert_close(geglu(gate, torch.ones(5)), truth, rtol=1e-6, atol=1e-30)
+
+
+def decode_inputs(B, Hq, Hkv, D, L, N, dtype=torch.float64):
+    shapes = [(B, Hq, D), (L, Hkv, D), (L, Hkv, D), (B, N, Hkv, D), (B, N, Hkv, D)]
+    return [torch.randn(shape).to(dtype) for shape in shapes], torch.randint(
+        1, N + 1, (B,), dtype=torch.int32
+    )
+
+
+@pytest.mark.parametrize("window", [None, 6, 25])
+def test_decode_is_tree_attention_of_the_last_tokens(window):
+    """What decoding means, by tree attention: the trunk, then each branch as a subtree of it."""
+    torch.manual_seed(0)
+    B, Hq, Hkv, D, L, N = 3, 4, 2, 8, 20, 7
+    (q, *kv), lengths = decode_inputs(B, Hq, Hkv, D, L, N)
+    T = L + int(lengths.sum())
+    subtree_end, position_ids = [T] * L, list(range(L))
+    for n in lengths.tolist():
+        subtree_end += [len(subtree_end) + n] * n
+        position_ids += range(L, L + n)
+    keys, values = (
+        torch.cat([trunk, *(own[b, : lengths[b]] for b in range(B))]) for trunk, own in zip(kv[:2], kv[2:])
+    )
+    queries, last = torch.zeros(T, Hq, D, dtype=torch.float64), L + lengths.long().cumsum(0) - 1
+    queries[last] = q
+    mask = torch.tensor(subtree_end, dtype=torch.int32), torch.tensor(position_ids, dtype=torch.int32)
+    settings = dict(scale=0.3, softcap=5.0, window=window)
+    truth = tree_attention_reference(queries, keys, values, *mask, **settings)[last]
+    torch.testing.assert_close(tree_decode(q, *kv, lengths, **settings), truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("window", [None, 6, 100])
+@pytest.mark.parametrize(
+    ("B", "Hq", "Hkv", "D", "L", "N"), [(1, 1, 1, 32, 0, 1), (5, 4, 2, 64, 200, 40), (40, 4, 1, 32, 63, 3)]
+)
+def case_tree_decode(poisoned, dtype, window, B, Hq, Hkv, D, L, N):
+    torch.manual_seed(B)
+    inputs, lengths = decode_inputs(B, Hq, Hkv, D, L, N, dtype)
+    for x in inputs[3:]:  # what is not yet used may hold anything
+        x.masked_fill_((torch.arange(N) >= lengths[:, None])[:, :, None, None], float("nan"))
+    settings = dict(scale=D**-0.5, softcap=50.0, window=window)
+    o = tree_decode(*inputs, lengths, **settings)
+    truth = tree_decode_reference(*(x.double() for x in inputs), lengths, **settings)
+    assert (o.double() - truth).norm() <= TOLERANCE[dtype] * truth.norm()
+    assert torch.equal(o, tree_decode(*inputs, lengths, **settings))
+
+
+def test_kernel_files_import_and_serve_without_triton():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from swirl.kernels.geglu import geglu\n"
+        "from swirl.kernels import linear_log_prob, rms_norm, rope, tree_attention, tree_decode\n"
+        "assert geglu(torch.ones(2), torch.ones(2)).shape == (2,)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
