@@ -1,0 +1,171 @@
+"""Who may import whom: design.md, section 3, read from the source. Imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import swirl
+
+ROOT = Path(__file__).parents[1]
+SHARED = {"errors", "trajectory", "config"}
+
+# What each room may import besides itself. All that is not named here sits on top: the commands and what they
+# are made of, which may import downwards and one another, and which nothing below may import.
+MAY_IMPORT = {
+    "errors": set(),
+    "trajectory": {"errors"},
+    "config": {"errors", "trajectory", "tasks"},  # the names of the tasks are its defaults
+    "kernels": set(),
+    "environment": SHARED,
+    "tasks": SHARED | {"environment"},
+    "model": SHARED | {"kernels", "environment"},  # LocalPolicy speaks the environment's words
+    "learning": SHARED | {"kernels"},
+}
+# Other libraries for the same job, to be compared with and never leant on.
+PEERS = {"transformers", "trl", "peft", "vllm", "liger_kernel", "cut_cross_entropy", "verl", "torchtune"}
+
+
+def sources():
+    """(module name, path) of every file of the package, the linked kernels included."""
+    for path in sorted((ROOT / "swirl").rglob("*.py")):
+        if "kernels" not in path.parts[len(ROOT.parts) :]:
+            yield module_name(path.relative_to(ROOT)), path
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        yield module_name(Path("swirl") / path.relative_to(ROOT)), path
+
+
+def module_name(path):
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = dict(sources())
+
+
+@cache
+def imports(name):
+    """(module, whether at load time) for each import of one module; relative names resolved."""
+    path = MODULES[name]
+    found = set()
+
+    def walk(node, at_load):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.update((alias.name, at_load) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+                    parents = package[: len(package) - child.level + 1]
+                    base = ".".join([*parents, base]) if base else ".".join(parents)
+                for alias in child.names:
+                    found.add((target(base, alias.name), at_load))
+            else:
+                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                types_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+                walk(child, at_load and not inside and not types_only)
+
+    walk(ast.parse(path.read_text(encoding="utf-8")), True)
+    return found
+
+
+def target(base, name):
+    """The module that `from base import name` reaches: a submodule, the home of a lazy name, or base."""
+    if base == "swirl" and name in swirl._HOMES:
+        return swirl._HOMES[name]
+    return f"{base}.{name}" if f"{base}.{name}" in MODULES or base == "swirl.kernels" else base
+
+
+def room(module):
+    return module.split(".")[1] if module.startswith("swirl.") else None
+
+
+def test_the_reader_sees_every_kind_of_import():
+    assert {"swirl.errors", "swirl.learning.packing", "swirl.kernels.tree_attention"} <= set(MODULES)
+    assert ("numba", True) in imports("swirl.learning.packing")
+    assert ("swirl.kernels.cpu", True) in imports("swirl.kernels.tree_attention")
+    assert ("swirl.kernels._cpu", False) in imports("swirl.kernels.cpu")
+    assert target("swirl", "pack") == "swirl.learning.packing" and target("swirl", "__version__") == "swirl"
+
+
+def test_rooms_import_only_what_they_may():
+    wrong = {}
+    for name in MODULES:
+        if room(name) in MAY_IMPORT:  # else on top
+            allowed = MAY_IMPORT[room(name)] | {room(name), None}
+            wrong[name] = sorted(module for module, _ in imports(name) if room(module) not in allowed)
+    assert not {name: modules for name, modules in wrong.items() if modules}
+
+
+def test_no_room_is_missing():
+    assert set(MAY_IMPORT) <= {room(name) for name in MODULES}
+
+
+def test_kernels_know_only_their_siblings():
+    """They are reached by a link, so they name neither end of it."""
+    for name, path in MODULES.items():
+        if room(name) == "kernels":
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            named = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+            named += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+            assert not {module.split(".")[0] for module in named} & {"swirl", "kernels"}, name
+
+
+def test_peers_are_for_tests_and_benchmarks():
+    assert not [name for name in MODULES if {module.split(".")[0] for module, _ in imports(name)} & PEERS]
+
+
+def test_the_environment_never_imports_torch():
+    for name in MODULES:
+        if room(name) in ("errors", "trajectory", "config", "environment"):
+            assert "torch" not in {module.split(".")[0] for module, _ in imports(name)}, name
+
+
+def test_learning_reaches_no_environment_while_it_loads():
+    for name in MODULES:
+        if room(name) == "learning":
+            assert "environment" not in {room(module) for module in reached(name, packages=True)}, name
+
+
+def reached(name, packages):
+    """All of swirl's modules that importing `name` imports; with `packages`, those above each of them too."""
+    seen, waiting = set(), [name]
+    while waiting:
+        module = waiting.pop()
+        found = {other for other, at_load in imports(module) if at_load and other in MODULES}
+        if packages and module != "swirl":
+            found.add(module.rpartition(".")[0])
+        waiting += (found & MODULES.keys()) - seen
+        seen |= found
+    return seen
+
+
+def test_no_module_waits_for_itself():
+    assert not [name for name in MODULES if name in reached(name, packages=False)]
+
+
+def test_light_modules_load_no_torch():
+    """What `python -m swirl.filter --help` and the users of an endpoint wait for."""
+    light = ["swirl", "swirl.filter", "swirl.generate", "swirl.evaluate", "swirl.report"]
+    light += [name for name in MODULES if room(name) in ("errors", "trajectory", "config", "environment")]
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", code, *light], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lazy_names_are_where_they_are_said_to_be():
+    for name, home in swirl._HOMES.items():
+        assert getattr(swirl, name).__module__ == home
+    assert set(swirl._HOMES) <= set(dir(swirl))
+    with pytest.raises(AttributeError, match="module 'swirl' has no attribute 'packs'"):
+        _ = swirl.packs
