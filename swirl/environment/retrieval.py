@@ -27,6 +27,23 @@ _EXACT_BELOW = (
 )
 
 
+def embeddings(post_json: PostJson, url: str, model: str) -> Embed:
+    """`embed` by an OpenAI-style endpoint: {"model", "input": [...]} -> {"data": [{"index", "embedding"},
+    ...]}.
+    """
+
+    async def embed(texts: list[str]) -> list[list[float]]:
+        answer = await post_json(url, {"model": model, "input": texts})
+        try:
+            by_index = {item["index"]: item["embedding"] for item in answer["data"]}
+            return [by_index[i] for i in range(len(texts))]
+        except (KeyError, TypeError):
+            reason = f'expected {{"data": [{{"index", "embedding"}}]}}, one for each of {len(texts)} texts'
+            raise EndpointError(url, reason) from None
+
+    return embed
+
+
 def _index_class():
     try:
         from usearch.index import Index
