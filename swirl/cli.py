@@ -34,14 +34,14 @@ def config_from_json(path: str, kind: type[Config]) -> Config:
         if key not in known:
             raise ConfigError(f"{path}: key '{key}' is unknown: expected one of {', '.join(sorted(known))}")
     try:
-        return msgspec.convert(values, kind, strict=True)
+        return msgspec.convert(values, kind, strict=True, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$.")
         raise ConfigError(f"{path}: key '{where.rstrip('`')}': {message}") from None
 
 
 def config_to_json(config: object) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(asdict(config)), indent=2)
+    return msgspec.json.format(msgspec.json.encode(asdict(config), enc_hook=os.fspath), indent=2)
 
 
 def parse(kind: type[Config], description: str, argv: list[str] | None = None) -> Config:

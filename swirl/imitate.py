@@ -33,15 +33,17 @@ class ImitateConfig:
     """Hugging Face folder to write; refused if it is there already."""
     seed: int = 0
     updates: int = 1500
-    demonstrations_per_update: int = 40
+    demonstrations_per_update: int = 16
     families: tuple[str, ...] = ("bridge", "deep", "mixed", "arithmetic")
     """Families to show. counterfactual is left out: its edited pages are the world the base has not seen."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     vocab_size: int = 1024
     hidden_size: int = 128
-    intermediate_size: int = 512
-    num_layers: int = 4
+    intermediate_size: int = 256
+    num_layers: int = 6
     sliding_window: int = 128
+    faultless_share: float = 0.6
+    """Of the updates, at first, shown without slips: skills come before habits, and come faster."""
     weight_of_observations: float = 0.1
     """Of the loss on question and result tokens, beside 1 on action tokens: it teaches to copy names early on."""
 
@@ -62,7 +64,7 @@ def gemma_config(config: ImitateConfig) -> GemmaConfig:
     )
 
 
-def demonstrations(families: tuple[str, ...], seed: int):
+def demonstrations(families: tuple[str, ...], seed: int, slips: almanac.Habits | None = almanac.HABITS):
     """(prompt, [(action, observation or None), ...]) forever, families in turn, each question demonstrated anew."""
     rng = np.random.default_rng(seed)
     questions = {family: almanac.questions(family, "train") for family in families}
@@ -70,7 +72,7 @@ def demonstrations(families: tuple[str, ...], seed: int):
         for family in families:
             question = questions[family][rng.integers(len(questions[family]))]
             prompt = question_prompt(question.question, almanac.tool(family).name, almanac.max_queries(family))
-            yield prompt, almanac.demonstrate(question, rng)
+            yield prompt, almanac.demonstrate(question, rng, slips=slips)
 
 
 def learn_tokenizer(families: tuple[str, ...], vocab_size: int, seed: int, num: int = 4000) -> Tokenizer:
@@ -98,10 +100,12 @@ def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
     tokenizer = learn_tokenizer(config.families, config.vocab_size, config.seed)
     model = Gemma(gemma_config(config)).init_weights(config.seed)
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=0.1)
-    source = demonstrations(config.families, config.seed + 1)
+    faultless = demonstrations(config.families, config.seed + 1, slips=None)
+    imperfect = demonstrations(config.families, config.seed + 2)
     started = time.perf_counter()
     with progress("imitate", config.updates) as advance:
         for update in range(config.updates):
+            source = faultless if update < config.faultless_share * config.updates else imperfect
             drawn = [as_pairs(*next(source), tokenizer) for _ in range(config.demonstrations_per_update)]
             actions = [pair for pairs, _ in drawn for pair in pairs]
             whole = [pair for _, pair in drawn]

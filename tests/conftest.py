@@ -49,7 +49,8 @@ class DemonstratingPolicy:
         from swirl.environment.rollout import draw_seed
 
         question = self._questions[state.prompt.partition("Question: ")[2]]
-        script = almanac.demonstrate(question, np.random.default_rng(draw_seed(question.id)), slips=self._slips)
+        habits = almanac.HABITS if self._slips else None
+        script = almanac.demonstrate(question, np.random.default_rng(draw_seed(question.id)), slips=habits)
         return PolicyAction(text=script[len(state.steps)][0])
 
 

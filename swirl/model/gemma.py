@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from swirl.errors import CheckpointError, ConfigError
 from swirl.kernels.geglu import geglu
+from swirl.kernels.linear import linear
 from swirl.kernels.linear_log_prob import linear_log_prob
 from swirl.kernels.rms_norm import rms_norm
 from swirl.kernels.rope import rope
@@ -166,6 +167,15 @@ PRESETS = {
 }
 
 
+class Linear(nn.Module):
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -185,10 +195,10 @@ class Attention(nn.Module):
         self.scale = config.query_pre_attn_scalar**-0.5
         self.softcap = config.attn_logit_softcapping
         self.window = config.window(layer)
-        self.q_proj = nn.Linear(d, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, d, bias=False)
+        self.q_proj = Linear(d, config.num_attention_heads * D)
+        self.k_proj = Linear(d, config.num_key_value_heads * D)
+        self.v_proj = Linear(d, config.num_key_value_heads * D)
+        self.o_proj = Linear(config.num_attention_heads * D, d)
 
     def forward(self, x, position_ids, subtree_end, cache=None):
         T = x.shape[0]
@@ -206,9 +216,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GemmaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
