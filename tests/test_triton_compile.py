@@ -1,0 +1,211 @@
+"""Every Triton kernel, in every launch config, compiled ahead of time for sm_80, sm_90 and sm_100: no GPU.
+
+The launchers themselves say what to compile: they run on the meta device, with a recorder where the kernel
+stands. Each launch must fit shared memory and keep its stack (registers spilt to memory) within SPILLS.
+`python tests/test_triton_compile.py` prints the table of registers, stack and shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+
+import pytest
+import torch
+
+from swirl.kernels import _triton, geglu, linear_log_prob, rms_norm, rope, tree_attention, tree_decode
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+# Stack bytes a thread that are allowed, by kernel and type; what is not here may have none.
+SPILLS = {
+    # tf32x3 splits every float32 operand in two: float32 is there to be exact, not fast
+    ("_tree_attention_fwd_kernel", "fp32"): 48,
+    ("_tree_attention_dq_kernel", "fp32"): 112,
+    ("_tree_attention_dkv_kernel", "fp32"): 208,
+    # a few loop invariants beside accumulators that fill the register file
+    ("_tree_attention_fwd_kernel", "fp16"): 32,
+    ("_tree_attention_dq_kernel", "bf16"): 32,
+    ("_tree_attention_dkv_kernel", "bf16"): 32,
+    # in the epilogue alone, once after a loop of at least 1024 products: the loop itself spills nothing
+    ("_d_logits_kernel", "bf16"): 352,
+    ("_d_hidden_kernel", "bf16"): 448,
+    # 64 query rows of 256 beside the accumulators
+    ("_trunk_kernel", "bf16"): 32,
+    ("_trunk_kernel", "fp32"): 176,
+    ("_branch_kernel", "fp32"): 80,
+    # not spills: where sin and cos reduce arguments beyond 1e5, a path that is hardly ever taken
+    ("_rope_kernel", "bf16"): 32,
+    ("_rope_kernel", "fp32"): 32,
+}
+
+
+def empty(*shape, dtype=torch.bfloat16, requires_grad=True):
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
+
+
+def integers(*shape, dtype=torch.int32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention(D, dtype):
+    q, k, v = (empty(1000, heads, D, dtype=dtype) for heads in (8, 4, 4))
+    o = tree_attention.tree_attention(
+        q, k, v, integers(1000), integers(1000), scale=D**-0.5, softcap=50.0, window=512
+    )
+    if dtype != torch.float16:  # its backward is bfloat16's
+        o.sum().backward()
+
+
+def head(dtype, return_entropy):
+    hidden, weight = empty(8192, 2304, dtype=dtype), empty(256_000, 2304, dtype=dtype)
+    target_ids = integers(8192, dtype=torch.int64)
+    log_probs = linear_log_prob.linear_log_prob(
+        hidden, weight, target_ids, softcap=30.0, return_entropy=return_entropy
+    )
+    (sum(log_probs) if return_entropy else log_probs).sum().backward()
+
+
+def pointwise(d, dtype):
+    x, weight = empty(1000, d, dtype=dtype), empty(d, dtype=dtype)
+    rms_norm.rms_norm(x, weight).sum().backward()
+    rms_norm.rms_norm(x, weight, residual=x).sum().backward()
+    geglu.geglu(x, x).sum().backward()
+    rope.rope(x.view(1000, -1, 256), integers(1000)).sum().backward()
+
+
+def decode(D, dtype):
+    q, trunk, branch = (
+        empty(64, 8, D, dtype=dtype),
+        empty(4096, 4, D, dtype=dtype),
+        empty(64, 512, 4, D, dtype=dtype),
+    )
+    with torch.no_grad():
+        settings = dict(scale=D**-0.5, softcap=50.0, window=4096)
+        tree_decode.tree_decode(q, trunk, trunk, branch, branch, integers(64), **settings)
+
+
+CASES = {
+    **{
+        f"attention-{D}-{TYPES[dtype]}": ((tree_attention,), attention, (D, dtype))
+        for D in (64, 128, 256)
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    "attention-256-fp16": ((tree_attention,), attention, (256, torch.float16)),
+    "head-bf16": ((linear_log_prob,), head, (torch.bfloat16, False)),
+    "head-entropy-bf16": ((linear_log_prob,), head, (torch.bfloat16, True)),
+    "head-fp32": ((linear_log_prob,), head, (torch.float32, True)),
+    **{
+        f"{name}-{size}-{TYPES[dtype]}": (modules, op, (size, dtype))
+        for name, modules, op, size, dtype in (
+            ("pointwise", (rms_norm, geglu, rope), pointwise, 2304, torch.bfloat16),
+            ("pointwise", (rms_norm, geglu, rope), pointwise, 4608, torch.float32),
+            ("decode", (tree_decode,), decode, 64, torch.bfloat16),
+            ("decode", (tree_decode,), decode, 256, torch.bfloat16),
+            ("decode", (tree_decode,), decode, 256, torch.float32),
+        )
+    },
+}
+
+
+class Recorder:
+    """Stands where a kernel stands, and writes down its launches."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launches.append((self.kernel, arguments))
+
+
+def launches_of(case, architecture, monkeypatch):
+    modules, op, arguments = CASES[case]
+    launches = []
+    monkeypatch.setattr(_triton, "takes", lambda *tensors: True)
+    monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    op(*arguments)
+    return launches
+
+
+def compiled(kernel, arguments, architecture):
+    """What triton.compile makes of one launch, with the facts its just-in-time compiler would have known."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, _triton.TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(result):
+    """Registers and stack bytes a thread, from the cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
+
+
+def results(case, architecture, monkeypatch):
+    """(name, type, registers, stack, shared memory, ptx) of each distinct launch of one case."""
+    seen = set()
+    for kernel, arguments in launches_of(case, architecture, monkeypatch):
+        result = compiled(kernel, arguments, architecture)
+        if result.hash not in seen:
+            seen.add(result.hash)
+            registers, stack = resources(result)
+            yield kernel.fn.__name__, registers, stack, result.metadata.shared, result.asm["ptx"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_fits_and_does_not_spill(case, architecture, monkeypatch):
+    dtype = case.rpartition("-")[2]
+    found = list(results(case, architecture, monkeypatch))
+    assert found
+    for name, _, stack, shared, ptx in found:
+        assert shared <= SHARED_MEMORY[architecture], f"{name}: {shared} bytes of shared memory"
+        assert stack <= SPILLS.get((name, dtype), 0), f"{name}: {stack} bytes of stack"
+        if architecture == 90 and case.startswith(("attention-256-bf16", "head-bf16")):
+            assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx, (
+                f"{name}: not on Hopper's own instructions"
+            )
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        for architecture in ARCHITECTURES:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                for name, registers, stack, shared, _ in results(case, architecture, monkeypatch):
+                    print(
+                        f"{case:20} sm_{architecture:<4} {name:28} {registers:4} {stack:5} {shared / 1024:6.0f} KB"
+                    )
