@@ -156,6 +156,8 @@ def agrees(text: str, ours: str) -> bool:
     if ours.startswith("refused: "):
         if any(word in ours for word in ("digits", "work", "different roots")):
             return True
+        if not theirs.is_finite or not theirs.is_real:
+            return True
         return _has_no_value(sympy.sympify(_percent_in_brackets(text), rational=True, evaluate=False))
     if not theirs.is_finite or sympy.im(theirs.evalf(30)) != 0:
         return False
