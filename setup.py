@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,10 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
+        build = Path(self.build_temp, "cmake").resolve()
+        shutil.rmtree(build, ignore_errors=True)  # its cache names the tools of a build environment now gone
         target.parent.mkdir(parents=True, exist_ok=True)
-        build.mkdir(parents=True, exist_ok=True)
+        build.mkdir(parents=True)
         error_file = target.parent / ERROR_FILE
         error_file.unlink(missing_ok=True)
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
@@ -66,12 +68,13 @@ class CMakeBuild(build_ext):
 
 
 def reason_of(error: Exception) -> str:
-    """One line: the first that the tools called an error, else what failed."""
+    """One line: what the tools called an error first (with the lines CMake puts below), else what failed."""
     lines = (getattr(error, "output", None) or "").splitlines()
     for i, line in enumerate(lines):
-        if re.search(r"\berror\b.*:|CMake Error", line):
-            following = lines[i + 1].strip() if line.startswith("CMake Error") and i + 1 < len(lines) else ""
-            return f"{line.strip()} {following}".strip()
+        if line.startswith("CMake Error"):
+            return " ".join(" ".join(lines[i : i + 8]).split())
+        if re.search(r"\berror\b.*:", line):
+            return line.strip()
     return str(error)
 
 
