@@ -19,7 +19,12 @@ from swirl import cli
 from swirl.environment.prompts import question_prompt
 from swirl.errors import ConfigError
 from swirl.learning import usage
-from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
+from swirl.learning.optimizer import (
+    clip_grad_norm,
+    learning_rate_at,
+    make_optimizers_from_nothing,
+    set_learning_rate,
+)
 from swirl.learning.packing import pack_micro_batches
 from swirl.model.gemma import Gemma, GemmaConfig
 from swirl.model.tokenizer import Tokenizer, train_tokenizer
@@ -32,7 +37,7 @@ class ImitateConfig:
     out: Path = Path("base")
     """Hugging Face folder to write; refused if it is there already."""
     seed: int = 0
-    updates: int = 1500
+    updates: int = 2400
     demonstrations_per_update: int = 16
     families: tuple[str, ...] = ("bridge", "deep", "mixed", "arithmetic")
     """Families to show. counterfactual is left out: its edited pages are the world the base has not seen."""
@@ -42,7 +47,7 @@ class ImitateConfig:
     intermediate_size: int = 256
     num_layers: int = 6
     sliding_window: int = 128
-    faultless_share: float = 0.6
+    faultless_share: float = 0.7
     """Of the updates, at first, shown without slips: skills come before habits, and come faster."""
     weight_of_observations: float = 0.1
     """Of the loss on question and result tokens, beside 1 on action tokens: it teaches to copy names early on."""
@@ -99,7 +104,12 @@ def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
     """Cross-entropy on the demonstrator's actions (and a little on all tokens), by the same packed pass as RL."""
     tokenizer = learn_tokenizer(config.families, config.vocab_size, config.seed)
     model = Gemma(gemma_config(config)).init_weights(config.seed)
-    optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=0.1)
+    optimizers = make_optimizers_from_nothing(
+        model,
+        embedding=model.model.embed_tokens.weight,
+        learning_rate=config.learning_rate,
+        weight_decay=0.1,
+    )
     faultless = demonstrations(config.families, config.seed + 1, slips=None)
     imperfect = demonstrations(config.families, config.seed + 2)
     started = time.perf_counter()
@@ -120,11 +130,11 @@ def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
                 batch_loss.backward()
                 loss += batch_loss.item()
             clip_grad_norm(model, 1.0)
-            set_learning_rate(
-                optimizer, learning_rate_at(update, config.updates, config.learning_rate, warmup=50, floor=0.02)
-            )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            rate = learning_rate_at(update, config.updates, config.learning_rate, warmup=50, floor=0.02)
+            for optimizer in optimizers:
+                set_learning_rate(optimizer, rate)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             advance(note=f"loss {loss:.3f}  {(update + 1) / (time.perf_counter() - started):.2f} updates/s")
             if (update + 1) % 100 == 0 and not sys.stderr.isatty():
                 print(f"{update + 1} loss {loss:.3f} {time.perf_counter() - started:.0f} s", file=sys.stderr)
