@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "pointwise.h"
 #include "tree_attention.h"
 
 namespace nb = nanobind;
@@ -22,8 +23,11 @@ namespace {
 
 using swirl::BLOCK;
 using swirl::Dtype;
+using swirl::Geglu;
 using swirl::Linear;
 using swirl::Problem;
+using swirl::RmsNorm;
+using swirl::Rope;
 using swirl::Tile;
 
 struct Isa {
@@ -33,12 +37,18 @@ struct Isa {
     bool (*linear_fwd)(const Linear&);
     bool (*linear_dx)(const Linear&);
     bool (*linear_dw)(const Linear&);
+    void (*rms_norm_fwd)(const RmsNorm&);
+    bool (*rms_norm_bwd)(const RmsNorm&);
+    void (*geglu_fwd)(const Geglu&);
+    void (*geglu_bwd)(const Geglu&);
+    void (*rope)(const Rope&);
     bool (*here)();
 };
 
-#define SWIRL_OPS(isa)                                                                               \
-    #isa, swirl::isa::tree_attention_fwd, swirl::isa::tree_attention_bwd, swirl::isa::linear_fwd,    \
-        swirl::isa::linear_dx, swirl::isa::linear_dw
+#define SWIRL_OPS(isa)                                                                                    \
+    #isa, swirl::isa::tree_attention_fwd, swirl::isa::tree_attention_bwd, swirl::isa::linear_fwd,         \
+        swirl::isa::linear_dx, swirl::isa::linear_dw, swirl::isa::rms_norm_fwd, swirl::isa::rms_norm_bwd, \
+        swirl::isa::geglu_fwd, swirl::isa::geglu_bwd, swirl::isa::rope
 
 #if defined(SWIRL_X86)
 bool has_avx512() {
@@ -225,6 +235,82 @@ void linear_bwd(Tensor x, Tensor w, Tensor dy, std::optional<Tensor> dx, std::op
     if (p.dw && !set.linear_dw(p)) throw std::bad_alloc();
 }
 
+constexpr size_t LANES = 16;  // rows of the pointwise ops come in whole vectors of any set
+
+float* float_data(const Tensor& x, std::initializer_list<size_t> shape, const char* name) {
+    expect(x, nb::dtype<float>(), shape, name);
+    return (float*)x.data();
+}
+
+RmsNorm rms_norm_of(const Tensor& x, const Tensor& weight, const Tensor& rstd, double eps, int threads) {
+    if (x.ndim() != 2 || x.shape(1) % LANES || threads < 1)
+        throw std::invalid_argument("x must be (M, d), d a multiple of 16");
+    size_t M = x.shape(0), d = x.shape(1);
+    RmsNorm p = {};
+    p.M = M, p.d = d, p.eps = (float)eps, p.threads = threads;
+    p.x = float_data(x, {M, d}, "x"), p.weight = float_data(weight, {d}, "weight");
+    p.rstd = float_data(rstd, {M}, "rstd");
+    return p;
+}
+
+void rms_norm_fwd(Tensor x, Tensor weight, Tensor y, Tensor rstd, double eps, int threads, const std::string& isa) {
+    RmsNorm p = rms_norm_of(x, weight, rstd, eps, threads);
+    p.y = float_data(y, {(size_t)p.M, (size_t)p.d}, "y");
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    set.rms_norm_fwd(p);
+}
+
+void rms_norm_bwd(Tensor x, Tensor weight, Tensor rstd, Tensor dy, Tensor dx, Tensor dweight, int threads,
+                  const std::string& isa) {
+    RmsNorm p = rms_norm_of(x, weight, rstd, 0, threads);
+    size_t M = p.M, d = p.d;
+    p.dy = float_data(dy, {M, d}, "dy"), p.dx = float_data(dx, {M, d}, "dx");
+    p.dweight = float_data(dweight, {d}, "dweight");
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    if (!set.rms_norm_bwd(p)) throw std::bad_alloc();
+}
+
+Geglu geglu_of(const Tensor& gate, const Tensor& up, int threads) {
+    if (gate.ndim() != 1 || gate.shape(0) % LANES || threads < 1)
+        throw std::invalid_argument("gate must be (n,), n a multiple of 16");
+    Geglu p = {};
+    p.n = gate.shape(0), p.threads = threads;
+    p.gate = float_data(gate, {gate.shape(0)}, "gate"), p.up = float_data(up, {gate.shape(0)}, "up");
+    return p;
+}
+
+void geglu_fwd(Tensor gate, Tensor up, Tensor y, int threads, const std::string& isa) {
+    Geglu p = geglu_of(gate, up, threads);
+    p.y = float_data(y, {(size_t)p.n}, "y");
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    set.geglu_fwd(p);
+}
+
+void geglu_bwd(Tensor gate, Tensor up, Tensor dy, Tensor dgate, Tensor dup, int threads, const std::string& isa) {
+    Geglu p = geglu_of(gate, up, threads);
+    size_t n = p.n;
+    p.dy = float_data(dy, {n}, "dy"), p.dgate = float_data(dgate, {n}, "dgate"), p.dup = float_data(dup, {n}, "dup");
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    set.geglu_bwd(p);
+}
+
+void rope(Tensor x, Tensor cos, Tensor sin, Tensor y, double sign, int threads, const std::string& isa) {
+    if (x.ndim() != 3 || x.shape(2) % (2 * LANES) || threads < 1)
+        throw std::invalid_argument("x must be (T, H, D), D a multiple of 32");
+    size_t T = x.shape(0), H = x.shape(1), D = x.shape(2);
+    Rope p = {};
+    p.T = T, p.H = H, p.D = D, p.sign = (float)sign, p.threads = threads;
+    p.x = float_data(x, {T, H, D}, "x"), p.y = float_data(y, {T, H, D}, "y");
+    p.cos = float_data(cos, {T, D / 2}, "cos"), p.sin = float_data(sin, {T, D / 2}, "sin");
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    set.rope(p);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -242,4 +328,14 @@ NB_MODULE(_cpu, m) {
           "Fills y (M, N) = x (M, K) w (N, K)^T, float32.");
     m.def("linear_bwd", linear_bwd, nb::arg("x"), nb::arg("w"), nb::arg("dy"), nb::arg("dx").none(),
           nb::arg("dw").none(), nb::arg("threads"), nb::arg("isa"), "Fills dx and dw, where given.");
+    m.def("rms_norm_fwd", rms_norm_fwd, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("rstd"),
+          nb::arg("eps"), nb::arg("threads"), nb::arg("isa"), "Fills y (M, d) and rstd (M,), float32.");
+    m.def("rms_norm_bwd", rms_norm_bwd, nb::arg("x"), nb::arg("weight"), nb::arg("rstd"), nb::arg("dy"), nb::arg("dx"),
+          nb::arg("dweight"), nb::arg("threads"), nb::arg("isa"), "Fills dx (M, d) and dweight (d,).");
+    m.def("geglu_fwd", geglu_fwd, nb::arg("gate"), nb::arg("up"), nb::arg("y"), nb::arg("threads"), nb::arg("isa"),
+          "Fills y (n,) = gelu_tanh(gate) up, float32.");
+    m.def("geglu_bwd", geglu_bwd, nb::arg("gate"), nb::arg("up"), nb::arg("dy"), nb::arg("dgate"), nb::arg("dup"),
+          nb::arg("threads"), nb::arg("isa"), "Fills dgate and dup (n,).");
+    m.def("rope", rope, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"), nb::arg("sign"),
+          nb::arg("threads"), nb::arg("isa"), "Fills y (T, H, D): x turned by sign times the angles.");
 }

@@ -140,3 +140,90 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     A row of the result depends on its own row of x alone; no sum's order depends on the threads.
     """
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+def supports_pointwise(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether rms_norm, geglu and rope here are built and take these: float32, rows of whole vectors.
+
+    rope wants the same of half a head.
+    """
+    return (
+        all(y.device.type == "cpu" and y.dtype == torch.float32 for y in (x, *others))
+        and x.shape[-1] % 16 == 0
+        and x.numel() > 0
+        and _extension() is not None
+    )
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x, weight = x.detach().contiguous(), weight.detach().contiguous()
+        y, rstd = torch.empty_like(x), x.new_empty(x.shape[0])
+        ctx.machine = _machine()
+        _extension().rms_norm_fwd(x, weight, y, rstd, eps, *ctx.machine)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, rstd = (saved.detach() for saved in ctx.saved_tensors)
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        _extension().rms_norm_bwd(x, weight, rstd, dy.contiguous(), dx, dweight, *ctx.machine)
+        return dx, dweight, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
+    """The op of rms_norm.py where supports_pointwise(x, weight): x (..., d) -> (..., d)."""
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.detach().contiguous(), up.detach().contiguous()
+        y = torch.empty_like(gate)
+        ctx.machine = _machine()
+        _extension().geglu_fwd(gate.view(-1), up.view(-1), y.view(-1), *ctx.machine)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = (saved.detach() for saved in ctx.saved_tensors)
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        flat = [x.view(-1) for x in (gate, up, dy.contiguous(), dgate, dup)]
+        _extension().geglu_bwd(*flat, *ctx.machine)
+        return dgate, dup
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The op of geglu.py where supports_pointwise(gate, up): (..., F) -> (..., F)."""
+    return _GeGLU.apply(gate, up)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.machine = _machine()
+        ctx.save_for_backward(cos, sin)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        _extension().rope(x.detach().contiguous(), cos, sin, y, 1.0, *ctx.machine)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
+        _extension().rope(dy.contiguous(), *ctx.saved_tensors, dx, -1.0, *ctx.machine)
+        return dx, None, None
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotation of rope.py, given cos and sin (T, D / 2) float32; where D is a multiple of 32.
+
+    x (T, H, D) float32, non-empty -> (T, H, D).
+    """
+    return _Rope.apply(x, cos.contiguous(), sin.contiguous())

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from swirl.kernels import cpu
+from swirl.kernels.geglu import geglu_reference
+from swirl.kernels.rms_norm import rms_norm_reference
+from swirl.kernels.rope import rope_reference
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference
 
 pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the C++ ops are not built")
@@ -273,3 +276,44 @@ def test_linear_is_offered_where_it_is_the_faster():
     assert not cpu.supports_linear(torch.randn(5, 48), w)
     assert not cpu.supports_linear(torch.randn(100, 48).bfloat16(), w.bfloat16())
     assert not cpu.supports_linear(torch.randn(100, 2), torch.empty(1 << 21, 2))
+
+
+def compare(op, reference, leaves, dy, tolerance=2e-6):
+    """Value and gradients of op in float32 against the reference's in float64."""
+    leaves = [x.requires_grad_() for x in leaves]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    y, expected = op(*leaves), reference(*wide)
+    results = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    truths = [expected.detach(), *torch.autograd.grad(expected, wide, dy.double())]
+    assert [r.shape for r in results] == [t.shape for t in truths]
+    assert share_of_largest(results, truths) < tolerance
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("shape", [(1, 16), (65, 128), (3, 50, 48)])
+def test_pointwise(monkeypatch, isa, shape):
+    monkeypatch.setenv("SWIRL_CPU_ISA", isa)
+    x, up, dy, weight = *torch.randn(3, *shape), torch.randn(shape[-1])
+    assert cpu.supports_pointwise(x, weight)
+    compare(cpu.rms_norm, rms_norm_reference, [x * 3, weight], dy)
+    compare(cpu.rms_norm, rms_norm_reference, [x * 1e-4, weight], dy * 1e-4)  # eps counts
+    compare(cpu.geglu, geglu_reference, [x * 3, up], dy)
+    compare(cpu.geglu, geglu_reference, [x * 30, up], dy)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("T,H,D", [(1, 1, 32), (37, 3, 64)])
+def test_rope(monkeypatch, isa, T, H, D):
+    monkeypatch.setenv("SWIRL_CPU_ISA", isa)
+    positions = torch.randint(0, 5000, (T,))
+    angle = positions[:, None].double() * 10_000.0 ** (-torch.arange(D // 2).double() / (D / 2))
+    cos, sin = angle.cos().float(), angle.sin().float()
+    x, dy = torch.randn(H, T, D).transpose(0, 1), torch.randn(H, T, D).transpose(0, 1)
+    compare(lambda x: cpu.rope(x, cos, sin), lambda x: rope_reference(x, positions), [x], dy)
+
+
+def test_pointwise_ops_are_offered_where_they_fit():
+    x = torch.randn(4, 32)
+    assert cpu.supports_pointwise(x) and not cpu.supports_pointwise(x.double())
+    assert not cpu.supports_pointwise(x, x.bfloat16())
+    assert not cpu.supports_pointwise(x[:, :24]) and not cpu.supports_pointwise(x[:0])
