@@ -115,8 +115,12 @@ def _cpu_name() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hugging Face folder; default: the shipped base's shape, random weights")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="a Hugging Face folder; default: the shipped base's shape, random weights"
+    )
     parser.add_argument("--trees", type=int, default=4, help="trees in an update")
     parser.add_argument("--repeats", type=int, default=5, help="timed updates of each side")
     parser.add_argument("--device", default="cpu")

@@ -56,7 +56,9 @@ def parse(kind: type[Config], description: str, argv: list[str] | None = None) -
             raise ConfigError("--config: expected the path of a JSON file")
         default = config_from_json(argv[at + 1], kind)
         del argv[at : at + 2]
-    description += "\n\nAlso: --config FILE takes defaults from a JSON file, such as the config.json of a run."
+    description += (
+        "\n\nAlso: --config FILE takes defaults from a JSON file, such as the config.json of a run."
+    )
     return tyro.cli(kind, args=argv, default=default, description=description)
 
 

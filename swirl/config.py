@@ -29,7 +29,8 @@ class TrainConfig:
     auto: sampled where the reward can score a new action, else recorded."""
     reward: str = "auto"
     """Who rewards an action: `rule` (Almanac's judge), `recorded` (the data's rewards or verdicts), `outcome` (recorded
-    actions, 1 where the trajectory's answer is correct, else 0), or the URL of a reward model. auto: rule on Almanac, else recorded."""
+    actions, 1 where the trajectory's answer is correct, else 0), or the URL of a reward model.
+    auto: rule on Almanac, else recorded."""
     updates: int = 60
     """Optimizer calls. Ours."""
     seed: int = 0
@@ -56,8 +57,8 @@ class TrainConfig:
     max_new_tokens: int = 48
     """Tokens in an action at most."""
     baseline: Literal["auto", "none", "mean", "leave_one_out"] = "auto"
-    """Subtracted from the reward: mean of the update, or of the other draws at the state. auto: leave_one_out when sampled,
-    none when recorded. Ours."""
+    """Subtracted from the reward: mean of the update, or of the other draws at the state.
+    auto: leave_one_out when sampled, none when recorded. Ours."""
     learning_rate: float = 3e-4
     """Ours, as are warm-up, decay and clipping below."""
     warmup: int = 5
@@ -90,7 +91,14 @@ class TrainConfig:
         for flag in ("updates", "trajectories_per_update", "max_new_tokens", "tokens_per_micro_batch", "num_questions",
                      "trajectories_per_question", "test_questions"):  # fmt: skip
             require(getattr(self, flag) >= 1, flag, "at least 1")
-        for flag in ("save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient", "generate_temperature"):
+        for flag in (
+            "save_every",
+            "evaluate_every",
+            "warmup",
+            "weight_decay",
+            "kl_coefficient",
+            "generate_temperature",
+        ):
             require(getattr(self, flag) >= 0, flag, "0 or more")
         for flag in ("learning_rate", "max_grad_norm", "clip", "temperature"):
             require(getattr(self, flag) > 0, flag, "more than 0")

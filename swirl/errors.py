@@ -1,12 +1,12 @@
 """Every error swirl raises on purpose. A command prints it as one line and exits 1.
 
-    SwirlError
-    ├── InputError       a data file: file, line, field, what was expected   (ValueError)
-    ├── ConfigError      a flag or config key                                (ValueError)
-    ├── CheckpointError  a model folder or file                              (OSError)
-    ├── CalculatorError  an expression the calculator refuses                (ValueError)
-    ├── EndpointError    a server that could not be reached or understood    (ConnectionError)
-    └── NonFiniteError   a loss or gradient that is NaN or infinite          (FloatingPointError)
+SwirlError
+├── InputError       a data file: file, line, field, what was expected   (ValueError)
+├── ConfigError      a flag or config key                                (ValueError)
+├── CheckpointError  a model folder or file                              (OSError)
+├── CalculatorError  an expression the calculator refuses                (ValueError)
+├── EndpointError    a server that could not be reached or understood    (ConnectionError)
+└── NonFiniteError   a loss or gradient that is NaN or infinite          (FloatingPointError)
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class SwirlError(Exception):
 class InputError(SwirlError, ValueError):
     """Malformed data. `line` counts from 1; `field` is a path such as `steps[2].action_ids`."""
 
-    def __init__(self, file: str | os.PathLike, expected: str, *, line: int | None = None, field: str | None = None):
+    def __init__(
+        self, file: str | os.PathLike, expected: str, *, line: int | None = None, field: str | None = None
+    ):
         self.file, self.line, self.field, self.expected = os.fspath(file), line, field, expected
         where = self.file if line is None else f"{self.file}:{line}"
         super().__init__(f"{where}: {expected}" if field is None else f"{where}: field '{field}': {expected}")

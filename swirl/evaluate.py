@@ -32,6 +32,7 @@ class EvaluateConfig:
     """Almanac families, or one data set by name with --questions."""
     questions: Path | None = None
     corpus: Path | None = None
+    top_k: int = 1
     split: str = "test"
     limit: int | None = 200
     """Questions per task."""
@@ -60,7 +61,9 @@ class Score(msgspec.Struct, frozen=True):
     correct: tuple[bool, ...]
 
 
-def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: Sequence[float], *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` (N,), N >= 1; pairs are kept by passing differences."""
     values = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
@@ -69,7 +72,10 @@ def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000, seed: 
 
 
 def good_step_share(trajectories: Sequence[Trajectory]) -> tuple[float | None, int]:
-    """(share of GOOD among judged steps, averaged within and then across trajectories, as the paper's Table 3; number unjudged)."""
+    """(share of GOOD among judged steps, number unjudged); the share is averaged within, then across trajectories.
+
+    Source: Table 3 of arXiv:2504.04736.
+    """
     shares, unjudged = [], 0
     for trajectory in trajectories:
         verdicts = [step.verdict for step in trajectory.steps]
@@ -124,7 +130,13 @@ async def answer(
     asked = [(question, 0) for question in questions]
     made = {}
     playing = rollouts(
-        asked, policy=policy, tool=task.open_tool(), limits=limits, coder=coder, seed=seed, in_flight=in_flight
+        asked,
+        policy=policy,
+        tool=task.open_tool(),
+        limits=limits,
+        coder=coder,
+        seed=seed,
+        in_flight=in_flight,
     )
     async for trajectory in playing:
         made[trajectory.question.id] = await judge_steps(trajectory, judge) if judge else trajectory
@@ -135,7 +147,10 @@ async def answer(
 async def _evaluate(config: EvaluateConfig) -> list[Score]:
     from swirl.open import open_judge, open_policy
 
-    opened = [tasks.open_task(name, questions=config.questions, corpus=config.corpus) for name in config.tasks]
+    opened = [
+        tasks.open_task(name, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
+        for name in config.tasks
+    ]
     asked = {task.name: task.questions(config.split, config.limit) for task in opened}
     for name, questions in asked.items():
         if not questions:

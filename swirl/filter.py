@@ -122,7 +122,11 @@ async def _filter(config: FilterConfig) -> dict:
         raise InputError(config.data, "cannot be read (no such file)")
     judge = open_judge(config.judge)
     reasons: Counter[str] = Counter()
-    with TrajectoryLog(config.kept) as kept, TrajectoryLog(config.dropped) as dropped, progress("filter", None) as advance:
+    with (
+        TrajectoryLog(config.kept) as kept,
+        TrajectoryLog(config.dropped) as dropped,
+        progress("filter", None) as advance,
+    ):
         finished = kept.done | dropped.done
         unfinished = (t for t in iter_trajectories(config.data) if t.id not in finished)
         decisions = judged_trajectories(unfinished, judge=judge, mode=config.mode, in_flight=config.in_flight)

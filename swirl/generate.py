@@ -25,11 +25,14 @@ class GenerateConfig:
     out: Path = Path("trajectories.jsonl")
     """The JSONL file to append to."""
     task: str = "bridge"
-    """An Almanac family (bridge, deep, counterfactual, mixed, arithmetic), or gsm8k, hotpotqa, musique, cofca, beerqa, own."""
+    """An Almanac family (bridge, deep, counterfactual, mixed, arithmetic), or a data set: gsm8k, hotpotqa, musique,
+    cofca, beerqa, own."""
     questions: Path | None = None
     """The data set's file; Almanac needs none."""
     corpus: Path | None = None
-    """JSONL of {title, text} pages to search; default: the pages of the questions' own file."""
+    """Pages to search: JSONL of {title, text}, or a folder of its index; default: those of the questions' own file."""
+    top_k: int = 1
+    """Pages returned for a query (the paper's 1)."""
     split: str = "train"
     """Almanac's split: train, validation or test."""
     limit: int | None = 400
@@ -50,7 +53,9 @@ class GenerateConfig:
     device: str = "cpu"
 
 
-def limits_for(task: Task, *, max_steps: int | None, max_new_tokens: int, temperature: float) -> RolloutLimits:
+def limits_for(
+    task: Task, *, max_steps: int | None, max_new_tokens: int, temperature: float
+) -> RolloutLimits:
     """Limits of generation: as many steps as the paper allows queries, the last of which may be the answer."""
     return RolloutLimits(
         max_queries=task.max_queries,
@@ -61,13 +66,23 @@ def limits_for(task: Task, *, max_steps: int | None, max_new_tokens: int, temper
 
 
 async def collect(
-    asked: list[tuple[Question, int]], *, task: Task, policy, coder, limits: RolloutLimits, seed: int, in_flight: int, advance
+    asked: list[tuple[Question, int]],
+    *,
+    task: Task,
+    policy,
+    coder,
+    limits: RolloutLimits,
+    seed: int,
+    in_flight: int,
+    advance,
 ) -> list[Trajectory]:
     """All trajectories of (question, sample) pairs, in the order asked, in memory."""
     tool = task.open_tool()
     order = {trajectory_id(question, sample): place for place, (question, sample) in enumerate(asked)}
     made: list[Trajectory] = []
-    playing = rollouts(asked, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed, in_flight=in_flight)
+    playing = rollouts(
+        asked, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed, in_flight=in_flight
+    )
     async for trajectory in playing:
         made.append(trajectory)
         advance()
@@ -76,7 +91,9 @@ async def collect(
 
 def _refuse_other_settings(config: GenerateConfig) -> None:
     """A file is resumed only with the settings that began it; they lie beside it."""
-    settings = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "limit", "in_flight", "device")}
+    settings = {
+        k: str(v) for k, v in asdict(config).items() if k not in ("out", "limit", "in_flight", "device")
+    }
     beside = config.out.with_name(config.out.name + ".settings.json")
     if config.out.exists() and config.out.stat().st_size and beside.exists():
         for key, value in msgspec.json.decode(beside.read_bytes()).items():
@@ -92,7 +109,7 @@ def _refuse_other_settings(config: GenerateConfig) -> None:
 async def _generate(config: GenerateConfig) -> dict:
     from swirl.open import open_policy
 
-    task = open_task(config.task, questions=config.questions, corpus=config.corpus)
+    task = open_task(config.task, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
     questions = task.questions(config.split, config.limit)
     if not questions:
         raise ConfigError(f"task '{config.task}' has no questions to ask")
@@ -103,7 +120,9 @@ async def _generate(config: GenerateConfig) -> dict:
     )
     stops: dict[str, int] = {}
     with TrajectoryLog(config.out) as log, progress("generate", len(questions) * config.samples) as advance:
-        asked = [(q, s) for q in questions for s in range(config.samples) if trajectory_id(q, s) not in log.done]
+        asked = [
+            (q, s) for q in questions for s in range(config.samples) if trajectory_id(q, s) not in log.done
+        ]
         advance(len(questions) * config.samples - len(asked))
         playing = rollouts(
             asked,

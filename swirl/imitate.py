@@ -1,4 +1,4 @@
-"""Make a base policy from nothing: a small Gemma 2 and its tokenizer, trained to imitate Almanac's imperfect demonstrator.
+"""Make a base policy from nothing: a small Gemma 2 and its tokenizer, imitating Almanac's imperfect demonstrator.
 
 This is how the base that ships with swirl was made; its model card holds the command, the seed and the commit.
 The demonstrator slips (it skips hops, repeats queries, answers too early, takes the wrong operation), so the base is
@@ -76,7 +76,9 @@ def demonstrations(families: tuple[str, ...], seed: int, slips: almanac.Habits |
     while True:
         for family in families:
             question = questions[family][rng.integers(len(questions[family]))]
-            prompt = question_prompt(question.question, almanac.tool(family).name, almanac.max_queries(family))
+            prompt = question_prompt(
+                question.question, almanac.tool(family).name, almanac.max_queries(family)
+            )
             yield prompt, almanac.demonstrate(question, rng, slips=slips)
 
 
@@ -148,7 +150,7 @@ def _card(config: ImitateConfig) -> str:
     return f"""# Almanac base
 
 A Gemma-2-shaped policy with its own byte-level BPE tokenizer, trained from nothing to imitate Almanac's imperfect
-demonstrator on {', '.join(config.families)}. It is a starting point for `python -m swirl.train`, and knows nothing else.
+demonstrator on {", ".join(config.families)}. It is where `python -m swirl.train` starts, and knows nothing else.
 
 - command: `python -m swirl.imitate {flags}`
 - seed: {config.seed}

@@ -1,4 +1,4 @@
-"""A run on one page: the accuracy table and the learning curves, as HTML without scripts; and the tables of the terminal."""
+"""A run on one page: the accuracy table and the learning curves, as HTML without scripts; and the terminal's tables."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 def print_scores(scores: Sequence[Score]) -> None:
     """The table of `evaluate`, on stdout."""
     rows = [
-        (s.task, str(s.questions), _interval(s), _percent(s.f1), _percent(s.good_steps), _by_hops(s)) for s in scores
+        (s.task, str(s.questions), _interval(s), _percent(s.f1), _percent(s.good_steps), _by_hops(s))
+        for s in scores
     ]
     _print_table(
         "greedy answers, 95% intervals by bootstrap",
@@ -100,7 +101,9 @@ def _read_run(run: Path) -> tuple[dict, list[dict]]:
         summary = json.loads((run / "summary.json").read_text())
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except OSError as error:
-        raise InputError(error.filename, f"cannot be read ({error.strerror}): expected the folder of a finished run") from None
+        raise InputError(
+            error.filename, f"cannot be read ({error.strerror}): expected the folder of a finished run"
+        ) from None
     except json.JSONDecodeError as error:
         raise InputError(run, f"expected JSON ({error})") from None
     return summary, metrics
@@ -122,7 +125,8 @@ def _curve(title: str, values: Sequence[float], width: int = 420, height: int = 
     return (
         f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img">'
         f'<text x="4" y="20">{high:.3g}</text><text x="4" y="{height - 24}">{low:.3g}</text>'
-        f'<text x="48" y="{height - 6}">1</text><text x="{width - 8}" y="{height - 6}" text-anchor="end">{len(values)}</text>'
+        f'<text x="48" y="{height - 6}">1</text>'
+        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{len(values)}</text>'
         f'<polyline class="raw" points="{points(values)}"/><polyline points="{points(smooth)}"/></svg></figure>'
     )
 
@@ -132,7 +136,8 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:920px;margin:2rem auto;padding
 table{border-collapse:collapse;width:100%}th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #dde3ea}
 th:first-child,td:first-child{text-align:left}figure{display:inline-block;margin:.5rem 1rem .5rem 0}
 figcaption{font-weight:600}svg{width:420px;max-width:100%;background:#f6f8fa;border-radius:6px}
-svg text{font-size:11px;fill:#5a6675}polyline{fill:none;stroke:#1463d8;stroke-width:2}.raw{stroke:#a9c6f3;stroke-width:1}
+svg text{font-size:11px;fill:#5a6675}
+polyline{fill:none;stroke:#1463d8;stroke-width:2}.raw{stroke:#a9c6f3;stroke-width:1}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem}dt{color:#5a6675}dd{margin:0}
 """
 
@@ -147,7 +152,12 @@ def write_report(run: Path) -> Path:
         f"<td>{_percent(summary['good_steps_before'][task])}</td><td>{_percent(summary['good_steps_after'][task])}</td></tr>"
         for task, gain in summary["relative_gain"].items()
     )
-    shown = [("reward of an action", "reward"), ("loss", "loss"), ("gradient norm", "grad_norm"), ("tokens/s", "tokens_per_s")]
+    shown = [
+        ("reward of an action", "reward"),
+        ("loss", "loss"),
+        ("gradient norm", "grad_norm"),
+        ("tokens/s", "tokens_per_s"),
+    ]
     if any(m["kl"] for m in metrics):
         shown.append(("KL to the reference policy, nats a token", "kl"))
     curves = "".join(_curve(title, [m[name] for m in metrics]) for title, name in shown if metrics)
@@ -164,7 +174,8 @@ def write_report(run: Path) -> Path:
     )
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>swirl: {html.escape(run.name)}</title>"
-        f"<style>{_STYLE}</style><h1>swirl: {html.escape(run.name)}</h1><dl>{facts}</dl><h2>Accuracy on test questions</h2>"
+        f"<style>{_STYLE}</style><h1>swirl: {html.escape(run.name)}</h1><dl>{facts}</dl>"
+        "<h2>Accuracy on test questions</h2>"
         "<table><tr><th>family<th>before<th>after<th>relative gain<th>GOOD steps before<th>after</tr>"
         f"{rows}</table><h2>Learning curves</h2>{curves}</html>\n"
     )

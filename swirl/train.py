@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from swirl import cli, config as configs, open as opening, tasks
+from swirl import cli, tasks
+from swirl import config as configs
+from swirl import open as opening
 from swirl.config import TrainConfig
 from swirl.environment.judge import StepToJudge
 from swirl.environment.rollout import draw_seed, with_ids
@@ -36,6 +38,7 @@ from swirl.model.local_policy import LocalPolicy, completion_action
 from swirl.progress import progress
 from swirl.report import print_comparison, write_report
 from swirl.trajectory import Trajectory, read_trajectories, write_trajectories
+
 
 class Actor:
     """The policy at work: it answers questions, makes trajectories, and draws actions to learn from."""
@@ -73,7 +76,9 @@ class Actor:
         for name in config.task:
             task = tasks.open_task(name)
             questions = task.questions("train", config.num_questions)
-            asked = distributed.my_share([(q, s) for q in questions for s in range(config.trajectories_per_question)])
+            asked = distributed.my_share(
+                [(q, s) for q in questions for s in range(config.trajectories_per_question)]
+            )
             limits = limits_for(
                 task,
                 max_steps=None,
@@ -95,13 +100,17 @@ class Actor:
         return made
 
     def sampled_actions(self, trajectories: list[Trajectory], update: int) -> tuple[list[ScoredAction], dict]:
-        """G actions drawn at each state, each with its reward less the mean of the others. All ranks get all of them."""
+        """G actions drawn at each state, each with its reward less its baseline. All ranks get all of them."""
         config = self.config
-        states = [(tree, k) for tree, trajectory in enumerate(trajectories) for k in range(len(trajectory.steps))]
+        states = [
+            (tree, k) for tree, trajectory in enumerate(trajectories) for k in range(len(trajectory.steps))
+        ]
         mine = distributed.my_share(states)
         G = config.samples_per_state
         seeds = [
-            draw_seed(config.seed, "update", update, trajectories[tree].id, k, g) for tree, k in mine for g in range(G)
+            draw_seed(config.seed, "update", update, trajectories[tree].id, k, g)
+            for tree, k in mine
+            for g in range(G)
         ]
         completions = self.policy.engine.sample(
             [ids for tree, k in mine for ids in [trajectories[tree].state_ids(k)] * G],
@@ -122,7 +131,9 @@ class Actor:
         else:
             advantages = table - (np.nanmean(table) if config.baseline == "mean" else 0.0)
         scored = [
-            ScoredAction(tree, trajectories[tree].state_ids(k), action.ids, float(advantage), action.log_probs)
+            ScoredAction(
+                tree, trajectories[tree].state_ids(k), action.ids, float(advantage), action.log_probs
+            )
             for (tree, k), (draws, _), row in zip(states, drawn, advantages, strict=True)
             for action, advantage in zip(draws, row, strict=True)
         ]
@@ -130,7 +141,9 @@ class Actor:
 
     def recorded_actions(self, trajectories: list[Trajectory]) -> tuple[list[ScoredAction], dict]:
         """The actions in the data with their recorded rewards; steps without one are masked."""
-        rewards = [_recorded_reward(t, k, self.config.reward) for t in trajectories for k in range(len(t.steps))]
+        rewards = [
+            _recorded_reward(t, k, self.config.reward) for t in trajectories for k in range(len(t.steps))
+        ]
         table = np.array(rewards, dtype=np.float64)
         advantages = table - (_mean(table) if self.config.baseline == "mean" else 0.0)
         places = [(tree, k) for tree, t in enumerate(trajectories) for k in range(len(t.steps))]
@@ -152,7 +165,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 async def _rewards(judge, trajectories, owners, actions) -> list[float]:
-    """Reward of each action in [0, 1]; NaN where the judge failed. One cut off before its end is a bad step, unasked."""
+    """Reward of each action in [0, 1]; NaN where the judge failed. One cut off before its end is bad, unasked."""
 
     async def reward(owner, action):
         tree, k = owner
@@ -215,7 +228,9 @@ def _settle(config: TrainConfig, trajectories: list[Trajectory] | None) -> Train
     if reward == "auto":
         reward = "rule" if on_almanac and config.actions != "recorded" else "recorded"
     if reward == "rule" and not on_almanac:
-        raise ConfigError("--reward rule: Almanac's judge knows no other questions; take recorded, outcome or a URL")
+        raise ConfigError(
+            "--reward rule: Almanac's judge knows no other questions; take recorded, outcome or a URL"
+        )
     actions = config.actions
     if actions == "auto":
         actions = "recorded" if reward in ("recorded", "outcome") else "sampled"
@@ -263,7 +278,9 @@ def _prepare(config: TrainConfig, actor: Actor, data: list[Trajectory] | None) -
         write_trajectories(config.out / "kept.jsonl", kept)
         print(f"kept {len(kept)} of {len(made)} trajectories ({config.filter} filter)", file=sys.stderr)
     if not kept:
-        raise ConfigError(f"--filter {config.filter} kept none of {len(made)} trajectories: nothing to train on")
+        raise ConfigError(
+            f"--filter {config.filter} kept none of {len(made)} trajectories: nothing to train on"
+        )
     return kept
 
 
@@ -277,7 +294,9 @@ def _train(
 ) -> None:
     """The loop: evaluate? save? log; last? break; draw; update. Each update's metrics are appended to `history`."""
     batches, update = _batches(len(kept), config), 0
-    peak_flops = usage.measured_peak_flops(learner.model.device, learner.model.dtype) if distributed.is_main() else 0.0
+    peak_flops = (
+        usage.measured_peak_flops(learner.model.device, learner.model.dtype) if distributed.is_main() else 0.0
+    )
     main = distributed.is_main()
     with progress("train", config.updates, show=main) as advance:
         while True:
@@ -302,7 +321,9 @@ def _train(
             wall_s = time.perf_counter() - started
             metrics["update_s"], metrics["sample_s"] = wall_s, sampled_s
             metrics["tokens_per_s"] = metrics["tokens"] / wall_s
-            metrics["utilization"] = metrics.pop("flops") / (wall_s - sampled_s) / peak_flops if peak_flops else 0.0
+            metrics["utilization"] = (
+                metrics.pop("flops") / (wall_s - sampled_s) / peak_flops if peak_flops else 0.0
+            )
             metrics["peak_bytes"] = usage.peak_bytes(learner.model.device)
             history.append(metrics)
             update += 1
@@ -393,7 +414,8 @@ def _require_context(trajectories: list[Trajectory], limit: int, file: Path) -> 
         length = len(trajectory.state_ids(len(trajectory.steps)))
         if length > limit:
             raise InputError(
-                file, f"trajectory '{trajectory.id}' has {length} tokens, expected at most the model's {limit}"
+                file,
+                f"trajectory '{trajectory.id}' has {length} tokens, expected at most the model's {limit}",
             )
 
 

@@ -84,15 +84,17 @@ _decoder = msgspec.json.Decoder(Trajectory)
 _encoder = msgspec.json.Encoder()
 
 
-def decode_trajectory(text: bytes | str, file: str | os.PathLike = "<memory>", line: int | None = None) -> Trajectory:
+def decode_trajectory(
+    text: bytes | str, file: str | os.PathLike = "<memory>", line: int | None = None
+) -> Trajectory:
     """Parse and validate one line. Raises InputError naming file, line and field."""
     try:
         trajectory = _decoder.decode(text)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         raise InputError(file, message, line=line, field=path.strip("`.") or None) from None
-    except msgspec.DecodeError as error:
-        raise InputError(file, f"expected one JSON object a line ({error})", line=line) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(file, f"expected one JSON object a line, in UTF-8 ({error})", line=line) from None
     _validate(trajectory, file, line)
     return trajectory
 
@@ -122,7 +124,9 @@ def _validate(trajectory: Trajectory, file, line) -> None:
             if getattr(step, name) and min(getattr(step, name)) < 0:
                 refuse(f"steps[{k}].{name}", "expected token ids >= 0")
         if step.log_probs is not None and len(step.log_probs) != len(step.action_ids or ()):
-            refuse(f"steps[{k}].log_probs", f"expected {len(step.action_ids or ())} values, one per action id")
+            refuse(
+                f"steps[{k}].log_probs", f"expected {len(step.action_ids or ())} values, one per action id"
+            )
 
 
 def encode_trajectory(trajectory: Trajectory) -> bytes:
@@ -174,7 +178,7 @@ class _Name(msgspec.Struct):
 
 
 class TrajectoryLog:
-    """An append-only JSONL file that survives being killed: each line is whole or, as the last one, cut off on reopening.
+    """An append-only JSONL file that survives being killed: a last line that is not whole is cut off on reopening.
 
     `done` holds the ids already there. Lines are flushed to disk in groups of `group`; use it as a context manager.
     Raises InputError where an existing line is not a trajectory (the file is left as it is).
@@ -202,7 +206,7 @@ class TrajectoryLog:
             if line.strip():
                 try:
                     self.done.add(decoder.decode(line).id)
-                except msgspec.DecodeError as error:
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise InputError(self.path, f"expected a trajectory ({error})", line=number) from None
 
     def append(self, trajectory: Trajectory) -> None:

@@ -58,7 +58,9 @@ def test_help_is_for_strangers_and_wrong_usage_exits_2(name, tmp_path):
 
 def test_filter_help_loads_no_torch(tmp_path):
     script = "import sys, swirl.filter; assert 'torch' not in sys.modules and 'numba' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+    )
 
 
 def test_generate_again_adds_nothing_and_other_settings_are_refused(trajectories, tiny_folder):
@@ -71,7 +73,18 @@ def test_generate_again_adds_nothing_and_other_settings_are_refused(trajectories
 
 
 def test_generate_killed_at_any_moment_resumes_to_the_same_file(trajectories, tiny_folder, tmp_path):
-    flags = ["--policy", str(tiny_folder), "--limit", "6", "--samples", "2", "--max-new-tokens", "8", "--in-flight", "1"]
+    flags = [
+        "--policy",
+        str(tiny_folder),
+        "--limit",
+        "6",
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--in-flight",
+        "1",
+    ]
     out = tmp_path / "t.jsonl"
     words = [sys.executable, "-m", "swirl.generate", "--out", str(out), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -95,8 +108,15 @@ def test_filter_keeps_and_drops_all_with_reasons_and_resumes(trajectories, tmp_p
     for mode in ("none", "process", "outcome", "both"):
         flags = ("--data", trajectories, "--kept", f"{mode}.k", "--dropped", f"{mode}.d", "--mode", mode)
         result = json.loads(command("filter", *flags, cwd=tmp_path, check=0).stdout)
-        kept, dropped = list(iter_trajectories(tmp_path / f"{mode}.k")), list(iter_trajectories(tmp_path / f"{mode}.d"))
-        assert len(kept) == result["kept"] and len(dropped) == result["dropped"] and len(kept) + len(dropped) == 12
+        kept, dropped = (
+            list(iter_trajectories(tmp_path / f"{mode}.k")),
+            list(iter_trajectories(tmp_path / f"{mode}.d")),
+        )
+        assert (
+            len(kept) == result["kept"]
+            and len(dropped) == result["dropped"]
+            and len(kept) + len(dropped) == 12
+        )
         assert all(t.dropped for t in dropped) and not any(t.dropped for t in kept)
         assert mode != "none" or len(kept) == 12
         whole = sorted_lines(tmp_path / f"{mode}.k", tmp_path / f"{mode}.d")
@@ -114,7 +134,9 @@ def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_fo
     assert "bad.jsonl:2" in one_line(command("train", "--data", bad, "--model", tiny_folder, cwd=tmp_path))
     assert "no such file" in one_line(command("filter", "--data", "absent.jsonl", cwd=tmp_path))
     (tmp_path / "empty.jsonl").touch()
-    assert "at least one" in one_line(command("train", "--data", "empty.jsonl", "--model", tiny_folder, cwd=tmp_path))
+    assert "at least one" in one_line(
+        command("train", "--data", "empty.jsonl", "--model", tiny_folder, cwd=tmp_path)
+    )
     assert "config.json" in one_line(command("train", "--model", tmp_path / "nowhere", cwd=tmp_path))
     assert "expected" in one_line(command("train", "--updates", "0", cwd=tmp_path))
     assert "expected" in one_line(command("evaluate", "--tasks", "trivia", cwd=tmp_path))
@@ -229,14 +251,25 @@ def test_the_whole_way_in_miniature(tmp_path):
     for family in ("bridge", "deep", "counterfactual", "mixed", "arithmetic"):
         assert family in done.stdout
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"config.json", "trajectories.jsonl", "kept.jsonl", "metrics.jsonl", "summary.json", "report.html"} <= names
-    done = command("evaluate", "--policy", "run/checkpoint", "--limit", 5, "--tasks", "bridge", cwd=tmp_path, check=0)
+    assert {
+        "config.json",
+        "trajectories.jsonl",
+        "kept.jsonl",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+    } <= names
+    done = command(
+        "evaluate", "--policy", "run/checkpoint", "--limit", 5, "--tasks", "bridge", cwd=tmp_path, check=0
+    )
     assert json.loads(done.stdout)["task"] == "bridge"
 
 
 def test_the_converter_of_gsm8k_feeds_the_trainer(tmp_path):
     source = ROOT / "tests" / "fixtures" / "gsm8k.jsonl"
     words = [sys.executable, "-m", "swirl.tasks.gsm8k", str(source), "g.jsonl"]
-    subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True
+    )
     done = command("train", "--packed", "--data", "g.jsonl", *SMALL, cwd=tmp_path, check=0)
     assert "recorded actions, recorded reward" in done.stderr

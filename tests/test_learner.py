@@ -59,7 +59,9 @@ def test_packed_and_separate_updates_agree(kl, tokens):
 
 def test_the_loss_is_normalised_by_all_tokens_but_masked_ones():
     scored = scored_actions()
-    masked = [replace(action, advantage=float("nan")) if i % 3 == 0 else action for i, action in enumerate(scored)]
+    masked = [
+        replace(action, advantage=float("nan")) if i % 3 == 0 else action for i, action in enumerate(scored)
+    ]
     present = [action for action in scored if not any(action is s for s in scored[::3])]
     a, b = learner(), learner()
     assert a.accumulate(masked) == b.accumulate(present)
@@ -70,7 +72,9 @@ def test_zero_advantages_are_counted_but_not_computed():
     scored = scored_actions()
     idle = [replace(action, advantage=0.0) for action in scored]
     metrics = learner().accumulate(idle)
-    assert metrics["computed_tokens"] == 0 and metrics["action_tokens"] == sum(len(a.action_ids) for a in scored)
+    assert metrics["computed_tokens"] == 0 and metrics["action_tokens"] == sum(
+        len(a.action_ids) for a in scored
+    )
 
 
 def test_an_update_with_nothing_to_learn_leaves_the_weights():
@@ -135,9 +139,18 @@ def test_two_ranks_make_the_update_of_one(tmp_path):
         out = tmp_path / f"{processes}.pt"
         script = tmp_path / f"worker{processes}.py"
         script.write_text(WORKER.format(tests=str(ROOT / "tests"), out=str(out)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            [*command, str(script)], env=environment, capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(torch.load(out, weights_only=True))
     (one, one_metrics), (two, two_metrics) = results

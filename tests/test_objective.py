@@ -42,7 +42,9 @@ def test_a_ratio_beyond_the_clip_earns_no_more_gradient():
 
 def test_kl_is_zero_at_the_reference_and_pulls_towards_it():
     reference = torch.tensor([-1.0, -3.0])
-    loss, _ = policy_loss(reference.clone(), torch.zeros(2), reference_log_probs=reference, kl_coefficient=0.5)
+    loss, _ = policy_loss(
+        reference.clone(), torch.zeros(2), reference_log_probs=reference, kl_coefficient=0.5
+    )
     assert loss == 0
     log_probs = torch.tensor([-2.0, -1.0], requires_grad=True)
     loss, metrics = policy_loss(log_probs, torch.zeros(2), reference_log_probs=reference, kl_coefficient=0.5)

@@ -41,7 +41,9 @@ class CountingTool:
 
 def play(policy, tool=None, limits=LIMITS, coder=None):
     question = Question(id="q", task="bridge", question="Where?", answer="There")
-    done = rollout(question, 0, policy=policy, tool=tool or CountingTool(), limits=limits, coder=coder, seed=0)
+    done = rollout(
+        question, 0, policy=policy, tool=tool or CountingTool(), limits=limits, coder=coder, seed=0
+    )
     return asyncio.run(done)
 
 
@@ -58,7 +60,9 @@ def test_the_step_limit_ends_it_and_the_last_query_is_not_asked():
     assert len(tool.asked) == 4 and made.steps[-1].observation is None
 
 
-@pytest.mark.parametrize("line", ["", "no tag", "<search_query>a", "<math_exp>1+1</math_exp>", "<answer></answer>"])
+@pytest.mark.parametrize(
+    "line", ["", "no tag", "<search_query>a", "<math_exp>1+1</math_exp>", "<answer></answer>"]
+)
 def test_an_action_that_is_no_action_ends_it(line):
     made = play(Script(line))
     assert (made.stop, len(made.steps)) == ("invalid_action", 1)
@@ -84,7 +88,9 @@ def test_the_context_ends_it():
         def observation_ids(self, text):
             return [3] * 20
 
-    made = play(Short("<search_query>a</search_query>"), coder=Coder(), limits=replace(LIMITS, max_new_tokens=30))
+    made = play(
+        Short("<search_query>a</search_query>"), coder=Coder(), limits=replace(LIMITS, max_new_tokens=30)
+    )
     assert made.stop == "context_limit" and len(made.steps) == 2 and made.retokenized
     assert len(made.state_ids(2)) == 100
     assert with_ids(replace_ids(made), Coder()).state_ids(2) == made.state_ids(2)

@@ -9,9 +9,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-async def as_done(
-    coroutines: Iterable[Coroutine[Any, Any, Result]], in_flight: int
-) -> AsyncIterator[Result]:
+async def as_done(coroutines: Iterable[Coroutine[Any, Any, Result]], in_flight: int) -> AsyncIterator[Result]:
     """Results as they come, at most `in_flight` running; the input is read lazily, the first failure is raised.
 
     Leaving early cancels what runs, and waits until it has ended.

@@ -58,7 +58,14 @@ def trajectory_id(question: Question, sample: int) -> str:
 
 
 async def rollout(
-    question: Question, sample: int, *, policy, tool: Tool, limits: RolloutLimits, coder: TokenCoder | None, seed: int
+    question: Question,
+    sample: int,
+    *,
+    policy,
+    tool: Tool,
+    limits: RolloutLimits,
+    coder: TokenCoder | None,
+    seed: int,
 ) -> Trajectory:
     """One trajectory. With a `coder`, token ids travel along; ids the policy gives are kept as they are."""
     prompt = question_prompt(question.question, tool.name, limits.max_queries)
@@ -85,7 +92,9 @@ async def rollout(
         if coder and ids is None:
             ids, log_probs, retokenized = tuple(coder.action_ids(action.text)), None, True
         parsed = parse_action(action.text) if action.stopped else None
-        made = Step(action=action.text, action_ids=ids if coder else None, log_probs=log_probs if coder else None)
+        made = Step(
+            action=action.text, action_ids=ids if coder else None, log_probs=log_probs if coder else None
+        )
         if parsed is not None and parsed.kind == "answer":
             stop, prediction = "answer", parsed.argument
             steps.append(made)
@@ -130,7 +139,9 @@ def with_ids(trajectory: Trajectory, coder: TokenCoder) -> Trajectory:
         replace(
             step,
             action_ids=tuple(coder.action_ids(step.action)),
-            observation_ids=None if step.observation is None else tuple(coder.observation_ids(step.observation)),
+            observation_ids=None
+            if step.observation is None
+            else tuple(coder.observation_ids(step.observation)),
             log_probs=None,
         )
         for step in trajectory.steps
@@ -145,8 +156,17 @@ def with_ids(trajectory: Trajectory, coder: TokenCoder) -> Trajectory:
 
 
 def rollouts(
-    asked: Iterable[tuple[Question, int]], *, policy, tool: Tool, limits: RolloutLimits, coder, seed: int, in_flight: int
+    asked: Iterable[tuple[Question, int]],
+    *,
+    policy,
+    tool: Tool,
+    limits: RolloutLimits,
+    coder,
+    seed: int,
+    in_flight: int,
 ) -> AsyncIterator[Trajectory]:
     """Trajectories of (question, sample) pairs as they end, at most `in_flight` at a time; the input is read lazily."""
-    plays = (rollout(*pair, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed) for pair in asked)
+    plays = (
+        rollout(*pair, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed) for pair in asked
+    )
     return as_done(plays, in_flight)

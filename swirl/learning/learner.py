@@ -35,7 +35,9 @@ class Learner:
 
     def __init__(self, config: TrainConfig, model: torch.nn.Module):
         self.config, self.model = config, model
-        self.optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(
+            model, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+        )
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coefficient else None
 
     def update(self, scored: list[ScoredAction], update: int) -> dict[str, float]:
@@ -50,7 +52,11 @@ class Learner:
         distributed.require_finite(f"update {update + 1}: gradient norm", metrics["grad_norm"])
         config = self.config
         metrics["learning_rate"] = learning_rate_at(
-            update, config.updates, config.learning_rate, warmup=config.warmup, floor=config.final_learning_rate
+            update,
+            config.updates,
+            config.learning_rate,
+            warmup=config.warmup,
+            floor=config.final_learning_rate,
         )
         set_learning_rate(self.optimizer, metrics["learning_rate"])
         self.optimizer.step()

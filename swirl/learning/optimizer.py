@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def make_optimizer(model: torch.nn.Module, *, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+def make_optimizer(
+    model: torch.nn.Module, *, learning_rate: float, weight_decay: float = 0.0
+) -> torch.optim.AdamW:
     """AdamW with betas (0.9, 0.95); norms (1-d weights) are never decayed."""
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -27,7 +29,9 @@ def make_optimizers_from_nothing(
     norms = [p for p in model.parameters() if p.ndim == 1]
     return [
         torch.optim.Muon(layers, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([embedding, *norms], lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(
+            [embedding, *norms], lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        ),
     ]
 
 

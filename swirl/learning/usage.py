@@ -60,10 +60,16 @@ def commit() -> str:
 
     def git(*words):
         return subprocess.run(
-            ("git", "-C", str(Path(__file__).parent), *words), capture_output=True, text=True, check=True, timeout=10
+            ("git", "-C", str(Path(__file__).parent), *words),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return __version__

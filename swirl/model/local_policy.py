@@ -85,5 +85,8 @@ def completion_action(completion, tokenizer: Tokenizer) -> PolicyAction:
     """The engine's completion as an action: its text is without the stop token, its ids are with it."""
     ids = completion.ids[:-1] if completion.stopped else completion.ids
     return PolicyAction(
-        text=tokenizer.decode(ids), ids=completion.ids, log_probs=completion.log_probs, stopped=completion.stopped
+        text=tokenizer.decode(ids),
+        ids=completion.ids,
+        log_probs=completion.log_probs,
+        stopped=completion.stopped,
     )

@@ -27,20 +27,27 @@ class Task:
 
 
 def open_task(
-    name: str, *, questions: str | os.PathLike | None = None, corpus: str | os.PathLike | None = None
+    name: str,
+    *,
+    questions: str | os.PathLike | None = None,
+    corpus: str | os.PathLike | None = None,
+    top_k: int = 1,
 ) -> Task:
     """An Almanac family by name, or a data set by name with the file of its questions.
 
-    `corpus` is a JSONL of {title, text} pages for the search tool; without it, the pages of the questions' own file.
+    `corpus` is a JSONL of {title, text} pages for the search tool, or a folder of its index; without it, the pages of
+    the questions' own file. The tool returns `top_k` pages a query (the paper's 1).
     Raises ConfigError on an unknown name or a data set without its file.
     """
     if name in ALMANAC_FAMILIES:
         return _almanac_task(name)
     if name not in _DATA_SETS:
-        raise ConfigError(f"task '{name}' is unknown: expected one of {', '.join(ALMANAC_FAMILIES + _DATA_SETS)}")
+        raise ConfigError(
+            f"task '{name}' is unknown: expected one of {', '.join(ALMANAC_FAMILIES + _DATA_SETS)}"
+        )
     if questions is None:
         raise ConfigError(f"task '{name}' needs --questions, the file of the data set")
-    return _data_set_task(name, questions, corpus)
+    return _data_set_task(name, questions, corpus, top_k)
 
 
 def _almanac_task(name: str) -> Task:
@@ -55,7 +62,7 @@ def _almanac_task(name: str) -> Task:
     )
 
 
-def _data_set_task(name: str, path, corpus) -> Task:
+def _data_set_task(name: str, path, corpus, top_k: int) -> Task:
     module = import_module(f"swirl.tasks.{name}")
     uses_calculator = name in _CALCULATOR_TASKS
 
@@ -67,9 +74,11 @@ def _data_set_task(name: str, path, corpus) -> Task:
             from swirl.environment.calculator import CalculatorTool
 
             return CalculatorTool()
-        from swirl.environment.search import SearchTool, read_pages
+        from swirl.environment.search import SearchTool
 
-        return SearchTool(read_pages(corpus) if corpus is not None else list(module.corpus(path)))
+        return (
+            SearchTool.open(corpus, top_k) if corpus is not None else SearchTool(module.corpus(path), top_k)
+        )
 
     return Task(
         name=name,
