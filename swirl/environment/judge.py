@@ -1,17 +1,33 @@
-"""Judges: one verdict on one step, given only what came before it.
+"""Judges: one verdict on one step, given only what came before it; those that are language models are here.
 
-A judge is any object with a `name` and `async def judge(self, item: StepToJudge) -> Judgement`.
+A judge is any object with a `name` and `async def judge(self, item) -> Judgement`; the process judges and the
+reward model take a StepToJudge, the outcome judge an OutcomeToJudge. A language model judges by way of a
+policy, over the wire or in this process: it is asked once, and once more where its answer holds no verdict;
+then the step is masked.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
 import msgspec
 
+from swirl.environment.cache import default_cache_path
+from swirl.environment.client import Client, EndpointUnusable
+from swirl.environment.judge_prompts import CALCULATOR_PROCESS, OUTCOME, REWARD, SEARCH_PROCESS, JudgePrompt
+from swirl.environment.policy import PolicyState, TopLogProbs, open_policy
+from swirl.errors import ConfigError, EndpointError
 from swirl.trajectory import Question, Step, Verdict
 
 
 class StepToJudge(msgspec.Struct, frozen=True, kw_only=True):
-    """Action k in its state: the question, the `steps` before k with their observations, and the action's text.
+    """Action k in its state: the question, the `steps` before k with their observations, and the action's
+    text.
 
     `tool` is the tool of the trajectory, "search" or "calculator". A judge of the process must not read
     `question.answer`.
@@ -23,6 +39,13 @@ class StepToJudge(msgspec.Struct, frozen=True, kw_only=True):
     tool: str
 
 
+class OutcomeToJudge(msgspec.Struct, frozen=True, kw_only=True):
+    """A final answer, None where there is none, to be held against `question.answer`."""
+
+    question: Question
+    prediction: str | None
+
+
 class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     """A judge's word. `verdict` None: the judge failed, the step is masked and counted, never scored 0.
 
@@ -32,3 +55,294 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Verdict | None
     reason: str
     reward: float | None = None
+
+
+def read_verdict(text: str, good: str = "GOOD", bad: str = "BAD") -> Verdict | None:
+    """The last GOOD or BAD (in capitals, a word of its own) as "GOOD" or "BAD"; None where there is no clear
+    one.
+
+    The sentence or line that holds the last such word is the final verdict: one that holds both words, or
+    denies its word ("not GOOD"), is none.
+    """
+    word = re.compile(rf"(?<![^\W_])(?:{good}|{bad})(?![^\W_])")
+    for sentence in reversed(re.split(r"[.!?;\n]+", text)):
+        words = set(word.findall(sentence))
+        if not words:
+            continue
+        denied = re.search(rf"(?i:\b(?:not|never|neither|no)|n't)\W+(?:{good}|{bad})(?![^\W_])", sentence)
+        if len(words) == 2 or denied:
+            return None
+        return "GOOD" if words == {good} else "BAD"
+    return None
+
+
+def read_score(text: str) -> float | None:
+    """The last `SCORE: n` with one digit n, as n / 9; None where there is none."""
+    scores = re.findall(r"SCORE\W*?([0-9]+(?:\.[0-9]+)?)", text)
+    return int(scores[-1]) / 9 if scores and len(scores[-1]) == 1 else None
+
+
+def expected_score(top_log_probs: TopLogProbs | None) -> float | None:
+    """Mean digit / 9 under the model at the last token where digits hold most of the probability; None
+    without one.
+    """
+    for alternatives in reversed(top_log_probs or ()):
+        mass = {}
+        for name, log_prob in alternatives:
+            digit = name.strip(" \u2581\u0120")  # tokenizers' own spaces
+            if len(digit) == 1 and digit in "0123456789":
+                mass[int(digit)] = mass.get(int(digit), 0.0) + math.exp(min(0.0, log_prob))
+        total = sum(mass.values())
+        if total > 0.5:
+            return sum(digit * weight for digit, weight in mass.items()) / total / 9
+    return None
+
+
+def show_context(steps: Sequence[Step]) -> str:
+    """The steps before the one that is judged, as a judge reads them."""
+    if not steps:
+        return "(nothing yet)"
+    return "\n\n".join(
+        f"MESSAGE {k}\n{step.action}\n\nRESULT {k}\n{step.observation or '(none)'}" for k, step in enumerate(steps, 1)
+    )
+
+
+class GenerativeJudge:
+    """Judges the process: GOOD or BAD for one step. `policy` is the model that is asked (policy.py, or a
+    local one).
+    """
+
+    def __init__(
+        self,
+        policy,
+        *,
+        search_prompt: JudgePrompt = SEARCH_PROCESS,
+        calculator_prompt: JudgePrompt = CALCULATOR_PROCESS,
+        max_new_tokens: int = 1024,
+    ):
+        self.policy, self.max_new_tokens = policy, max_new_tokens
+        self.prompts = {"search": search_prompt, "calculator": calculator_prompt}
+        versions = ",".join(f"{prompt.name}-v{prompt.version}" for prompt in self.prompts.values())
+        self.name = f"{policy.name} ({versions})"
+        self.masked = 0
+
+    async def judge(self, item: StepToJudge) -> Judgement:
+        """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
+        prompt = self.prompts[item.tool]
+        text = _step_text(prompt, item)
+        verdict, reason, _ = await _ask(self.policy, text, prompt.reminder, read_verdict, self.max_new_tokens)
+        self.masked += verdict is None
+        return Judgement(verdict=verdict, reason=reason)
+
+    async def close(self) -> None:
+        await _close(self.policy)
+
+
+class OutcomeJudge:
+    """Judges the outcome: GOOD where the model says YES, the final answer is the golden one; BAD where it
+    says NO.
+    """
+
+    def __init__(self, policy, *, prompt: JudgePrompt = OUTCOME, max_new_tokens: int = 512):
+        self.policy, self.prompt, self.max_new_tokens = policy, prompt, max_new_tokens
+        self.name = f"{policy.name} ({prompt.name}-v{prompt.version})"
+        self.masked = 0
+
+    async def judge(self, item: OutcomeToJudge) -> Judgement:
+        """Raises EndpointUnusable where the endpoint, not this one answer, is at fault."""
+        if item.question.answer is None:
+            return Judgement(verdict=None, reason="the question has no golden answer")
+        if not (item.prediction or "").strip():
+            return Judgement(verdict="BAD", reason="no answer was given")
+        golden = " or ".join([item.question.answer, *item.question.aliases])
+        text = self.prompt.fill(question=item.question.question, answer=golden, prediction=item.prediction)
+        verdict, reason, _ = await _ask(
+            self.policy,
+            text,
+            self.prompt.reminder,
+            lambda said: read_verdict(said, "YES", "NO"),
+            self.max_new_tokens,
+        )
+        self.masked += verdict is None
+        return Judgement(verdict=verdict, reason=reason)
+
+    async def close(self) -> None:
+        await _close(self.policy)
+
+
+class GenerativeRewardModel:
+    """Scores one step in [0, 1]: the expected score where the model gives log-probs, else the mean of `votes`
+    draws.
+
+    The scale of ten digits, the number of votes and their temperature are ours; the paper does not report its
+    own. The verdict is GOOD from 0.5 on.
+    """
+
+    def __init__(
+        self,
+        policy,
+        *,
+        prompt: JudgePrompt = REWARD,
+        votes: int = 4,
+        temperature: float = 1.0,
+        max_new_tokens: int = 512,
+    ):
+        if votes < 1:
+            raise ConfigError(f"a reward model needs at least one vote, got {votes}")
+        self.policy, self.prompt, self.votes = policy, prompt, votes
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.name = f"{policy.name} ({prompt.name}-v{prompt.version}, {votes} votes)"
+        self.masked = 0
+
+    async def judge(self, item: StepToJudge) -> Judgement:
+        """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
+        text = _step_text(self.prompt, item)
+        score, reason, top_log_probs = await self._vote(text, 0)
+        expected = None if score is None else expected_score(top_log_probs)
+        if expected is not None:
+            return self._judgement([expected], reason)
+        others = await asyncio.gather(*(self._vote(text, draw) for draw in range(1, self.votes)))
+        votes = [(score, reason), *((score, reason) for score, reason, _ in others)]
+        return self._judgement([score for score, _ in votes if score is not None], reason)
+
+    def _vote(self, text: str, draw: int):
+        return _ask(
+            self.policy,
+            text,
+            self.prompt.reminder,
+            read_score,
+            self.max_new_tokens,
+            self.temperature,
+            2 * draw,
+            20,
+        )
+
+    def _judgement(self, scores: list[float], reason: str) -> Judgement:
+        if not scores:
+            self.masked += 1
+            return Judgement(verdict=None, reason=reason)
+        reward = sum(scores) / len(scores)
+        return Judgement(verdict="GOOD" if reward >= 0.5 else "BAD", reason=reason, reward=reward)
+
+    async def close(self) -> None:
+        await _close(self.policy)
+
+
+def _step_text(prompt: JudgePrompt, item: StepToJudge) -> str:
+    return prompt.fill(question=item.question.question, context=show_context(item.steps), action=item.action)
+
+
+async def _ask(
+    policy,
+    text: str,
+    reminder: str,
+    read: Callable[[str], Any],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top_log_probs: int = 0,
+) -> tuple[Any, str, TopLogProbs | None]:
+    """(what `read` makes of the answer, its text, its log-probs), or (None, why not, None)."""
+    reason = ""
+    for attempt, prompt in enumerate((text, f"{text}\n\n{reminder}")):
+        state = PolicyState(
+            prompt=prompt,
+            seed=seed + attempt,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            top_log_probs=top_log_probs,
+        )
+        try:
+            action = await policy.act(state)
+        except EndpointUnusable:
+            raise
+        except EndpointError as error:
+            reason = f"no verdict: {error.reason}"
+            if error.status != 200:
+                break  # no answer at all, and the client has tried what is worth trying
+            continue
+        value = read(action.text) if action.stopped else None
+        if value is not None:
+            return value, _shorten(action.text, 1000), action.top_log_probs
+        why = "the answer ends with" if action.stopped else "cut off after"
+        reason = f"no verdict: {why} '{_shorten(action.text, 80)}'"
+    return None, reason, None
+
+
+def _shorten(text: str, characters: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= characters else "…" + text[1 - characters :]
+
+
+async def _close(policy) -> None:
+    if hasattr(policy, "close"):
+        await policy.close()
+
+
+def open_judge(
+    spec: str,
+    *,
+    kind: Literal["process", "outcome", "reward"] = "process",
+    client: Client | None = None,
+    cache: str | os.PathLike | None = None,
+    key_env: str | None = None,
+    concurrency: int = 64,
+):
+    """A judge over the wire, from a spec such as https://host/v1#model (policy.parse_spec). Raises
+    ConfigError.
+
+    Without a `client` it has its own, with the file `cache` (cache.default_cache_path where that is None),
+    and `close` must be awaited.
+    """
+    cache = default_cache_path() if cache is None else cache
+    policy = open_policy(spec, client=client, cache=cache, key_env=key_env, concurrency=concurrency, details=False)
+    match kind:
+        case "process":
+            return GenerativeJudge(policy)
+        case "outcome":
+            return OutcomeJudge(policy)
+        case "reward":
+            return GenerativeRewardModel(policy)
+    raise ConfigError(f"judge kind '{kind}' is unknown: expected process, outcome or reward")
+
+
+async def judge_all(
+    judge, items: Iterable[Any], *, concurrency: int = 128, advance: Callable[[], None] | None = None
+) -> list[Judgement]:
+    """A judgement for each item, in order, at most `concurrency` being judged; items are read lazily.
+
+    `advance` is called after each. The first exception cancels the others and is raised.
+    """
+    waiting = enumerate(items)
+    judgements: dict[int, Judgement] = {}
+
+    async def work() -> None:
+        for place, item in waiting:
+            judgements[place] = await judge.judge(item)
+            if advance:
+                advance()
+
+    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+    return [judgements[place] for place in range(len(judgements))]
+
+
+def judge_many(
+    judge, items: Iterable[Any], *, concurrency: int = 128, advance: Callable[[], None] | None = None
+) -> list[Judgement]:
+    """`judge_all` in an event loop of its own, for code that has none. Closes the judge's connections at the
+    end.
+    """
+
+    async def run() -> list[Judgement]:
+        try:
+            return await judge_all(judge, items, concurrency=concurrency, advance=advance)
+        finally:
+            await _close(judge)
+
+    return asyncio.run(run())

@@ -1,37 +1,369 @@
-"""Policies: what proposes the next action.
+"""Policies: what proposes the next action; those over the wire are here.
 
-A policy is any object with a `name` and `async def act(self, state: PolicyState) -> PolicyAction`.
+A policy is any object with a `name` and `async def act(self, state: PolicyState) -> PolicyAction`. A server's
+policy speaks OpenAI's chat or completions, or Gemini's generateContent. Token ids and log-probs are kept
+where the server gives them (vLLM, SGLang, llama.cpp), and never made up from text.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
 import msgspec
 
+from swirl.environment.batcher import Batcher
+from swirl.environment.client import Client, Endpoint
+from swirl.errors import ConfigError, EndpointError
 from swirl.trajectory import Step
+
+TopLogProbs = tuple[tuple[tuple[str, float], ...], ...]
+
+_CUT_OFF = (
+    "length",
+    "content_filter",
+    "abort",
+    "error",
+)  # any other finish_reason, or none, is the model's own end
+
+log = logging.getLogger("swirl.client")
 
 
 class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     """State s_k: the prompt and the steps before k, each with its observation.
 
-    `ids` are the state's token ids for policies that run in this process, None for those over the wire.
-    `seed` makes the draw repeatable; `temperature` 0 is greedy; `max_new_tokens` bounds the action.
+    `ids` are the state's token ids where they are known. `seed` makes the draw repeatable; `temperature` 0 is
+    greedy; `max_new_tokens` bounds the action. `top_log_probs` asks for that many alternatives at each token.
     """
 
     prompt: str
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = ()
     ids: tuple[int, ...] | None = None
     seed: int = 0
     temperature: float = 1.0
     max_new_tokens: int = 256
+    top_log_probs: int = 0
 
 
 class PolicyAction(msgspec.Struct, frozen=True, kw_only=True):
     """Action a_k. `ids` and `log_probs` (natural log, one per id) are None where the endpoint gives none.
 
-    `stopped` is False where `max_new_tokens` cut the action off.
+    `stopped` is False where `max_new_tokens`, or a server's safety filter, cut the action off.
+    `top_log_probs` holds (token, log-prob) alternatives for each token of the text where they were asked for
+    and given.
     """
 
     text: str
     ids: tuple[int, ...] | None = None
     log_probs: tuple[float, ...] | None = None
     stopped: bool = True
+    top_log_probs: TopLogProbs | None = None
+
+
+class _Wire:
+    """What the protocols share: client, endpoint, and the optional fields that a server turned down."""
+
+    def __init__(self, endpoint: Endpoint, model: str, client: Client, *, owns_client: bool = False):
+        self.name = f"{endpoint.url}#{model}"
+        self.endpoint, self.model, self.client = endpoint, model, client
+        self._owns_client = owns_client
+        self._refused: set[str] = set()
+
+    async def close(self) -> None:
+        """Close the client, where it was opened for this policy alone."""
+        if self._owns_client:
+            await self.client.close()
+
+    async def _ask(self, needed: dict, optional: dict, ask) -> Any:
+        """`ask(payload)`; an optional field that the server refuses by name is left out from then on."""
+        while True:
+            sent = {name: value for name, value in optional.items() if name not in self._refused}
+            try:
+                return await ask({**needed, **sent})
+            except EndpointError as error:
+                named = {name for name in sent if name in error.reason} if error.status in (400, 422) else set()
+                if not named:
+                    raise
+                for name in sorted(named - self._refused):
+                    log.warning("%s: refuses '%s', going on without", self.endpoint.url, name)
+                self._refused |= named
+
+    def _unreadable(self, expected: str) -> EndpointError:
+        return EndpointError(self.endpoint.url, f"expected {expected} in the answer", status=200)
+
+
+class ChatPolicy(_Wire):
+    """OpenAI's /chat/completions, as vLLM, SGLang, llama.cpp and `transformers serve` speak it.
+
+    `endpoint.url` ends before /chat/completions. `details` asks for token ids and log-probs as well.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        client: Client,
+        *,
+        details: bool = True,
+        owns_client: bool = False,
+    ):
+        super().__init__(endpoint, model, client, owns_client=owns_client)
+        self.details = details
+
+    async def act(self, state: PolicyState) -> PolicyAction:
+        """Raises EndpointError where there is no answer, or none that can be read."""
+        needed = {
+            "model": self.model,
+            "messages": chat_messages(state),
+            "max_tokens": state.max_new_tokens,
+            "temperature": state.temperature,
+        }
+        optional: dict[str, Any] = {"seed": _seed_32(state.seed)}
+        if self.details or state.top_log_probs:
+            optional["logprobs"] = True
+        if self.details:
+            optional["return_token_ids"] = True
+        if state.top_log_probs:
+            optional["top_logprobs"] = state.top_log_probs
+
+        def ask(payload):
+            return self.client.post(self.endpoint, "/chat/completions", payload, tokens=state.max_new_tokens)
+
+        answer = await self._ask(needed, optional, ask)
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"].get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise self._unreadable("choices[0].message.content") from None
+        tokens = _dict(choice.get("logprobs")).get("content")
+        tokens = tokens if isinstance(tokens, list) else []
+        ids, log_probs, top = _token_details(
+            tokens,
+            token_id=lambda token: token.get("id", _id_of_name(token.get("token"))),
+            log_prob=lambda token: token["logprob"],
+            top=lambda token: [(other["token"], other["logprob"]) for other in token.get("top_logprobs") or ()],
+        )
+        return _action(
+            text,
+            _ids(choice.get("token_ids")) or ids,
+            log_probs,
+            top,
+            stopped=choice.get("finish_reason") not in _CUT_OFF,
+        )
+
+
+class CompletionsPolicy(_Wire):
+    """OpenAI's /completions. The state goes out as its token ids where they are known, else as Gemma's turns
+    in text.
+
+    Draws that share seed, temperature and length share a request, as all greedy ones do.
+    """
+
+    def __init__(self, endpoint: Endpoint, model: str, client: Client, *, owns_client: bool = False):
+        super().__init__(endpoint, model, client, owns_client=owns_client)
+        self._batcher = Batcher(client, endpoint, "/completions", join=self._join, split=_choices)
+
+    async def act(self, state: PolicyState) -> PolicyAction:
+        """Raises EndpointError where there is no answer, or none that can be read."""
+        prompt = list(state.ids) if state.ids else gemma_turns(state)
+        needed = {
+            "max_tokens": state.max_new_tokens,
+            "temperature": state.temperature,
+            "stop": ["<end_of_turn>"],
+        }
+        optional: dict[str, Any] = {"logprobs": max(1, state.top_log_probs), "return_token_ids": True}
+        if state.temperature > 0:
+            optional["seed"] = _seed_32(state.seed)
+
+        def ask(payload):
+            return self._batcher.ask(prompt, group=msgspec.json.encode(payload))
+
+        choice = await self._ask(needed, optional, ask)
+        if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
+            raise self._unreadable("choices[…].text")
+        given = _dict(choice.get("logprobs"))
+        names, values, tops = (given.get(name) or [] for name in ("tokens", "token_logprobs", "top_logprobs"))
+        tokens = zip(names, values, tops if len(tops) == len(names) else [None] * len(names), strict=False)
+        ids, log_probs, top = _token_details(
+            list(tokens),
+            token_id=lambda token: _id_of_name(token[0]),
+            log_prob=lambda token: token[1],
+            top=lambda token: list(_dict(token[2]).items()),
+        )
+        return _action(
+            choice["text"],
+            _ids(choice.get("token_ids")) or ids,
+            log_probs,
+            top,
+            stopped=choice.get("finish_reason") not in _CUT_OFF,
+        )
+
+    def _join(self, prompts: list, group: bytes) -> dict:
+        prompt = prompts[0] if len(prompts) == 1 else prompts
+        return {"model": self.model, "prompt": prompt, **msgspec.json.decode(group)}
+
+
+class GeminiPolicy(_Wire):
+    """Gemini's generateContent. `endpoint.url` ends before /models, as in https://…/v1beta."""
+
+    async def act(self, state: PolicyState) -> PolicyAction:
+        """Raises EndpointError where there is no answer, or none that can be read; gives
+        an empty, unstopped action where the server blocked it."""
+        roles = {"user": "user", "assistant": "model"}
+        contents = [{"role": roles[m["role"]], "parts": [{"text": m["content"]}]} for m in chat_messages(state)]
+        needed = {"maxOutputTokens": state.max_new_tokens, "temperature": state.temperature}
+        optional: dict[str, Any] = {"seed": _seed_32(state.seed)}
+        if state.top_log_probs:
+            optional |= {"responseLogprobs": True, "logprobs": state.top_log_probs}
+
+        def ask(generation):
+            payload = {"contents": contents, "generationConfig": generation}
+            path = f"/models/{self.model}:generateContent"
+            return self.client.post(self.endpoint, path, payload, tokens=state.max_new_tokens)
+
+        answer = await self._ask(needed, optional, ask)
+        candidates = answer.get("candidates") if isinstance(answer, dict) else None
+        if not candidates:
+            if isinstance(answer, dict) and answer.get("promptFeedback"):
+                return PolicyAction(text="", stopped=False)
+            raise self._unreadable("candidates[0].content")
+        try:
+            choice = candidates[0]
+            parts = _dict(choice.get("content")).get("parts") or []
+            text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise self._unreadable("candidates[0].content.parts[…].text") from None
+        given = _dict(choice.get("logprobsResult"))
+        chosen, others = given.get("chosenCandidates") or [], given.get("topCandidates") or []
+        tokens = list(zip(chosen, others, strict=True)) if len(chosen) == len(others) else [(c, {}) for c in chosen]
+        ids, log_probs, top = _token_details(
+            tokens,
+            token_id=lambda token: token[0].get("tokenId"),
+            log_prob=lambda token: token[0]["logProbability"],
+            top=lambda token: [(o["token"], o["logProbability"]) for o in token[1].get("candidates") or ()],
+        )
+        return _action(text, ids, log_probs, top, stopped=choice.get("finishReason", "STOP") == "STOP")
+
+
+def chat_messages(state: PolicyState) -> list[dict[str, str]]:
+    """The state as user and assistant turns in turn: prompt, action, observation, action, …"""
+    messages = [{"role": "user", "content": state.prompt}]
+    for step in state.steps:
+        messages.append({"role": "assistant", "content": step.action})
+        messages.append({"role": "user", "content": step.observation or ""})
+    return messages
+
+
+def gemma_turns(state: PolicyState) -> str:
+    """The state as Gemma 2 was trained to read it, without <bos>, which servers add, up to where the model
+    speaks.
+    """
+    names = {"user": "user", "assistant": "model"}
+    turns = (f"<start_of_turn>{names[m['role']]}\n{m['content']}<end_of_turn>\n" for m in chat_messages(state))
+    return "".join(turns) + "<start_of_turn>model\n"
+
+
+def _seed_32(seed: int) -> int:
+    return seed % 2**31  # Gemini's is an int32, and numpy's behind other servers takes no more than 32 bits
+
+
+def _dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _choices(answer: Any) -> list[Any]:
+    return sorted(answer["choices"], key=lambda choice: choice["index"])
+
+
+def _ids(value: Any) -> tuple[int, ...] | None:
+    good = isinstance(value, list) and value and all(type(n) is int and n >= 0 for n in value)
+    return tuple(value) if good else None
+
+
+def _id_of_name(name: Any) -> int | None:
+    """vLLM and SGLang can give tokens as `token_id:123`."""
+    head, _, digits = name.partition("token_id:") if isinstance(name, str) else ("", "", "")
+    return int(digits) if not head and digits.isdecimal() and digits.isascii() else None
+
+
+def _token_details(tokens: list, *, token_id, log_prob, top):
+    """(ids, log_probs, top_log_probs) of an answer's tokens, each None unless every token has it."""
+    try:
+        ids = _ids([token_id(token) for token in tokens])
+        log_probs = tuple(float(log_prob(token)) for token in tokens) or None
+        tops = tuple(tuple((str(name), float(value)) for name, value in top(token)) for token in tokens)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None, None, None
+    return ids, log_probs, tops if any(tops) else None
+
+
+def _action(text: str, ids, log_probs, top, *, stopped: bool) -> PolicyAction:
+    """Log-probs without an id each are of no use to training, and dropped."""
+    fits = ids is not None and log_probs is not None and len(ids) == len(log_probs)
+    return PolicyAction(text=text, ids=ids, log_probs=log_probs if fits else None, stopped=stopped, top_log_probs=top)
+
+
+_PROTOCOLS = {"chat": ChatPolicy, "completions": CompletionsPolicy, "gemini": GeminiPolicy}
+_KEY_VARIABLES = {
+    "api.openai.com": ("OPENAI_API_KEY",),
+    "generativelanguage.googleapis.com": ("GEMINI_API_KEY",),
+}
+
+
+def parse_spec(spec: str) -> tuple[str, str, str]:
+    """(protocol, url, model) of `[chat+|completions+|gemini+]http[s]://host/v1#model`. Raises ConfigError.
+
+    Without a protocol it is gemini for Google's host and chat for any other.
+    """
+    address, _, model = spec.partition("#")
+    protocol, plus, url = address.partition("+") if address.partition("+")[0] in _PROTOCOLS else ("", "", address)
+    endpoint = Endpoint(url.rstrip("/"))  # refuses what is no address
+    if not model:
+        raise ConfigError(f"'{endpoint.url}' names no model: expected {endpoint.url}#MODEL")
+    if not protocol:
+        protocol = "gemini" if _host(url) == "generativelanguage.googleapis.com" else "chat"
+    return protocol, endpoint.url, model
+
+
+def endpoint_for(url: str, *, protocol: str = "chat", key_env: str | None = None, concurrency: int = 64) -> Endpoint:
+    """An endpoint with the key variable that belongs to it.
+
+    `key_env` where it is given; else SWIRL_API_KEY where that is set; else OPENAI_API_KEY or GEMINI_API_KEY,
+    where set, for those companies' own hosts, and for no other: a key must not reach a server it was not made
+    for.
+    """
+    if key_env is None:
+        names: Iterable[str] = ("SWIRL_API_KEY", *_KEY_VARIABLES.get(_host(url), ()))
+        key_env = next((name for name in names if os.environ.get(name)), None)
+    key_header = "x-goog-api-key" if protocol == "gemini" else "Authorization"
+    return Endpoint(url, key_env=key_env, key_header=key_header, concurrency=concurrency)
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0].partition(":")[0].lower()
+
+
+def open_policy(
+    spec: str,
+    *,
+    client: Client | None = None,
+    cache: str | os.PathLike | None = None,
+    key_env: str | None = None,
+    concurrency: int = 64,
+    details: bool = True,
+):
+    """The policy that `spec` names (see parse_spec). Raises ConfigError.
+
+    Without a `client` it has its own, with the file `cache`, and `close` must be awaited. Answers are kept by
+    address and model name: give each checkpoint its own cache file if several are served under one name.
+    """
+    protocol, url, model = parse_spec(spec)
+    endpoint = endpoint_for(url, protocol=protocol, key_env=key_env, concurrency=concurrency)
+    owns_client, client = client is None, client or Client(cache)
+    if protocol == "chat":
+        return ChatPolicy(endpoint, model, client, details=details, owns_client=owns_client)
+    return _PROTOCOLS[protocol](endpoint, model, client, owns_client=owns_client)
