@@ -145,7 +145,7 @@ async def answer(
 
 
 async def _evaluate(config: EvaluateConfig) -> list[Score]:
-    from swirl.open import open_judge, open_policy
+    from swirl.open import close, open_judge, open_policy
 
     opened = [
         tasks.open_task(name, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
@@ -176,9 +176,7 @@ async def _evaluate(config: EvaluateConfig) -> list[Score]:
             )
             scores.append(score_trajectories(task.name, made))
             kept += made
-    for thing in (policy, judge):
-        if hasattr(thing, "close"):
-            await thing.close()
+    await close(policy, judge)
     if config.out:
         write_trajectories(config.out, kept)
     return scores

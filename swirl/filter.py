@@ -39,7 +39,7 @@ class FilterConfig:
     """Dropped trajectories, each with the reason in `dropped`; both files are appended to and resumed."""
     mode: Mode = "process"
     judge: str = "rule"
-    """`rule` (Almanac's own), or the URL of a server whose model judges."""
+    """`rule` (Almanac's own), the URL of a server whose model judges, or a checkpoint folder that does."""
     in_flight: int = 256
     """Trajectories being judged at a time."""
 
@@ -114,7 +114,7 @@ async def filter_in_memory(
 
 
 async def _filter(config: FilterConfig) -> dict:
-    from swirl.open import open_judge
+    from swirl.open import close, open_judge
 
     if len({config.data.resolve(), config.kept.resolve(), config.dropped.resolve()}) < 3:
         raise ConfigError("--data, --kept and --dropped must be three different files")
@@ -138,8 +138,7 @@ async def _filter(config: FilterConfig) -> dict:
                 reasons[reason.partition(":")[0]] += 1
             advance()
         counts = {"kept": len(kept.done), "dropped": len(dropped.done)}
-    if hasattr(judge, "close"):
-        await judge.close()
+    await close(judge)
     if not sum(counts.values()):
         raise InputError(config.data, "expected at least one trajectory, the file is empty")
     return {"mode": config.mode, "judge": judge.name, **counts, "dropped_now": dict(reasons)}

@@ -107,7 +107,7 @@ def _refuse_other_settings(config: GenerateConfig) -> None:
 
 
 async def _generate(config: GenerateConfig) -> dict:
-    from swirl.open import open_policy
+    from swirl.open import close, open_policy
 
     task = open_task(config.task, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
     questions = task.questions(config.split, config.limit)
@@ -138,8 +138,7 @@ async def _generate(config: GenerateConfig) -> dict:
             stops[trajectory.stop] = stops.get(trajectory.stop, 0) + 1
             advance()
         total = len(log.done)
-    if hasattr(policy, "close"):
-        await policy.close()
+    await close(policy)
     return {"out": str(config.out), "trajectories": total, "new": len(asked), "stops": stops}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from swirl.errors import ConfigError
 
@@ -46,8 +47,11 @@ def open_policy(spec: str, *, device: str = "cpu"):
     return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
 
 
-def open_judge(spec: str):
-    """`rule` (knows Almanac only), or the URL of a server whose model judges."""
+def open_judge(spec: str, *, kind: Literal["process", "reward"] = "process"):
+    """`rule` (knows Almanac only), the URL of a server whose model judges, or a checkpoint folder that does.
+
+    `kind` asks a model for a verdict on a step, or for its graded reward. Raises ConfigError, CheckpointError.
+    """
     if spec == "rule":
         from swirl.tasks.almanac import RuleJudge
 
@@ -55,5 +59,17 @@ def open_judge(spec: str):
     if is_url(spec):
         from swirl.environment.judge import open_judge as open_wire_judge
 
-        return open_wire_judge(spec)
-    raise ConfigError(f"judge '{spec}' is unknown: expected 'rule' or a URL")
+        return open_wire_judge(spec, kind=kind)
+    if not model_folder(spec).is_dir():
+        raise ConfigError(f"judge '{spec}' is unknown: expected 'rule', a URL or a checkpoint folder")
+    from swirl.environment.judge import GenerativeJudge, GenerativeRewardModel
+
+    policy, _ = open_policy(spec)
+    return GenerativeJudge(policy) if kind == "process" else GenerativeRewardModel(policy)
+
+
+async def close(*things) -> None:
+    """Close what holds connections: policies and judges over the wire."""
+    for thing in things:
+        if hasattr(thing, "close"):
+            await thing.close()

@@ -41,19 +41,30 @@ from swirl.trajectory import Trajectory, read_trajectories, write_trajectories
 
 
 class Actor:
-    """The policy at work: it answers questions, makes trajectories, and draws actions to learn from."""
+    """The policy at work: it answers questions, makes trajectories, and draws actions to learn from.
+
+    One event loop serves its whole life, since a judge over the wire keeps its connections; use it in a `with`.
+    """
 
     def __init__(self, config: TrainConfig, model, tokenizer, judge):
         self.config, self.tokenizer, self.judge = config, tokenizer, judge
         self.policy = LocalPolicy(model, tokenizer, name=config.model)
+        self._runner = asyncio.Runner()
 
-    def evaluate(self, families: tuple[str, ...], description: str) -> list[Score]:
+    def __enter__(self) -> Actor:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._runner.run(opening.close(self.judge))
+        self._runner.close()
+
+    def evaluate(self, families: tuple[str, ...], description: str, *, show: bool = True) -> list[Score]:
         """Greedy answers to each family's test questions, shared out over ranks."""
         opened = [tasks.open_task(family) for family in families]
         asked = [task.questions("test", self.config.test_questions) for task in opened]
         total = sum(len(distributed.my_share(questions)) for questions in asked)
         scores = []
-        with progress(description, total, show=distributed.is_main()) as advance:
+        with progress(description, total, show=show and distributed.is_main()) as advance:
             for task, questions in zip(opened, asked, strict=True):
                 share = answer(
                     distributed.my_share(questions),
@@ -67,7 +78,7 @@ class Actor:
                     seed=self.config.seed,
                     advance=advance,
                 )
-                scores.append(score_trajectories(task.name, distributed.gather_shares(asyncio.run(share))))
+                scores.append(score_trajectories(task.name, distributed.gather_shares(self._runner.run(share))))
         return scores
 
     def generate(self) -> list[Trajectory]:
@@ -76,9 +87,7 @@ class Actor:
         for name in config.task:
             task = tasks.open_task(name)
             questions = task.questions("train", config.num_questions)
-            asked = distributed.my_share(
-                [(q, s) for q in questions for s in range(config.trajectories_per_question)]
-            )
+            asked = distributed.my_share([(q, s) for q in questions for s in range(config.trajectories_per_question)])
             limits = limits_for(
                 task,
                 max_steps=None,
@@ -96,21 +105,26 @@ class Actor:
                     in_flight=1024,
                     advance=advance,
                 )
-                made += distributed.gather_shares(asyncio.run(playing))
+                made += distributed.gather_shares(self._runner.run(playing))
         return made
+
+    def filter(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Those that pass `config.filter` by Almanac's judge, with its verdicts."""
+        with progress("filter", len(trajectories), show=distributed.is_main()) as advance:
+            judging = filter_in_memory(
+                trajectories, judge=opening.open_judge("rule"), mode=self.config.filter, advance=advance
+            )
+            kept, _ = self._runner.run(judging)
+        return kept
 
     def sampled_actions(self, trajectories: list[Trajectory], update: int) -> tuple[list[ScoredAction], dict]:
         """G actions drawn at each state, each with its reward less its baseline. All ranks get all of them."""
         config = self.config
-        states = [
-            (tree, k) for tree, trajectory in enumerate(trajectories) for k in range(len(trajectory.steps))
-        ]
+        states = [(tree, k) for tree, trajectory in enumerate(trajectories) for k in range(len(trajectory.steps))]
         mine = distributed.my_share(states)
         G = config.samples_per_state
         seeds = [
-            draw_seed(config.seed, "update", update, trajectories[tree].id, k, g)
-            for tree, k in mine
-            for g in range(G)
+            draw_seed(config.seed, "update", update, trajectories[tree].id, k, g) for tree, k in mine for g in range(G)
         ]
         completions = self.policy.engine.sample(
             [ids for tree, k in mine for ids in [trajectories[tree].state_ids(k)] * G],
@@ -121,7 +135,7 @@ class Actor:
         )
         actions = [completion_action(completion, self.tokenizer) for completion in completions]
         owners = [state for state in mine for _ in range(G)]
-        rewards = asyncio.run(_rewards(self.judge, trajectories, owners, actions))
+        rewards = self._runner.run(_rewards(self.judge, trajectories, owners, actions))
         drawn = [(actions[i * G : i * G + G], rewards[i * G : i * G + G]) for i in range(len(mine))]
         drawn = distributed.gather_shares(drawn)
 
@@ -131,9 +145,7 @@ class Actor:
         else:
             advantages = table - (np.nanmean(table) if config.baseline == "mean" else 0.0)
         scored = [
-            ScoredAction(
-                tree, trajectories[tree].state_ids(k), action.ids, float(advantage), action.log_probs
-            )
+            ScoredAction(tree, trajectories[tree].state_ids(k), action.ids, float(advantage), action.log_probs)
             for (tree, k), (draws, _), row in zip(states, drawn, advantages, strict=True)
             for action, advantage in zip(draws, row, strict=True)
         ]
@@ -141,9 +153,7 @@ class Actor:
 
     def recorded_actions(self, trajectories: list[Trajectory]) -> tuple[list[ScoredAction], dict]:
         """The actions in the data with their recorded rewards; steps without one are masked."""
-        rewards = [
-            _recorded_reward(t, k, self.config.reward) for t in trajectories for k in range(len(t.steps))
-        ]
+        rewards = [_recorded_reward(t, k, self.config.reward) for t in trajectories for k in range(len(t.steps))]
         table = np.array(rewards, dtype=np.float64)
         advantages = table - (_mean(table) if self.config.baseline == "mean" else 0.0)
         places = [(tree, k) for tree, t in enumerate(trajectories) for k in range(len(t.steps))]
@@ -228,9 +238,7 @@ def _settle(config: TrainConfig, trajectories: list[Trajectory] | None) -> Train
     if reward == "auto":
         reward = "rule" if on_almanac and config.actions != "recorded" else "recorded"
     if reward == "rule" and not on_almanac:
-        raise ConfigError(
-            "--reward rule: Almanac's judge knows no other questions; take recorded, outcome or a URL"
-        )
+        raise ConfigError("--reward rule: Almanac's judge knows no other questions; take recorded, outcome or a URL")
     actions = config.actions
     if actions == "auto":
         actions = "recorded" if reward in ("recorded", "outcome") else "sampled"
@@ -264,23 +272,16 @@ def _batches(num_trajectories: int, config: TrainConfig):
         yield [waiting.pop(0) for _ in range(config.trajectories_per_update)]
 
 
-def _prepare(config: TrainConfig, actor: Actor, data: list[Trajectory] | None) -> list[Trajectory]:
-    """The trajectories to train on: the data's, or generated and filtered ones, which are also written down."""
-    if data is not None:
-        return data
+def _generate(config: TrainConfig, actor: Actor) -> list[Trajectory]:
+    """The policy's own trajectories, filtered; both are also written down."""
     made = actor.generate()
-    with progress("filter", len(made), show=distributed.is_main()) as advance:
-        kept, _ = asyncio.run(
-            filter_in_memory(made, judge=opening.open_judge("rule"), mode=config.filter, advance=advance)
-        )
+    kept = actor.filter(made)
     if distributed.is_main():
         write_trajectories(config.out / "trajectories.jsonl", made)
         write_trajectories(config.out / "kept.jsonl", kept)
         print(f"kept {len(kept)} of {len(made)} trajectories ({config.filter} filter)", file=sys.stderr)
     if not kept:
-        raise ConfigError(
-            f"--filter {config.filter} kept none of {len(made)} trajectories: nothing to train on"
-        )
+        raise ConfigError(f"--filter {config.filter} kept none of {len(made)} trajectories: nothing to train on")
     return kept
 
 
@@ -289,27 +290,34 @@ def _save(folder: Path, actor: Actor, what: str) -> None:
     print(f"{what}: {folder}", file=sys.stderr)
 
 
-def _train(
-    config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajectory], history: list[dict]
-) -> None:
-    """The loop: evaluate? save? log; last? break; draw; update. Each update's metrics are appended to `history`."""
-    batches, update = _batches(len(kept), config), 0
-    peak_flops = (
-        usage.measured_peak_flops(learner.model.device, learner.model.dtype) if distributed.is_main() else 0.0
-    )
-    main = distributed.is_main()
+def _train(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajectory]) -> list[dict]:
+    """All updates; returns the metrics of each. Stopped on the way, it leaves the weights of the last good one."""
+    history: list[dict] = []
+    try:
+        _loop(config, actor, learner, kept, history)
+    except (NonFiniteError, KeyboardInterrupt):
+        if distributed.is_main() and history:
+            _save(config.out / f"checkpoint-{len(history)}", actor, "the weights of the last good update")
+        raise
+    return history
+
+
+def _loop(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajectory], history: list[dict]) -> None:
+    """Evaluate? save? log; last? break; draw; update. Each update's metrics are appended to `history`."""
+    batches, update, main = _batches(len(kept), config), 0, distributed.is_main()
+    peak_flops = usage.measured_peak_flops(learner.model.device, learner.model.dtype) if main else 0.0
     with progress("train", config.updates, show=main) as advance:
         while True:
             last = update == config.updates
             if config.evaluate_every and update and not last and update % config.evaluate_every == 0:
-                scores = actor.evaluate(config.task, f"evaluate at {update}")
+                scores = actor.evaluate(config.task, "evaluate", show=False)
                 history[-1]["accuracy"] = {score.task: score.accuracy for score in scores}
             if main and config.save_every and update and not last and update % config.save_every == 0:
                 _save(config.out / f"checkpoint-{update}", actor, f"checkpoint of update {update}")
             if history and main:
                 _append_json(config.out / "metrics.jsonl", history[-1])
             if last:
-                return
+                break
             started = time.perf_counter()
             trajectories = [kept[i] for i in next(batches)]
             if config.actions == "sampled":
@@ -321,9 +329,7 @@ def _train(
             wall_s = time.perf_counter() - started
             metrics["update_s"], metrics["sample_s"] = wall_s, sampled_s
             metrics["tokens_per_s"] = metrics["tokens"] / wall_s
-            metrics["utilization"] = (
-                metrics.pop("flops") / (wall_s - sampled_s) / peak_flops if peak_flops else 0.0
-            )
+            metrics["utilization"] = metrics.pop("flops") / (wall_s - sampled_s) / peak_flops if peak_flops else 0.0
             metrics["peak_bytes"] = usage.peak_bytes(learner.model.device)
             history.append(metrics)
             update += 1
@@ -378,34 +384,30 @@ def train(config: TrainConfig) -> dict | None:
         if data is not None:
             data = _with_ids(data, tokenizer, config.data)
             _require_context(data, model.config.max_position_embeddings, config.data)
-        judge = opening.open_judge(config.reward) if config.actions == "sampled" else None
-        actor = Actor(config, model, tokenizer, judge)
-        main = distributed.is_main()
-        if main:
+        judge = opening.open_judge(config.reward, kind="reward") if config.actions == "sampled" else None
+        if distributed.is_main():
             _set_aside(config.out)
             config.out.mkdir(parents=True, exist_ok=True)
             (config.out / "config.json").write_bytes(cli.config_to_json(config))
-            print(f"{config.actions} actions, {config.reward} reward, {device}, {distributed.world_size()} rank(s)",
-                  file=sys.stderr)  # fmt: skip
-        before = actor.evaluate(config.evaluate_on, "evaluate before")
-        kept = _prepare(config, actor, data)
-        history: list[dict] = []
-        try:
-            _train(config, actor, Learner(config, model), kept, history)
-        except (NonFiniteError, KeyboardInterrupt):
-            if main and history:
-                _save(config.out / f"checkpoint-{len(history)}", actor, "the weights of the last good update")
-            raise
-        after = actor.evaluate(config.evaluate_on, "evaluate after")
-        if not main:
+            ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+            print(f"{config.actions} actions, {config.reward} reward, {device}{ranks}", file=sys.stderr)
+        with Actor(config, model, tokenizer, judge) as actor:
+            before = actor.evaluate(config.evaluate_on, "evaluate before")
+            kept = data if data is not None else _generate(config, actor)
+            history = _train(config, actor, Learner(config, model), kept)
+            if distributed.is_main():
+                model.save_pretrained(config.out / "checkpoint", tokenizer=tokenizer)
+            after = actor.evaluate(config.evaluate_on, "evaluate after")
+        if not distributed.is_main():
             return None
-        model.save_pretrained(config.out / "checkpoint", tokenizer=tokenizer)
         summary = _summary(config, before, after, history, started)
         (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         write_report(config.out)
         print_comparison(before, after)
-        print(f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
-              f"the picture in {config.out}/report.html")  # fmt: skip
+        print(
+            f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
+            f"the picture in {config.out}/report.html"
+        )
         return summary
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from msgspec.structs import replace
+
 from swirl.environment.policy import PolicyAction, PolicyState
 from swirl.model.engine import Engine
 from swirl.model.tokenizer import Tokenizer
@@ -27,12 +29,19 @@ class LocalPolicy:
 
     async def act(self, state: PolicyState) -> PolicyAction:
         if state.ids is None:
-            raise ValueError("a local policy needs the token ids of its state")
+            state = replace(state, ids=self._ids_from_text(state))
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((state, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await future
+
+    def _ids_from_text(self, state: PolicyState) -> tuple[int, ...]:
+        """Ids of a state that came as text alone, such as a judge's prompt."""
+        ids = self._tokenizer.prompt_ids(state.prompt)
+        for step in state.steps:
+            ids += self._tokenizer.action_ids(step.action) + self._tokenizer.observation_ids(step.observation or "")
+        return tuple(ids)
 
     async def _gather(self) -> None:
         """Let every trajectory that can reach its next state do so: wait until a whole turn of the loop adds none."""
