@@ -3,6 +3,7 @@
 #include "linear.h"
 
 #include "simd.h"
+#include "workspace.h"
 
 namespace swirl::SWIRL_ISA {
 namespace {
@@ -34,8 +35,7 @@ template <class Pack>
 bool tall_product(const Linear& p, int64_t columns, int64_t steps, const float* a, float* c, Pack pack) {
     int64_t panels = round_up(columns, PANEL<float>) / PANEL<float>, panel_size = steps * PANEL<float>;
     int64_t blocks = (p.M + BLOCK - 1) / BLOCK, scratch_size = round_up(ROWS * (steps + panels * PANEL<float>), 16);
-    float* memory = (float*)aligned_alloc(
-        64, round_up((panels * panel_size + scratch_size * p.threads) * sizeof(float), 64));
+    float* memory = (float*)acquire((panels * panel_size + scratch_size * p.threads) * sizeof(float));
     if (!memory) return false;
     int next_thread = 0;
 #pragma omp parallel num_threads(p.threads)
@@ -50,7 +50,7 @@ bool tall_product(const Linear& p, int64_t columns, int64_t steps, const float* 
             rows_of_product(rows, columns, steps, a + row * steps, memory, c + row * columns, scratch);
         }
     }
-    free(memory);
+    release((char*)memory);
     return true;
 }
 
@@ -78,7 +78,7 @@ bool linear_dw(const Linear& p) {
     int64_t row_tiles = (p.N + TILE_ROWS - 1) / TILE_ROWS, column_tiles = (p.K + PANEL<float> - 1) / PANEL<float>;
     constexpr int64_t sums_size = TILE_ROWS * PANEL<float>, x_size = CHUNK * PANEL<float>, dy_size = CHUNK * TILE_ROWS;
     constexpr int64_t scratch_size = sums_size + x_size + dy_size;
-    float* memory = (float*)aligned_alloc(64, p.threads * scratch_size * sizeof(float));
+    float* memory = (float*)acquire(p.threads * scratch_size * sizeof(float));
     if (!memory) return false;
     int next_thread = 0;
 #pragma omp parallel num_threads(p.threads)
@@ -106,7 +106,7 @@ bool linear_dw(const Linear& p) {
                 memcpy(p.dw + (n0 + i) * p.K + k0, sums + i * PANEL<float>, columns * sizeof(float));
         }
     }
-    free(memory);
+    release((char*)memory);
     return true;
 }
 

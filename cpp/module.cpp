@@ -127,7 +127,8 @@ struct Plan {
         for (int64_t query = 0; query < p.num_blocks; query++) {
             int64_t q0 = query * BLOCK, turn = 0;
             for (int64_t key = 0; key <= query; key++) {
-                if (ends[key].high <= q0 || (window && positions[query].low >= limits[key].high)) continue;
+                bool dead = ends[key].high <= q0 || (window && positions[query].low >= limits[key].high);
+                if (dead && key < query) continue;  // the diagonal always counts, so that no output is left unwritten
                 bool full = key < query && ends[key].low >= q0 + BLOCK && positions[query].high < limits[key].low;
                 tiles.push_back({(int32_t)query, (int32_t)key, (int32_t)turn++, full});
             }

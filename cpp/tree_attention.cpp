@@ -11,6 +11,7 @@
 #include <sched.h>
 
 #include "simd.h"
+#include "workspace.h"
 
 namespace swirl::SWIRL_ISA {
 namespace {
@@ -195,7 +196,7 @@ template <class I, class E, class T> struct Attention {
         size_t scratch_bytes =
             round_up((TILE + BLOCK * columns + 3 * BLOCK) * sizeof(T) + 2 * BLOCK * steps * sizeof(E), 4096);
         rows_bytes = round_up(rows_bytes, 4096), panels_bytes = round_up(panels_bytes, 4096);
-        char* memory = (char*)aligned_alloc(4096, rows_bytes + panels_bytes + scratch_bytes * p.threads);
+        char* memory = acquire(rows_bytes + panels_bytes + scratch_bytes * p.threads);
         if (!memory) return false;
         E* key_rows = (E*)memory;
         T* value_panels = (T*)(memory + rows_bytes);
@@ -215,7 +216,7 @@ template <class I, class E, class T> struct Attention {
             for (int64_t i = 0; i < num_tasks; i++)
                 forward_task(i % p.Hq, blocks - 1 - i / p.Hq, key_rows, value_panels, scratch);
         }
-        free(memory);
+        release(memory);
         return true;
     }
 
@@ -354,7 +355,7 @@ template <class I, class E, class T> struct Attention {
         size_t scratch_bytes = round_up(
             (2 * TILE + 2 * BLOCK * columns + BLOCK) * sizeof(T) + 3 * BLOCK * steps * sizeof(E), 4096);
         size_t scratch_at = round_up(used, 4096);
-        memory = (char*)aligned_alloc(4096, scratch_at + scratch_bytes * p.threads);
+        memory = acquire(scratch_at + scratch_bytes * p.threads);
         if (!memory) return false;
         layout();
         int next_thread = 0;
@@ -377,7 +378,7 @@ template <class I, class E, class T> struct Attention {
                 unpack(b.dq + i * BLOCK * columns, ones, p.Hq, i / blocks, i % blocks, (I*)p.dq);
             }
         }
-        free(memory);
+        release(memory);
         return true;
     }
 
