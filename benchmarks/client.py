@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.fault_server import verdict_of
 from swirl.environment.client import Client, Endpoint
-from swirl.environment.judge import GenerativeJudge, Judgement, StepToJudge, judge_all
+from swirl.environment.judge import GenerativeJudge, Judgement, StepToJudge, judge_all, step_text
 from swirl.environment.judge_prompts import SEARCH_PROCESS
 from swirl.environment.policy import ChatPolicy
 from swirl.trajectory import Question, Step
@@ -47,12 +47,6 @@ def items(count: int):
             for k in range(1 + i % 3)
         )
         yield StepToJudge(question=question, steps=steps, action=f"<answer>river {i}</answer>", tool="search")
-
-
-def expected_verdict(item: StepToJudge) -> str:
-    from swirl.environment.judge import _step_text
-
-    return verdict_of(_step_text(SEARCH_PROCESS, item))
 
 
 def run(calls: int, latency_ms: float, in_flight: int, faults: float) -> dict:
@@ -106,15 +100,28 @@ async def _judge(url: str, cache: Path, calls: int, in_flight: int, faults: floa
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "verdicts": dict(Counter(str(judgement.verdict) for judgement in judgements)),
         "masked": judge.masked,
-        "wrong": _wrong(judgements, calls),
+        "wrong": _count_wrong(judgements, calls),
         "progress": text,
     }
 
 
-def _wrong(judgements: list[Judgement], calls: int) -> int:
-    """Verdicts that are not the server's; those after a second asking were drawn anew and are left out."""
+def _count_wrong(judgements: list[Judgement], calls: int) -> int:
+    """Verdicts that are not those the server gave."""
     pairs = zip(judgements, items(calls), strict=True)
-    return sum(j.verdict not in (None, expected_verdict(item)) for j, item in pairs)
+    return sum(j.verdict not in (None, verdict_of(step_text(SEARCH_PROCESS, item))) for j, item in pairs)
+
+
+def broken_promises(row: dict) -> list[str]:
+    """What must hold at any speed, and does not."""
+    verdicts, masked = row["verdicts"], row["masked"]
+    checks = {
+        "every call ends in a verdict or a counted mask": sum(verdicts.values()) == row["calls"],
+        "each mask is counted": verdicts.get("None", 0) == masked,
+        "no verdict is another's": row["wrong"] == 0,
+        "no request is answered twice with success": row["server"]["answered_twice"] == 0,
+        "the client stays below 300 MB": row["peak_rss_bytes"] < 300e6,
+    }
+    return [promise for promise, holds in checks.items() if not holds]
 
 
 def main() -> None:
@@ -125,8 +132,10 @@ def main() -> None:
     parser.add_argument("--faults", type=float, default=0.2, help="share of requests that fail in the second run")
     parser.add_argument("--json", action="store_true", help="one row a run on stdout, nothing else")
     options = parser.parse_args()
+    broken: list[str] = []
     for faults in (0.0, options.faults) if options.faults else (0.0,):
         row = run(options.calls, options.latency_ms, options.in_flight, faults)
+        broken += broken_promises(row)
         if options.json:
             machine = {
                 "machine": platform.machine(),
@@ -140,11 +149,14 @@ def main() -> None:
             f"{row['calls']} calls, {row['latency_ms']:g} ms, {row['in_flight']} in flight, {faults:.0%} "
             f"faults: {row['wall_s']:.2f} s, {row['times_ideal']:.3f} x ideal ({row['ideal_s']:.2f} s), "
             f"{row['cpu_s']:.2f} s of CPU, {row['peak_rss_bytes'] / 2**20:.0f} MiB\n"
-            f"  verdicts {row['verdicts']}, {row['masked']} masked\n"
+            f"  verdicts {row['verdicts']}, {row['masked']} masked, {row['wrong']} wrong\n"
             f"  server: {server['requests']} requests, {server['successes']} successes, "
             f"{server['answered_twice']} answered twice, faults {server['faults']}, "
             f"mean latency {server['mean_latency_ms']:.2f} ms, at most {server['most_in_flight']} in flight"
         )
+    for promise in broken:
+        print(f"BROKEN: {promise}", file=sys.stderr)
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def verdict_answer(path: str, payload: dict) -> Any:
 
 
 def verdict_of(prompt: str) -> str:
-    return "BAD" if hashlib.sha256(prompt.encode()).digest()[0] % 5 == 0 else "GOOD"
+    """The same for a prompt and for its second asking, which adds a reminder."""
+    digest = hashlib.sha256(prompt.partition("\n\nBe brief")[0].encode()).digest()
+    return "BAD" if digest[0] % 5 == 0 else "GOOD"
 
 
 class FaultServer:

@@ -134,6 +134,17 @@ def test_fields_a_server_refuses_are_left_out_and_said(status, caplog):
         act(ChatPolicy, lambda path, payload: web.Response(status=400, text="the prompt is too long"))
 
 
+def test_the_newer_name_of_max_tokens():
+    def newer(path, payload):
+        if "max_tokens" in payload:
+            said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+            return web.Response(status=400, text=said)
+        return chat_answer()(path, payload)
+
+    _, server = act(ChatPolicy, newer)
+    assert server.bodies[-1]["max_completion_tokens"] == 33 and len(server.bodies) == 2
+
+
 def completion(path, payload):
     prompts = payload["prompt"] if isinstance(payload["prompt"], list) else [payload["prompt"]]
     prompts = [prompts] if isinstance(prompts[0], int) else prompts

@@ -129,7 +129,7 @@ class GenerativeJudge:
     async def judge(self, item: StepToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
         prompt = self.prompts[item.tool]
-        text = _step_text(prompt, item)
+        text = step_text(prompt, item)
         verdict, reason, _ = await _ask(self.policy, text, prompt.reminder, read_verdict, self.max_new_tokens)
         self.masked += verdict is None
         return Judgement(verdict=verdict, reason=reason)
@@ -196,7 +196,7 @@ class GenerativeRewardModel:
 
     async def judge(self, item: StepToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
-        text = _step_text(self.prompt, item)
+        text = step_text(self.prompt, item)
         score, reason, top_log_probs = await self._vote(text, 0)
         expected = None if score is None else expected_score(top_log_probs)
         if expected is not None:
@@ -228,7 +228,8 @@ class GenerativeRewardModel:
         await _close(self.policy)
 
 
-def _step_text(prompt: JudgePrompt, item: StepToJudge) -> str:
+def step_text(prompt: JudgePrompt, item: StepToJudge) -> str:
+    """The whole of what a judge of one step is told."""
     return prompt.fill(question=item.question.question, context=show_context(item.steps), action=item.action)
 
 

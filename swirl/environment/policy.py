@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,10 +81,13 @@ class _Wire:
         """`ask(payload)`; an optional field that the server refuses by name is left out from then on."""
         while True:
             sent = {name: value for name, value in optional.items() if name not in self._refused}
+            if "max_tokens" in self._refused:  # OpenAI's newer name for it
+                sent["max_completion_tokens"] = optional["max_tokens"]
             try:
                 return await ask({**needed, **sent})
             except EndpointError as error:
-                named = {name for name in sent if name in error.reason} if error.status in (400, 422) else set()
+                refused = error.status in (400, 422)
+                named = {name for name in sent if refused and re.search(rf"\b{name}\b", error.reason)}
                 if not named:
                     raise
                 for name in sorted(named - self._refused):
@@ -117,10 +121,9 @@ class ChatPolicy(_Wire):
         needed = {
             "model": self.model,
             "messages": chat_messages(state),
-            "max_tokens": state.max_new_tokens,
             "temperature": state.temperature,
         }
-        optional: dict[str, Any] = {"seed": _seed_32(state.seed)}
+        optional: dict[str, Any] = {"max_tokens": state.max_new_tokens, "seed": _seed_32(state.seed)}
         if self.details or state.top_log_probs:
             optional["logprobs"] = True
         if self.details:
