@@ -33,27 +33,30 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-# Stack bytes a thread that are allowed, by kernel and type; what is not here may have none.
+# Stack bytes a thread that are allowed, by kernel and type, to Triton 3.6 and to later ones (read with 3.9);
+# what is not here may have none.
 SPILLS = {
     # tf32x3 splits every float32 operand in two: float32 is there to be exact, not fast
-    ("_tree_attention_fwd_kernel", "fp32"): 48,
-    ("_tree_attention_dq_kernel", "fp32"): 112,
-    ("_tree_attention_dkv_kernel", "fp32"): 208,
+    ("_tree_attention_fwd_kernel", "fp32"): (48, 64),
+    ("_tree_attention_dq_kernel", "fp32"): (112, 144),
+    ("_tree_attention_dkv_kernel", "fp32"): (208, 240),
+    ("_trunk_kernel", "fp32"): (176, 176),
+    ("_branch_kernel", "fp32"): (80, 96),
     # a few loop invariants beside accumulators that fill the register file
-    ("_tree_attention_fwd_kernel", "fp16"): 32,
-    ("_tree_attention_dq_kernel", "bf16"): 32,
-    ("_tree_attention_dkv_kernel", "bf16"): 32,
+    ("_tree_attention_fwd_kernel", "bf16"): (0, 64),
+    ("_tree_attention_fwd_kernel", "fp16"): (32, 80),
+    ("_tree_attention_dq_kernel", "bf16"): (32, 32),
+    ("_tree_attention_dkv_kernel", "bf16"): (32, 192),
+    ("_trunk_kernel", "bf16"): (32, 48),
     # in the epilogue alone, once after a loop of at least 1024 products: the loop itself spills nothing
-    ("_d_logits_kernel", "bf16"): 352,
-    ("_d_hidden_kernel", "bf16"): 448,
-    # 64 query rows of 256 beside the accumulators
-    ("_trunk_kernel", "bf16"): 32,
-    ("_trunk_kernel", "fp32"): 176,
-    ("_branch_kernel", "fp32"): 80,
+    ("_linear_log_prob_fwd_kernel", "bf16"): (0, 144),
+    ("_d_logits_kernel", "bf16"): (336, 384),
+    ("_d_hidden_kernel", "bf16"): (448, 384),
     # not spills: where sin and cos reduce arguments beyond 1e5, a path that is hardly ever taken
-    ("_rope_kernel", "bf16"): 32,
-    ("_rope_kernel", "fp32"): 32,
+    ("_rope_kernel", "bf16"): (32, 32),
+    ("_rope_kernel", "fp32"): (32, 32),
 }
+LATER = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
 
 
 def empty(*shape, dtype=torch.bfloat16, requires_grad=True):
@@ -66,9 +69,7 @@ def integers(*shape, dtype=torch.int32):
 
 def attention(D, dtype):
     q, k, v = (empty(1000, heads, D, dtype=dtype) for heads in (8, 4, 4))
-    o = tree_attention.tree_attention(
-        q, k, v, integers(1000), integers(1000), scale=D**-0.5, softcap=50.0, window=512
-    )
+    o = tree_attention.tree_attention(q, k, v, integers(1000), integers(1000), scale=D**-0.5, softcap=50.0, window=512)
     if dtype != torch.float16:  # its backward is bfloat16's
         o.sum().backward()
 
@@ -76,9 +77,7 @@ def attention(D, dtype):
 def head(dtype, return_entropy):
     hidden, weight = empty(8192, 2304, dtype=dtype), empty(256_000, 2304, dtype=dtype)
     target_ids = integers(8192, dtype=torch.int64)
-    log_probs = linear_log_prob.linear_log_prob(
-        hidden, weight, target_ids, softcap=30.0, return_entropy=return_entropy
-    )
+    log_probs = linear_log_prob.linear_log_prob(hidden, weight, target_ids, softcap=30.0, return_entropy=return_entropy)
     (sum(log_probs) if return_entropy else log_probs).sum().backward()
 
 
@@ -194,11 +193,9 @@ def test_compiles_fits_and_does_not_spill(case, architecture, monkeypatch):
     assert found
     for name, _, stack, shared, ptx in found:
         assert shared <= SHARED_MEMORY[architecture], f"{name}: {shared} bytes of shared memory"
-        assert stack <= SPILLS.get((name, dtype), 0), f"{name}: {stack} bytes of stack"
+        assert stack <= SPILLS.get((name, dtype), (0, 0))[LATER], f"{name}: {stack} bytes of stack"
         if architecture == 90 and case.startswith(("attention-256-bf16", "head-bf16")):
-            assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx, (
-                f"{name}: not on Hopper's own instructions"
-            )
+            assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx, f"{name}: not on Hopper's own instructions"
 
 
 if __name__ == "__main__":
@@ -206,6 +203,5 @@ if __name__ == "__main__":
         for architecture in ARCHITECTURES:
             with pytest.MonkeyPatch.context() as monkeypatch:
                 for name, registers, stack, shared, _ in results(case, architecture, monkeypatch):
-                    print(
-                        f"{case:20} sm_{architecture:<4} {name:28} {registers:4} {stack:5} {shared / 1024:6.0f} KB"
-                    )
+                    row = f"{case:18} sm_{architecture:<4} {name:28}"
+                    print(f"{row} {registers:4} {stack:5} {shared / 1024:5.0f} KB", flush=True)

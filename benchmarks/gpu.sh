@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# On a CUDA machine: the GPU tests, then every kernel benchmark, in at most 8 minutes; rows go to
+# benchmarks/results/*.jsonl. Without one, `benchmarks/gpu.sh --dry-run [folder]` runs all that a CPU can.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+benchmarks="attention linear_log_prob pointwise decode"
+deadline=$((SECONDS + 470))
+failed=0
+
+# run SECONDS NAME COMMAND...: within its own limit and what is left of the 8 minutes
+run() {
+  local limit=$1 name=$2 left=$((deadline - SECONDS))
+  shift 2
+  if ((left < 5)); then
+    echo "gpu.sh: $name: no time left" >&2
+    failed=1
+    return
+  fi
+  echo "gpu.sh: $name" >&2
+  timeout "$((limit < left ? limit : left))" "$@" || { echo "gpu.sh: $name failed ($?)" >&2; failed=1; }
+}
+
+if [[ ${1:-} == --dry-run ]]; then
+  out=${2:-$(mktemp -d)}
+  run 60 "GPU tests are collected" "$python" -m pytest -q --collect-only tests/test_gpu.py
+  for name in $benchmarks; do
+    run 100 "$name, tiny, on CPU" "$python" -m benchmarks."$name" --tiny --device cpu --out "$out/$name.jsonl"
+  done
+  run 60 "crossover, tiny, on CPU" "$python" -m benchmarks.attention --crossover --tiny --device cpu
+  exit $failed
+fi
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu.sh: torch sees no CUDA GPU here (--dry-run runs what a CPU can)" >&2
+  exit 1
+fi
+out=benchmarks/results
+run 150 "GPU tests" "$python" -m pytest -q -x tests/test_gpu.py
+if command -v compute-sanitizer >/dev/null; then
+  run 60 "memory checker, small shapes" compute-sanitizer --error-exitcode 1 \
+    "$python" -m pytest -q -x tests/test_gpu.py -k small
+else
+  echo "gpu.sh: no compute-sanitizer here, memory is not checked" >&2
+fi
+run 40 "decode" "$python" -m benchmarks.decode --seconds 0.1 --out "$out/decode.jsonl"
+run 60 "pointwise" "$python" -m benchmarks.pointwise --seconds 0.1 --out "$out/pointwise.jsonl"
+run 60 "linear_log_prob" "$python" -m benchmarks.linear_log_prob --seconds 0.2 --out "$out/linear_log_prob.jsonl"
+run 30 "crossover" "$python" -m benchmarks.attention --crossover --seconds 0.1 --out "$out/attention.jsonl"
+run 200 "attention" "$python" -m benchmarks.attention --seconds 0.1 --out "$out/attention.jsonl"
+exit $failed

@@ -1,0 +1,179 @@
+"""The forests that attention is measured on, with step and token counts from real data.
+
+    python -m benchmarks.workloads [--data ../shared/data]     reads the data, writes
+    benchmarks/workloads.json
+
+The data sets stay where they are; their counts are committed: deciles of steps a question and of tokens (4
+characters each) an action and an observation. What a step is: GSM8K, a line of the solution; HotPotQA, a
+supporting page, its supporting sentences the action and the page the observation; MuSiQue, a hop of the
+decomposition, its question and answer the action and the supporting paragraph the observation. Every prompt
+has 150 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from swirl.learning.packing import PackedBatch, pack
+
+STATISTICS = Path(__file__).with_name("workloads.json")
+PROMPT, CHARACTERS_A_TOKEN, SAMPLES = 150, 4, 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A forest of T tokens, and the same sub-trajectories without sharing (None where they are the same)."""
+
+    name: str
+    subtree_end: torch.Tensor
+    position_ids: torch.Tensor
+    separate: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.subtree_end.numel()
+
+
+def _steps(data: Path):
+    """By data set: for each question, the (action, observation) lengths of its steps in characters."""
+    lines = (data / "gsm8k" / "train.jsonl").read_text().splitlines()
+    solutions = [json.loads(line)["answer"].splitlines() for line in lines]
+    yield "gsm8k", [[(len(step), 0) for step in solution] for solution in solutions]
+    questions = json.loads((data / "hotpotqa" / "train.slice.json").read_text())
+    found = []
+    for question in questions:
+        pages = {title: sentences for title, sentences in question["context"]}
+        facts = [(title, i) for title, i in question["supporting_facts"] if i < len(pages.get(title, ()))]
+        steps = []
+        for title in dict.fromkeys(title for title, _ in facts):
+            action = sum(len(pages[title][i]) for other, i in facts if other == title)
+            steps.append((action, sum(map(len, pages[title]))))
+        found.append(steps)
+    yield "hotpotqa", [steps for steps in found if steps]
+    found = []
+    for line in (data / "musique" / "train.slice.jsonl").read_text().splitlines():
+        question = json.loads(line)
+        paragraphs = {page["idx"]: len(page["paragraph_text"]) for page in question["paragraphs"]}
+        hops = question["question_decomposition"]
+        found.append([(len(hop["question"] + hop["answer"]), paragraphs[hop["paragraph_support_idx"]]) for hop in hops])
+    yield "musique", found
+
+
+def statistics_of(data: Path) -> dict:
+    """Deciles, 0 to 100%, of steps a question and of tokens an action and an observation."""
+    found = {}
+    for name, questions in _steps(data):
+        actions, observations = np.array([step for steps in questions for step in steps]).T
+        counts = {
+            "steps": [len(steps) for steps in questions],
+            "action_tokens": -(-actions // CHARACTERS_A_TOKEN),
+            "observation_tokens": -(-observations // CHARACTERS_A_TOKEN),
+        }
+        found[name] = {"questions": len(questions)} | {
+            key: np.quantile(values, np.linspace(0, 1, 11), method="nearest").tolist() for key, values in counts.items()
+        }
+    return found
+
+
+def _packed(batch: PackedBatch):
+    return batch.subtree_end, batch.position_ids
+
+
+def _pairs(kind: str, counts: dict, rng, num_trajectories: int):
+    """The sub-trajectories of one question, as (state, action) token ids drawn at random."""
+
+    def ids(length):
+        return rng.integers(0, 1 << 30, max(1, int(length))).tolist()
+
+    def draw(key):
+        return np.interp(rng.random(), np.linspace(0, 1, 11), counts[key])
+
+    prompt, pairs = ids(PROMPT), []
+    for _ in range(num_trajectories):
+        state = list(prompt)
+        for _ in range(round(draw("steps"))):
+            actions = [ids(draw("action_tokens")) for _ in range(1 if kind == "chain" else SAMPLES)]
+            pairs += [(list(state), action) for action in actions]
+            state += actions[0] + (ids(draw("observation_tokens")) if counts["observation_tokens"][-1] else [])
+    return pairs
+
+
+def from_data(kind: str, dataset: str, num_tokens: int, seed: int = 0) -> Workload:
+    """Questions until num_tokens are packed: "chain" (recorded actions), "comb" (4 sampled actions a state)
+    or "tree" (4 trajectories of a question, each a comb)."""
+    counts, rng = json.loads(STATISTICS.read_text())[dataset], np.random.default_rng(seed)
+    pairs, packed = [], 0
+    while packed < num_tokens:
+        question = _pairs(kind, counts, rng, 4 if kind == "tree" else 1)
+        pairs += question
+        packed += pack(question).num_tokens
+    separate = forest_of([len(state) + len(action) for state, action in pairs])
+    return Workload(f"{kind} ({dataset})", *_packed(pack(pairs)), separate)
+
+
+def forest_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Separate sequences: subtree_end and position_ids."""
+    lengths = torch.tensor(lengths)
+    ends = lengths.cumsum(0)
+    position = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    return ends.repeat_interleave(lengths).int(), position.int()
+
+
+def agent(num_tokens: int) -> Workload:
+    """One agent of 50 steps, 60 tokens of action to 580 of observation, 4 samples a step. Its separate
+    passes would be 70 times its tokens, and are left out."""
+    step = num_tokens // 50
+    action, observation = max(1, step * 60 // (640 + 3 * 60)), max(1, step * 580 // (640 + 3 * 60))
+    rng, pairs, state = np.random.default_rng(0), [], [0]
+    for _ in range(50):
+        actions = [rng.integers(1, 1 << 30, action).tolist() for _ in range(SAMPLES)]
+        pairs += [(list(state), branch) for branch in actions]
+        state += actions[0] + rng.integers(1, 1 << 30, observation).tolist()
+    batch = pack(pairs)
+    return Workload("agent, 50 steps", *_packed(batch), None)
+
+
+def causal(num_tokens: int) -> Workload:
+    """One sequence: dense causal attention."""
+    return Workload("causal", *forest_of([num_tokens]))
+
+
+def trees_of_256(num_tokens: int) -> Workload:
+    """Trees of 256: a trunk of 128 with 4 branches of 32."""
+    tree_end = torch.tensor([256] * 128 + [160] * 32 + [192] * 32 + [224] * 32 + [256] * 32)
+    tree_position = torch.cat([torch.arange(128), *[torch.arange(128, 160)] * 4])
+    repeats = max(1, num_tokens // 256)
+    offsets = 256 * torch.arange(repeats)[:, None]
+    return Workload("trees of 256", (tree_end + offsets).reshape(-1).int(), tree_position.repeat(repeats).int())
+
+
+def density_039(num_tokens: int) -> Workload:
+    """A trunk of a sixth and 8 branches: 0.39 of the causal pairs are visible."""
+    trunk = num_tokens // 6
+    branch = (num_tokens - trunk) // 8
+    total = trunk + 8 * branch
+    ends = [total] * trunk + [trunk + branch * (i // branch + 1) for i in range(8 * branch)]
+    position = torch.cat([torch.arange(trunk), *[torch.arange(trunk, trunk + branch)] * 8])
+    return Workload("density 0.39", torch.tensor(ends).int(), position.int())
+
+
+def live_pairs(position_ids: torch.Tensor, window: int | None = None) -> int:
+    """Visible (query, key) pairs, what FLOPs are counted on: a token sees its ancestors and itself."""
+    depth = position_ids.long() + 1
+    return int((depth if window is None else depth.clamp(max=window)).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    STATISTICS.write_text(json.dumps(statistics_of(parser.parse_args().data), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
