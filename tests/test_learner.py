@@ -157,5 +157,5 @@ def test_two_ranks_make_the_update_of_one(tmp_path):
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-6)
     for a, b in zip(one_metrics, two_metrics, strict=True):
-        for key in ("loss", "grad_norm", "kl", "action_tokens", "computed_tokens"):
+        for key in ("loss", "grad_norm", "kl", "action_tokens", "tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-7), key
