@@ -21,7 +21,6 @@ using Tensor = nb::ndarray<nb::c_contig, nb::device::cpu>;
 
 namespace {
 
-using swirl::BLOCK;
 using swirl::Dtype;
 using swirl::Geglu;
 using swirl::Linear;
@@ -103,7 +102,7 @@ struct Plan {
     std::vector<int64_t> first;
 
     Plan(Problem& p, const int32_t* subtree_end, const int32_t* position_ids, int64_t window, bool by_key) {
-        int64_t padded = p.num_blocks * BLOCK;
+        int64_t padded = p.num_blocks * p.block;
         end.assign(padded, 0), position.assign(padded, 0), limit.assign(padded, 0);
         constexpr int64_t most = std::numeric_limits<int32_t>::max();
         for (int64_t i = 0; i < p.T; i++) {
@@ -117,19 +116,19 @@ struct Plan {
         auto ranges = [&](const std::vector<int32_t>& values) {  // over tokens before T
             std::vector<Range> result(p.num_blocks);
             for (int64_t b = 0; b < p.num_blocks; b++) {
-                auto [low, high] = std::minmax_element(values.begin() + b * BLOCK,
-                                                       values.begin() + std::min<int64_t>((b + 1) * BLOCK, p.T));
+                auto [low, high] = std::minmax_element(values.begin() + b * p.block,
+                                                       values.begin() + std::min<int64_t>((b + 1) * p.block, p.T));
                 result[b] = {*low, *high};
             }
             return result;
         };
         std::vector<Range> ends = ranges(end), positions = ranges(position), limits = ranges(limit);
         for (int64_t query = 0; query < p.num_blocks; query++) {
-            int64_t q0 = query * BLOCK, turn = 0;
+            int64_t q0 = query * p.block, turn = 0;
             for (int64_t key = 0; key <= query; key++) {
                 bool dead = ends[key].high <= q0 || (window && positions[query].low >= limits[key].high);
                 if (dead && key < query) continue;  // the diagonal always counts, so that no output is left unwritten
-                bool full = key < query && ends[key].low >= q0 + BLOCK && positions[query].high < limits[key].low;
+                bool full = key < query && ends[key].low >= q0 + p.block && positions[query].high < limits[key].low;
                 tiles.push_back({(int32_t)query, (int32_t)key, (int32_t)turn++, full});
             }
         }
@@ -155,10 +154,11 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     expect(v, q.dtype(), {T, Hkv, D}, "v");
     expect(subtree_end, nb::dtype<int32_t>(), {T}, "subtree_end");
     expect(position_ids, nb::dtype<int32_t>(), {T}, "position_ids");
-    if (Hkv == 0 || p.Hq % p.Hkv || p.T >= std::numeric_limits<int32_t>::max() - BLOCK)
+    if (Hkv == 0 || p.Hq % p.Hkv || p.T >= std::numeric_limits<int32_t>::max() - 64)
         throw std::invalid_argument("query heads must be a multiple of key heads, and T fit in 31 bits");
     if (softcap < 0 || window < 0 || threads < 1) throw std::invalid_argument("softcap, window or threads below range");
-    p.num_blocks = (p.T + BLOCK - 1) / BLOCK;
+    p.block = p.D <= 64 ? 32 : 64;
+    p.num_blocks = (p.T + p.block - 1) / p.block;
     p.scale = scale, p.softcap = softcap, p.threads = threads;
     p.q = q.data(), p.k = k.data(), p.v = v.data();
     return p;
@@ -173,8 +173,8 @@ void run(bool (*kernel)(const Problem&), Problem& p, const Tensor& subtree_end, 
     if (!kernel(p)) throw std::bad_alloc();
 }
 
-void tree_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor position_ids, Tensor out, Tensor softmax,
-                        std::optional<Tensor> out_wide, double scale, double softcap, int64_t window, int threads,
+void tree_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor position_ids, Tensor out,
+                        Tensor softmax, std::optional<Tensor> out_wide, double scale, double softcap, int64_t window, int threads,
                         const std::string& isa) {
     Problem p = problem_of(q, k, v, subtree_end, position_ids, scale, softcap, window, threads);
     auto wide = p.dtype == Dtype::float64 ? nb::dtype<double>() : nb::dtype<float>();
@@ -320,7 +320,8 @@ NB_MODULE(_cpu, m) {
     m.def("tree_attention_fwd", tree_attention_fwd, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("subtree_end"),
           nb::arg("position_ids"), nb::arg("out"), nb::arg("softmax"), nb::arg("out_wide").none(), nb::arg("scale"),
           nb::arg("softcap"), nb::arg("window"), nb::arg("threads"), nb::arg("isa"),
-          "Fills out (T, Hq, D), softmax (2, Hq, T) and, if given, out_wide: O before rounding. softcap, window 0: none.");
+          "Fills out (T, Hq, D), softmax (2, Hq, T) and, if given, out_wide: O before rounding. softcap, window 0: "
+          "none.");
     m.def("tree_attention_bwd", tree_attention_bwd, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("subtree_end"),
           nb::arg("position_ids"), nb::arg("out_wide"), nb::arg("softmax"), nb::arg("d_out"), nb::arg("dq"),
           nb::arg("dk"), nb::arg("dv"), nb::arg("scale"), nb::arg("softcap"), nb::arg("window"), nb::arg("threads"),

@@ -75,8 +75,9 @@ template <> struct Exp<float> {
     static constexpr int mantissa = 23;
 };
 template <> struct Exp<double> {
-    static constexpr double p[] = {1 / 2.,     1 / 6.,      1 / 24.,      1 / 120.,      1 / 720.,       1 / 5040.,
-                                   1 / 40320., 1 / 362880., 1 / 3628800., 1 / 39916800., 1 / 479001600., 1 / 6227020800.};
+    static constexpr double p[] = {1 / 2.,      1 / 6.,       1 / 24.,       1 / 120.,
+                                   1 / 720.,    1 / 5040.,    1 / 40320.,    1 / 362880.,
+                                   1 / 3628800., 1 / 39916800., 1 / 479001600., 1 / 6227020800.};
     static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33, round = 0x1.8p52;
     static constexpr double smallest = -708, largest = 709;
     static constexpr int mantissa = 52;

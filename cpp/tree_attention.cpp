@@ -42,10 +42,9 @@ SWIRL_INLINE void element(const Bfloat16* from, int64_t left, Pair& to) {
     to.bits = from[0].bits | (left > 1 ? (uint32_t)from[1].bits << 16 : 0);
 }
 
-// I input, E score operand, T weights and sums.
-template <class I, class E, class T> struct Attention {
+// I input, E score operand, T weights and sums; BLOCK is the problem's.
+template <class I, class E, class T, int BLOCK> struct Attention {
     static constexpr int W = WIDTH<T>;
-    static constexpr int VECTORS = BLOCK / W;
     static constexpr int TILE = BLOCK * BLOCK;
 
     const Problem& p;
@@ -249,11 +248,11 @@ template <class I, class E, class T> struct Attention {
     }
 
     struct Backward {
-        E *query_rows, *d_out_rows;                    // [Hq][blocks][BLOCK][steps]
-        T *query_panels, *d_out_panels, *dq;           // [Hq][blocks][columns / PANEL][BLOCK][PANEL], dq [BLOCK][columns]
-        T *key_panels;                                 // [Hkv][blocks]...
-        T *maximum, *share, *delta;                    // [Hq][blocks][BLOCK]: share is 1 / sum, delta dO . O
-        int32_t* turn;                                 // [Hq][blocks]: tiles that have added to dq
+        E *query_rows, *d_out_rows;                          // [Hq][num_blocks][BLOCK][steps]
+        T *query_panels, *d_out_panels, *key_panels;         // [Hq, Hkv][num_blocks][columns / PANEL][BLOCK][PANEL]
+        T* dq;                                               // [Hq][num_blocks][BLOCK][columns]
+        T *maximum, *share, *delta;                          // [Hq][num_blocks][BLOCK]: share is 1 / sum, delta dO . O
+        int32_t* turn;                                       // [Hq][num_blocks]: tiles that have added to dq
     };
 
     void prepare_queries(const Backward& b, int64_t head, int64_t block) const {
@@ -388,14 +387,17 @@ template <class I, class E, class T> struct Attention {
     }
 };
 
-template <class Run> bool with_types(const Problem& p, Run run) {
-    if (p.dtype == Dtype::float64) return run(Attention<double, double, double>(p));
-    if (p.dtype == Dtype::float32) return run(Attention<float, float, float>(p));
+template <int BLOCK, class Run> bool with_dtype(const Problem& p, Run run) {
+    if (p.dtype == Dtype::float64) return run(Attention<double, double, double, BLOCK>(p));
+    if (p.dtype == Dtype::float32) return run(Attention<float, float, float, BLOCK>(p));
 #if defined(__AVX512BF16__)
-    return run(Attention<Bfloat16, Pair, float>(p));
+    return run(Attention<Bfloat16, Pair, float, BLOCK>(p));
 #else
-    return run(Attention<Bfloat16, float, float>(p));
+    return run(Attention<Bfloat16, float, float, BLOCK>(p));
 #endif
+}
+template <class Run> bool with_types(const Problem& p, Run run) {
+    return p.block == 32 ? with_dtype<32>(p, run) : with_dtype<64>(p, run);
 }
 
 }  // namespace

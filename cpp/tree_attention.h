@@ -6,8 +6,6 @@
 
 namespace swirl {
 
-constexpr int BLOCK = 64;  // tokens in a block, of queries and of keys alike
-
 enum class Dtype { float32, float64, bfloat16 };
 
 struct Bfloat16 {
@@ -24,10 +22,13 @@ struct Tile {
 struct Problem {
     Dtype dtype;
     int64_t T, Hq, Hkv, D;
+    // Tokens in a block, of queries and of keys alike: 32, which follows the branches of small trees more closely, or
+    // 64, which spends less on loading and storing sums where rows are long.
+    int block;
     int64_t num_blocks;
     double scale, softcap;  // softcap 0: none
     int threads;
-    // (num_blocks * BLOCK,) each. Query i sees key j <=> j <= i < end[j] and position[i] < limit[j]. Past T: end 0.
+    // (num_blocks * block,) each. Query i sees key j <=> j <= i < end[j] and position[i] < limit[j]. Past T: end 0.
     const int32_t *end, *position, *limit;
     // Live tiles, of query block b in [first[b], first[b + 1]) forward; of key block b backward. Ascending.
     const Tile* tiles;
