@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -62,6 +63,7 @@ def machine(device: torch.device) -> dict:
         "hardware": hardware,
         "driver": driver,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "load": round(os.getloadavg()[0], 1),  # of the last minute: a busy machine's CPU rows say little
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton.triton.__version__ if _triton.triton else None,

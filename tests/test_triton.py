@@ -7,6 +7,7 @@ float16 here.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -155,6 +156,22 @@ def case_tree_attention_in_every_tile_shape(poisoned, monkeypatch, architecture)
         )
 
 
+def case_layers_share_a_schedule_that_goes_with_the_batch(monkeypatch):
+    built, build = [], schedule.build
+    monkeypatch.setattr(schedule, "build", lambda *x: built.append(x[2:]) or build(*x))
+    before, (subtree_end, position_ids) = len(schedule._schedules), forest(50, seed=0)
+    x = [torch.randn(50, 1, 32).half().requires_grad_() for _ in range(3)]
+    for layer in range(4):
+        window = 10 if layer % 2 == 0 else None
+        tree_attention(*x, subtree_end, position_ids, scale=0.1, window=window).sum().backward()
+    assert len(built) == len(set(built)) == 4  # by queries and by keys, with the window and without
+    assert len(schedule._schedules) == before + 1
+    built.clear()
+    del subtree_end
+    gc.collect()
+    assert len(schedule._schedules) == before
+
+
 def case_tree_attention_repeats_bitwise_and_ignores_other_branches(poisoned):
     torch.manual_seed(0)
     subtree_end = torch.tensor([96] * 32 + [64] * 32 + [96] * 32, dtype=torch.int32)
@@ -260,9 +277,7 @@ def case_geglu_far_out(poisoned):
 
 def decode_inputs(B, Hq, Hkv, D, L, N, dtype=torch.float64):
     shapes = [(B, Hq, D), (L, Hkv, D), (L, Hkv, D), (B, N, Hkv, D), (B, N, Hkv, D)]
-    return [torch.randn(shape).to(dtype) for shape in shapes], torch.randint(
-        1, N + 1, (B,), dtype=torch.int32
-    )
+    return [torch.randn(shape).to(dtype) for shape in shapes], torch.randint(1, N + 1, (B,), dtype=torch.int32)
 
 
 @pytest.mark.parametrize("window", [None, 6, 25])
@@ -276,9 +291,7 @@ def test_decode_is_tree_attention_of_the_last_tokens(window):
     for n in lengths.tolist():
         subtree_end += [len(subtree_end) + n] * n
         position_ids += range(L, L + n)
-    keys, values = (
-        torch.cat([trunk, *(own[b, : lengths[b]] for b in range(B))]) for trunk, own in zip(kv[:2], kv[2:])
-    )
+    keys, values = (torch.cat([trunk, *(own[b, : lengths[b]] for b in range(B))]) for trunk, own in zip(kv[:2], kv[2:]))
     queries, last = torch.zeros(T, Hq, D, dtype=torch.float64), L + lengths.long().cumsum(0) - 1
     queries[last] = q
     mask = torch.tensor(subtree_end, dtype=torch.int32), torch.tensor(position_ids, dtype=torch.int32)
