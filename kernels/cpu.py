@@ -126,12 +126,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = (saved.detach() for saved in ctx.saved_tensors)
-        dx, dweight = (
-            torch.empty_like(of) if needed else None for of, needed in zip((x, weight), ctx.needs_input_grad)
-        )
-        _extension().linear_bwd(x, weight, dy.contiguous(), dx, dweight, *ctx.machine)
-        return dx, dweight
+        return linear_backward(*ctx.saved_tensors, dy, needed=ctx.needs_input_grad)
+
+
+def linear_backward(x, weight, dy, *, needed=(True, True)):
+    """(dx, dweight) of linear for x (M, K), weight (N, K), dy (M, N), where supported; None where not needed."""
+    x, weight = x.detach(), weight.detach()
+    dx, dweight = (torch.empty_like(of) if need else None for of, need in zip((x, weight), needed))
+    _extension().linear_bwd(x, weight, dy.contiguous(), dx, dweight, *_machine())
+    return dx, dweight
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import _triton
+from . import _triton, cpu
 from ._triton import LOG2E, jit, tl
 
 BLOCK = 2048  # 16 elements a thread: two 16-byte accesses each way in bfloat16
@@ -83,4 +83,6 @@ def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
     if _triton.takes(gate, up) and gate.numel():
         return _GeGLU.apply(gate, up)
+    if cpu.supports_pointwise(gate, up):
+        return cpu.geglu(gate, up)
     return geglu_reference(gate, up)

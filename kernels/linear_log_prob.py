@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _triton
+from . import _triton, cpu
 from ._triton import LOG2E, jit, softcap_slope, softcapped, tile, tl
+from .linear import linear
 
 CHUNK_BYTES = 32 << 20
 EXTRA_BYTES = 64 << 20
@@ -39,8 +40,19 @@ def _chunk_rows(M, V, dtype):
     return max(1, min(M, CHUNK_BYTES // (V * dtype.itemsize)))
 
 
+def _vocabulary_parts(weight):
+    """Slices of the vocabulary whose weights, as float32, are no more than a chunk."""
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
+    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+
+
 def _logits(hidden, weight, softcap, dtype):
-    logits = (hidden @ weight.T).to(dtype)
+    if weight.dtype == dtype:
+        logits = linear(hidden, weight)
+    else:  # a product in float16 or bfloat16 would round the logits
+        logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
+        for part in _vocabulary_parts(weight):
+            torch.mm(hidden.to(dtype), weight[part].to(dtype).T, out=logits[:, part])
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
@@ -86,8 +98,15 @@ class _ChunkedLinearLogProb(torch.autograd.Function):
             d_logits.scatter_add_(1, target_ids[part, None], d_part)
             if softcap is not None:
                 d_logits.mul_(1 - (logits / softcap).square_())
-            d_hidden[part] = d_logits.to(hidden.dtype) @ weight
-            d_weight.addmm_(d_logits.T, hidden[part].to(dtype))
+            if cpu.supports_linear(hidden[part], weight):
+                d_hidden[part], d_weight_part = cpu.linear_backward(hidden[part], weight, d_logits)
+                d_weight += d_weight_part
+            else:
+                d_rows = torch.zeros(d_logits.shape[0], hidden.shape[1], dtype=dtype, device=hidden.device)
+                for words in _vocabulary_parts(weight):
+                    d_rows.addmm_(d_logits[:, words], weight[words].to(dtype))
+                d_hidden[part] = d_rows
+                d_weight.addmm_(d_logits.T, hidden[part].to(dtype))
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _triton
+from . import _triton, cpu
 from ._triton import jit, tl
 
 
@@ -120,4 +120,7 @@ def rms_norm(
         )
     if _triton.takes(x) and _triton.takes(weight) and x.numel():
         return _RMSNorm.apply(x, weight, residual, eps)
+    if cpu.supports_pointwise(x, weight):
+        y = cpu.rms_norm(x, weight, eps=eps)
+        return y if residual is None else residual + y
     return rms_norm_reference(x, weight, eps=eps, residual=residual)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import _triton
+from . import _triton, cpu
 from ._triton import jit, tl
 
 
@@ -19,11 +19,16 @@ def _inverse_frequency(half, theta, dtype, device):
     return theta ** (-torch.arange(half, dtype=dtype, device=device) / half)
 
 
+def _angle(position_ids, half, theta, dtype):
+    """(T, half): what each pair is turned by."""
+    return position_ids.to(dtype)[:, None] * _inverse_frequency(half, theta, dtype, position_ids.device)
+
+
 def rope_reference(x, position_ids, *, theta=10_000.0):
     """The definition."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
-    angle = (position_ids.to(dtype)[:, None] * _inverse_frequency(half, theta, dtype, x.device))[:, None, :]
+    angle = _angle(position_ids, half, theta, dtype)[:, None, :]
     cos, sin = angle.cos(), angle.sin()
     a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
@@ -87,4 +92,7 @@ def rope(x: torch.Tensor, position_ids: torch.Tensor, *, theta: float = 10_000.0
         )
     if _triton.takes(x) and x.numel():
         return _Rope.apply(x, position_ids.contiguous(), theta)
+    if x.shape[-1] % 32 == 0 and cpu.supports_pointwise(x):
+        angle = _angle(position_ids, x.shape[-1] // 2, theta, torch.float32)
+        return cpu.rope(x, angle.cos(), angle.sin())
     return rope_reference(x, position_ids, theta=theta)

@@ -229,18 +229,8 @@ def test_linear_log_prob_never_holds_more_than_a_chunk(monkeypatch):
     assert largest.numel == M * V
 
 
-ROUNDS_LOGITS = pytest.mark.xfail(reason="the chunked path rounds its logits to the type of the weights")
-
-
 @pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float32,
-        pytest.param(torch.bfloat16, marks=ROUNDS_LOGITS),
-        pytest.param(torch.float16, marks=ROUNDS_LOGITS),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_log_prob_narrow_types(dtype, softcap):
     target_ids = torch.arange(63) * 5 % 101
     inputs = [normal(63, 33), normal(101, 33)]
