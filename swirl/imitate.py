@@ -37,7 +37,7 @@ class ImitateConfig:
     out: Path = Path("base")
     """Hugging Face folder to write; refused if it is there already."""
     seed: int = 0
-    updates: int = 2400
+    updates: int = 3000
     demonstrations_per_update: int = 16
     families: tuple[str, ...] = ("bridge", "deep", "mixed", "arithmetic")
     """Families to show. counterfactual is left out: its edited pages are the world the base has not seen."""
