@@ -99,7 +99,7 @@ class Habits:
 
     search: Mapping[str, tuple[Habit, Habit, Habit]] = field(default_factory=lambda: _SEARCH)
     arithmetic: Mapping[str, tuple[str, float]] = field(default_factory=lambda: _ARITHMETIC)
-    scale: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"deep": 0.6}))
+    scale: Mapping[str, float] = field(default_factory=lambda: {"deep": 0.6})
     guess_first: float = 0.10
     """Leave the first page unread and query the second, which cannot be known yet."""
     stray_repeat: float = 0.04
