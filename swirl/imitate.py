@@ -143,7 +143,7 @@ def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
     return model, tokenizer
 
 
-def _card(config: ImitateConfig) -> str:
+def _card(config: ImitateConfig, commit: str) -> str:
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (
         ("seed", config.seed), ("updates", config.updates),
     ))  # fmt: skip
@@ -154,7 +154,7 @@ demonstrator on {", ".join(config.families)}. It is where `python -m swirl.train
 
 - command: `python -m swirl.imitate {flags}`
 - seed: {config.seed}
-- commit: {usage.commit()}
+- commit: {commit}
 - licence: Apache-2.0; every person, place and work in its world is invented
 """
 
@@ -165,9 +165,10 @@ def main(config: ImitateConfig) -> None:
     for family in config.families:
         if family not in ALMANAC_FAMILIES:
             raise ConfigError(f"--families {family}: expected of {', '.join(ALMANAC_FAMILIES)}")
+    commit = usage.commit()
     model, tokenizer = imitate(config)
     model.save_pretrained(config.out, tokenizer=tokenizer)
-    (config.out / "README.md").write_text(_card(config))
+    (config.out / "README.md").write_text(_card(config, commit))
     print(config.out)
 
 
