@@ -174,8 +174,8 @@ void run(bool (*kernel)(const Problem&), Problem& p, const Tensor& subtree_end, 
 }
 
 void tree_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor subtree_end, Tensor position_ids, Tensor out,
-                        Tensor softmax, std::optional<Tensor> out_wide, double scale, double softcap, int64_t window, int threads,
-                        const std::string& isa) {
+                        Tensor softmax, std::optional<Tensor> out_wide, double scale, double softcap, int64_t window,
+                        int threads, const std::string& isa) {
     Problem p = problem_of(q, k, v, subtree_end, position_ids, scale, softcap, window, threads);
     auto wide = p.dtype == Dtype::float64 ? nb::dtype<double>() : nb::dtype<float>();
     size_t T = p.T, Hq = p.Hq, D = p.D;
