@@ -658,3 +658,26 @@ def test_an_answer_with_too_few_parts_is_refused():
 
     errors = asyncio.run(run())
     assert all(isinstance(error, EndpointError) and "expected 3 parts" in error.reason for error in errors)
+
+
+def test_an_answer_that_drips_in_is_cut_at_the_total_deadline():
+    async def run():
+        async def drip(request):
+            await request.read()
+            response = web.StreamResponse()
+            await response.prepare(request)
+            for _ in range(100):
+                await response.write(b"[")
+                await asyncio.sleep(0.05)
+            return response
+
+        runner = web.ServerRunner(web.Server(drip), shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0]
+        async with Client() as client:
+            with pytest.raises(EndpointError, match="no answer within 0.3 s"):
+                await client.post(endpoint(f"http://{host}:{port}", total_s=0.3), CHAT, prompt())
+        await runner.cleanup()
+
+    asyncio.run(run())

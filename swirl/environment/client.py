@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
+from multidict import CIMultiDict
 from yarl import URL
 
 from swirl.environment.cache import AnswerCache
@@ -156,6 +157,17 @@ class Paid(NamedTuple):
 
 
 @dataclass
+class _Route:
+    """What every request to one endpoint shares."""
+
+    lane: Lane
+    headers: CIMultiDict[str]
+    key: str
+    timeout: aiohttp.ClientTimeout
+    urls: dict[str, URL] = field(default_factory=dict)
+
+
+@dataclass
 class _Flight:
     """One request on its way, and how many wait for it."""
 
@@ -176,10 +188,7 @@ class Client:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._session: aiohttp.ClientSession | None = None
         self._cache: AnswerCache | None = None
-        self._lanes: dict[Endpoint, Lane] = {}
-        self._headers: dict[Endpoint, tuple[dict[str, str], str]] = {}
-        self._urls: dict[tuple[Endpoint, str], URL] = {}
-        self._timeouts: dict[Endpoint, aiohttp.ClientTimeout] = {}
+        self._routes: dict[Endpoint, _Route] = {}
         self._flights: dict[bytes, _Flight] = {}
         self._tasks: set[asyncio.Task] = set()
 
@@ -196,7 +205,7 @@ class Client:
         if self._loop is not None and not self._loop.is_closed():
             raise RuntimeError("a client belongs to one event loop at a time: close it there first")
         # What a loop that died unclosed left behind is of no use in this one.
-        self._lanes, self._flights, self._tasks = {}, {}, set()
+        self._routes, self._flights, self._tasks = {}, {}, set()
         self._cache = self._cache or (AnswerCache(self._cache_path) if self._cache_path is not None else None)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),  # the lanes hold the limits
@@ -282,14 +291,15 @@ class Client:
     async def send(self, endpoint: Endpoint, path: str, body: bytes, *, tokens: int = 0) -> Paid:
         """Ask until there is an answer or the endpoint's rules say stop; neither coalesced nor cached."""
         self._open()
-        lane = self._lane(endpoint)
+        route = self._routes.get(endpoint) or self._find_route(endpoint)
+        lane = route.lane
         reserved = len(body) // 4 + tokens
         failures, first_failure = 0, None
         while True:
             trial = await lane.enter(reserved)
             self.progress.in_flight += 1
             try:
-                result = await self._attempt(lane, path, body)
+                result = await self._attempt(route, path, body)
                 if isinstance(result, Paid):
                     lane.succeeded()
                 elif result.again:
@@ -326,19 +336,18 @@ class Client:
             self.progress.retried += 1
             await asyncio.sleep(fault.wait_s + backoff_s)
 
-    async def _attempt(self, lane: Lane, path: str, body: bytes) -> Paid | _Fault:
-        endpoint = lane.endpoint
-        headers, key = self._headers[endpoint]
-        url = self._urls.get((endpoint, path))
+    async def _attempt(self, route: _Route, path: str, body: bytes) -> Paid | _Fault:
+        endpoint, lane, key = route.lane.endpoint, route.lane, route.key
+        url = route.urls.get(path)
         if url is None:
-            url = self._urls[endpoint, path] = URL(endpoint.url.rstrip("/") + path)
+            url = route.urls[path] = URL(endpoint.url.rstrip("/") + path)
         try:
             async with self._session.post(
-                url, data=body, headers=headers, timeout=self._timeouts[endpoint], allow_redirects=False
+                url, data=body, headers=route.headers, timeout=route.timeout, allow_redirects=False
             ) as response:
                 lane.reached = True
                 status = response.status
-                given = await _read(response)
+                given = await _read(response, endpoint.total_s)
                 wait_s = retry_after_s(response.headers.get("Retry-After")) if status == 429 or status >= 500 else 0.0
         except aiohttp.ConnectionTimeoutError:
             return _Fault(f"no connection within {endpoint.connect_s:g} s", again=True)
@@ -360,24 +369,23 @@ class Client:
             lane.give_up(reason)
         return _Fault(reason, status, again=status == 429 or status >= 500, later=status == 429, wait_s=wait_s)
 
-    def _lane(self, endpoint: Endpoint) -> Lane:
-        lane = self._lanes.get(endpoint)
-        if lane is None:
-            key = ""
-            headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-            if endpoint.key_env:
-                key = os.environ.get(endpoint.key_env, "").strip()
-                if not key:
-                    raise ConfigError(f"endpoint {endpoint.url}: ${endpoint.key_env} is not set")
-                if not (key.isascii() and key.isprintable()):
-                    raise ConfigError(f"endpoint {endpoint.url}: the key in {endpoint.key_env} is no printable ASCII")
-                headers[endpoint.key_header] = f"Bearer {key}" if endpoint.key_header == "Authorization" else key
-            self._headers[endpoint] = headers, key
-            self._timeouts[endpoint] = aiohttp.ClientTimeout(
-                total=endpoint.total_s, sock_connect=endpoint.connect_s, sock_read=endpoint.read_s
-            )
-            lane = self._lanes[endpoint] = Lane(endpoint)
-        return lane
+    def _find_route(self, endpoint: Endpoint) -> _Route:
+        """Reads the key. Raises ConfigError where there is none, or none that can be sent."""
+        key = ""
+        headers = CIMultiDict({"Content-Type": "application/json", "Accept-Encoding": "identity"})
+        if endpoint.key_env:
+            key = os.environ.get(endpoint.key_env, "").strip()
+            if not key:
+                raise ConfigError(f"endpoint {endpoint.url}: ${endpoint.key_env} is not set")
+            if not (key.isascii() and key.isprintable()):
+                raise ConfigError(f"endpoint {endpoint.url}: the key in ${endpoint.key_env} is no printable ASCII")
+            headers[endpoint.key_header] = f"Bearer {key}" if endpoint.key_header == "Authorization" else key
+        # No timer for the total: `_read` looks at the clock, for each timer costs as much as encoding a request.
+        timeout = aiohttp.ClientTimeout(
+            sock_connect=endpoint.connect_s, sock_read=min(endpoint.read_s, endpoint.total_s)
+        )
+        route = self._routes[endpoint] = _Route(Lane(endpoint), headers, key, timeout)
+        return route
 
     def _count_tokens(self, answer: Any) -> int:
         """Tokens the answer says were used, 0 where it does not; OpenAI's `usage` and Gemini's
@@ -399,17 +407,18 @@ def request_key(endpoint: Endpoint, path: str, draw: int, body: bytes) -> bytes:
     return hashlib.sha256(b"%s%s\n%d\n%s" % (endpoint.url.rstrip("/").encode(), path.encode(), draw, body)).digest()
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes | None:
-    """The body, or None where it is too large to be an answer."""
-    if response.content_length is not None and response.content_length <= _LARGEST_ANSWER_BYTES:
-        return await response.read()
-    given = bytearray()
-    async for chunk in response.content.iter_any():
+async def _read(response: aiohttp.ClientResponse, total_s: float) -> bytes | None:
+    """The body, or None where it is too large to be an answer. Raises TimeoutError on one that drips in."""
+    deadline, given = time.monotonic() + total_s, b""
+    while chunk := await response.content.readany():
         given += chunk
         if len(given) > _LARGEST_ANSWER_BYTES:
             response.close()
             return None
-    return bytes(given)
+        if time.monotonic() > deadline:
+            response.close()
+            raise TimeoutError
+    return given
 
 
 def _read_answer(given: bytes, status: int, key: str) -> Paid | _Fault:

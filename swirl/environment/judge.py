@@ -9,6 +9,7 @@ then the step is masked.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import os
 import re
@@ -57,20 +58,28 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     reward: float | None = None
 
 
+_SENTENCE_END = re.compile(r"[.!?;\n]+")
+
+
+@functools.cache
+def _verdict_patterns(good: str, bad: str) -> tuple[re.Pattern, re.Pattern]:
+    """(one of the words by itself, one of them denied)"""
+    word = rf"(?:{good}|{bad})(?![^\W_])"
+    return re.compile(rf"(?<![^\W_]){word}"), re.compile(rf"(?i:\b(?:not|never|neither|no)|n't)\W+{word}")
+
+
 def read_verdict(text: str, good: str = "GOOD", bad: str = "BAD") -> Verdict | None:
-    """The last GOOD or BAD (in capitals, a word of its own) as "GOOD" or "BAD"; None where there is no clear
-    one.
+    """The last GOOD or BAD (in capitals, a word of its own) as "GOOD" or "BAD"; None where none is clear.
 
     The sentence or line that holds the last such word is the final verdict: one that holds both words, or
     denies its word ("not GOOD"), is none.
     """
-    word = re.compile(rf"(?<![^\W_])(?:{good}|{bad})(?![^\W_])")
-    for sentence in reversed(re.split(r"[.!?;\n]+", text)):
+    word, denial = _verdict_patterns(good, bad)
+    for sentence in reversed(_SENTENCE_END.split(text)):
         words = set(word.findall(sentence))
         if not words:
             continue
-        denied = re.search(rf"(?i:\b(?:not|never|neither|no)|n't)\W+(?:{good}|{bad})(?![^\W_])", sentence)
-        if len(words) == 2 or denied:
+        if len(words) == 2 or denial.search(sentence):
             return None
         return "GOOD" if words == {good} else "BAD"
     return None

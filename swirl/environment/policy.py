@@ -295,6 +295,8 @@ def _id_of_name(name: Any) -> int | None:
 
 def _token_details(tokens: list, *, token_id, log_prob, top):
     """(ids, log_probs, top_log_probs) of an answer's tokens, each None unless every token has it."""
+    if not tokens:
+        return None, None, None
     try:
         ids = _ids([token_id(token) for token in tokens])
         log_probs = tuple(float(log_prob(token)) for token in tokens) or None
