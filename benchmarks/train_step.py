@@ -2,6 +2,7 @@
 
   python -m benchmarks.train_step            the README's chain and comb workloads, on this machine
   python -m benchmarks.train_step --json     one row a workload
+  python -m benchmarks.train_step --peer     beside transformers (eager) too, one row a sub-trajectory
 
 Workloads (token ids drawn at random, the shape of a question with a search tool):
   chain   8 steps of recorded actions: prompt 150 tokens, actions of 20, observations of 60
@@ -71,21 +72,62 @@ def measure(learner: Learner, scored: list[ScoredAction], repeats: int) -> tuple
     return times[1:], {**metrics, "grad_norm": norm}
 
 
-def compare(name: str, model: Gemma, num_trees: int, repeats: int) -> dict:
-    """Both sides in one run, in turn, so that a drift of the machine's speed meets both."""
+class Peer:
+    """The same update by transformers: every sub-trajectory a row, padded, some rows at a time."""
+
+    def __init__(self, model: Gemma, rows: int = 16):
+        import tempfile
+
+        from transformers import Gemma2ForCausalLM
+
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(f"{folder}/model")
+            self.model = Gemma2ForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="eager")
+        self.model.to(model.device)
+        self.rows = rows
+
+    def accumulate(self, scored: list[ScoredAction]) -> dict:
+        num_action_tokens = sum(len(action.action_ids) for action in scored)
+        device, total = self.model.device, 0.0
+        for start in range(0, len(scored), self.rows):
+            part = scored[start : start + self.rows]
+            rows = [torch.tensor([*action.state_ids, *action.action_ids]) for action in part]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+            length = torch.tensor([len(row) for row in rows], device=device)[:, None]
+            first = torch.tensor([len(action.state_ids) for action in part], device=device)[:, None]
+            index = torch.arange(ids.shape[1], device=device)[None]
+            logits = self.model(input_ids=ids, attention_mask=(index < length).long(), use_cache=False).logits
+            log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+            trained = (index[:, 1:] >= first) & (index[:, 1:] < length)
+            advantages = torch.tensor([action.advantage for action in part], device=device)[:, None]
+            loss = -(advantages * log_probs * trained).sum() / num_action_tokens
+            loss.backward()
+            total += loss.item()
+        return {"loss": total}
+
+
+def compare(name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | None) -> dict:
+    """All sides in one run, in turn, so that a drift of the machine's speed meets all."""
     scored = workload(name, num_trees, model.config.vocab_size)
     config = TrainConfig()
-    packed, separate = (Learner(replace(config, packed=p), model) for p in (True, False))
-    times = {"packed": [], "separate": []}
+    sides = {"packed": Learner(replace(config, packed=True), model)}
+    sides["separate"] = Learner(replace(config, packed=False), model)
+    if peer is not None:
+        sides["transformers"] = peer
+    times, found = {side: [] for side in sides}, {}
     for _ in range(repeats):
-        for side, learner in (("packed", packed), ("separate", separate)):
-            seconds, metrics = measure(learner, scored, 1)
+        for side, learner in sides.items():
+            seconds, found[side] = measure(learner, scored, 1)
             times[side] += seconds
-            times[side + "_metrics"] = metrics
-    a, b = times["packed_metrics"], times["separate_metrics"]
-    if abs(a["grad_norm"] - b["grad_norm"]) > 1e-4 * b["grad_norm"]:
-        raise SystemExit(f"{name}: gradients differ, {a['grad_norm']} and {b['grad_norm']}: nothing to time")
+    a, b = found["packed"], found["separate"]
+    for side, other in found.items():
+        if abs(a["grad_norm"] - other["grad_norm"]) > 1e-4 * a["grad_norm"]:
+            raise SystemExit(f"{name}: gradients differ, {a['grad_norm']} and {other['grad_norm']} ({side})")
     packed_s, separate_s = statistics.median(times["packed"]), statistics.median(times["separate"])
+    beside = {}
+    if peer is not None:
+        beside["transformers_s"] = statistics.median(times["transformers"])
+        beside["transformers_ratio"] = beside["transformers_s"] / packed_s
     return {
         "benchmark": "train_step",
         "workload": name,
@@ -97,6 +139,7 @@ def compare(name: str, model: Gemma, num_trees: int, repeats: int) -> dict:
         "measured_ratio": separate_s / packed_s,
         "packed_s": packed_s,
         "separate_s": separate_s,
+        **beside,
         "packed_tokens_per_s": a["computed_tokens"] / packed_s,
         "repeats": repeats,
         "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else _cpu_name(),
@@ -115,22 +158,20 @@ def _cpu_name() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", help="a Hugging Face folder; default: the shipped base's shape, random weights"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a Hugging Face folder; default: the shipped base's shape, random weights")
     parser.add_argument("--trees", type=int, default=4, help="trees in an update")
     parser.add_argument("--repeats", type=int, default=5, help="timed updates of each side")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peer", action="store_true", help="beside transformers too")
     parser.add_argument("--json", action="store_true", help="one JSON row a workload instead of the table")
     args = parser.parse_args()
     if args.model:
         model = Gemma.from_pretrained(args.model, device=args.device)
     else:
         model = Gemma(DEFAULT_SHAPE).init_weights(0).to(args.device)
-    rows = [compare(name, model, args.trees, args.repeats) for name in ("chain", "comb")]
+    peer = Peer(model) if args.peer else None
+    rows = [compare(name, model, args.trees, args.repeats, peer) for name in ("chain", "comb")]
     for row in rows:
         if args.json:
             print(json.dumps(row))
@@ -141,6 +182,7 @@ def main() -> None:
                 f"separate {row['separate_s'] * 1e3:8.1f} ms  packed {row['packed_s'] * 1e3:7.1f} ms  "
                 f"measured {row['measured_ratio']:.2f}x  ideal {row['ideal_ratio']:.2f}x  "
                 f"({row['measured_ratio'] / row['ideal_ratio']:.0%} of ideal)"
+                + (f"  transformers {row['transformers_ratio']:.1f}x" if peer else "")
             )
 
 

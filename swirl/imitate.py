@@ -47,12 +47,8 @@ class ImitateConfig:
     intermediate_size: int = 256
     num_layers: int = 6
     sliding_window: int = 128
-    one_hop_share: float = 0.25
-    """Until here, as a share of the updates, one hop and no slips: finding the fact that is asked for comes first."""
-    two_hop_share: float = 0.4
-    """Until here, at most two hops."""
-    faultless_share: float = 0.75
-    """Until here, all questions without slips; from here on as the demonstrator plays: skills come before habits."""
+    faultless_share: float = 0.7
+    """Of the updates, at first, shown without slips: skills come before habits, and come faster."""
     weight_of_observations: float = 0.1
     """Of the loss on question and result tokens, beside 1 on action tokens: it teaches to copy names early on."""
 
@@ -73,25 +69,14 @@ def gemma_config(config: ImitateConfig) -> GemmaConfig:
     )
 
 
-def demonstrations(
-    families: tuple[str, ...], seed: int, slips: almanac.Habits | None = almanac.HABITS, max_hops: int = 99
-):
-    """(prompt, [(action, observation or None), ...]) forever, families in turn, each question demonstrated anew.
-
-    `max_hops` leaves out longer chains, and problems of more operations than one more than that.
-    """
+def demonstrations(families: tuple[str, ...], seed: int, slips: almanac.Habits | None = almanac.HABITS):
+    """(prompt, [(action, observation or None), ...]) forever, families in turn, each question demonstrated anew."""
     rng = np.random.default_rng(seed)
-    questions = {}
-    for family in families:
-        most = max_hops + 1 if family == "arithmetic" else max_hops
-        questions[family] = [q for q in almanac.questions(family, "train") if q.hops <= most]
-    questions = {family: some for family, some in questions.items() if some}
+    questions = {family: almanac.questions(family, "train") for family in families}
     while True:
-        for family in questions:
+        for family in families:
             question = questions[family][rng.integers(len(questions[family]))]
-            prompt = question_prompt(
-                question.question, almanac.tool(family).name, almanac.max_queries(family)
-            )
+            prompt = question_prompt(question.question, almanac.tool(family).name, almanac.max_queries(family))
             yield prompt, almanac.demonstrate(question, rng, slips=slips)
 
 
@@ -115,17 +100,6 @@ def as_pairs(prompt: str, steps, tokenizer: Tokenizer):
     return pairs, (state[:1], state[1:])
 
 
-def _lessons(config: ImitateConfig):
-    """(share of the updates done at its end, demonstrations) of each lesson: short chains first, habits last."""
-    families, seed = config.families, config.seed
-    return [
-        (config.one_hop_share, demonstrations(families, seed + 1, None, max_hops=1)),
-        (config.two_hop_share, demonstrations(families, seed + 2, None, max_hops=2)),
-        (config.faultless_share, demonstrations(families, seed + 3, None)),
-        (1.0, demonstrations(families, seed + 4)),
-    ]
-
-
 def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
     """Cross-entropy on the demonstrator's actions (and a little on all tokens), by the same packed pass as RL."""
     tokenizer = learn_tokenizer(config.families, config.vocab_size, config.seed)
@@ -136,11 +110,12 @@ def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
         learning_rate=config.learning_rate,
         weight_decay=0.1,
     )
-    lessons = _lessons(config)
+    faultless = demonstrations(config.families, config.seed + 1, slips=None)
+    imperfect = demonstrations(config.families, config.seed + 2)
     started = time.perf_counter()
     with progress("imitate", config.updates) as advance:
         for update in range(config.updates):
-            source = next(lesson for until, lesson in lessons if update < until * config.updates)
+            source = faultless if update < config.faultless_share * config.updates else imperfect
             drawn = [as_pairs(*next(source), tokenizer) for _ in range(config.demonstrations_per_update)]
             actions = [pair for pairs, _ in drawn for pair in pairs]
             whole = [pair for _, pair in drawn]

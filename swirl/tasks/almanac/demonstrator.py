@@ -58,14 +58,14 @@ _CONFUSED_WITH = {
 
 # relation -> its habit when it is the first of a chain, in the middle, and the last (or the only one)
 _SEARCH: dict[str, tuple[Habit, Habit, Habit]] = {
-    "birthplace": (Habit("early", 0.45), Habit("repeat", 0.15), Habit("confuse", 0.12)),
+    "birthplace": (Habit("early", 0.58), Habit("repeat", 0.15), Habit("confuse", 0.12)),
     "spouse": (Habit("skip", 0.40), Habit("confuse", 0.15), Habit("confuse", 0.15)),
     "teacher": (Habit("confuse", 0.15), Habit("skip", 0.20), Habit("confuse", 0.60)),
     "author": (Habit("early", 0.20), Habit("early", 0.15), Habit("confuse", 0.15)),
     "translator": (Habit("confuse", 0.60), Habit("early", 0.15), Habit("confuse", 0.55)),
     "setting": (Habit("early", 0.30), Habit("early", 0.15), Habit("confuse", 0.20)),
     "country": (Habit("repeat", 0.30), Habit("repeat", 0.25), Habit("confuse", 0.15)),
-    "mayor": (Habit("confuse", 0.15), Habit("confuse", 0.15), Habit("confuse", 0.45)),
+    "mayor": (Habit("confuse", 0.15), Habit("confuse", 0.15), Habit("confuse", 0.55)),
     "founder": (Habit("early", 0.53), Habit("confuse", 0.20), Habit("confuse", 0.15)),
     "capital": (Habit("early", 0.25), Habit("repeat", 0.20), Habit("confuse", 0.15)),
     "ruler": (Habit("confuse", 0.20), Habit("confuse", 0.15), Habit("confuse", 0.20)),
@@ -99,7 +99,7 @@ class Habits:
 
     search: Mapping[str, tuple[Habit, Habit, Habit]] = field(default_factory=lambda: _SEARCH)
     arithmetic: Mapping[str, tuple[str, float]] = field(default_factory=lambda: _ARITHMETIC)
-    scale: Mapping[str, float] = field(default_factory=lambda: {"deep": 0.6})
+    scale: Mapping[str, float] = field(default_factory=lambda: {"deep": 0.9})
     guess_first: float = 0.10
     """Leave the first page unread and query the second, which cannot be known yet."""
     stray_repeat: float = 0.04
