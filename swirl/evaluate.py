@@ -61,9 +61,7 @@ class Score(msgspec.Struct, frozen=True):
     correct: tuple[bool, ...]
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` (N,), N >= 1; pairs are kept by passing differences."""
     values = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
@@ -159,24 +157,26 @@ async def _evaluate(config: EvaluateConfig) -> list[Score]:
             raise ConfigError(f"task '{name}' has questions without golden answers: nothing to score against")
     policy, coder = open_policy(config.policy, device=config.device)
     judge = open_judge(config.judge) if config.judge else None
-    scores, kept = [], []
-    with progress("evaluate", sum(map(len, asked.values()))) as advance:
-        for task in opened:
-            made = await answer(
-                asked[task.name],
-                task=task,
-                policy=policy,
-                coder=coder,
-                judge=judge,
-                temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
-                in_flight=config.in_flight,
-                seed=config.seed,
-                advance=advance,
-            )
-            scores.append(score_trajectories(task.name, made))
-            kept += made
-    await close(policy, judge)
+    try:
+        scores, kept = [], []
+        with progress("evaluate", sum(map(len, asked.values()))) as advance:
+            for task in opened:
+                made = await answer(
+                    asked[task.name],
+                    task=task,
+                    policy=policy,
+                    coder=coder,
+                    judge=judge,
+                    temperature=config.temperature,
+                    max_new_tokens=config.max_new_tokens,
+                    in_flight=config.in_flight,
+                    seed=config.seed,
+                    advance=advance,
+                )
+                scores.append(score_trajectories(task.name, made))
+                kept += made
+    finally:
+        await close(policy, judge)
     if config.out:
         write_trajectories(config.out, kept)
     return scores

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from swirl import cli
 from swirl.environment.concurrency import as_done
-from swirl.environment.judge import StepToJudge
+from swirl.environment.judge import OutcomeToJudge, StepToJudge
 from swirl.errors import ConfigError, InputError
 from swirl.progress import progress
 from swirl.tasks import is_correct, tool_name
@@ -40,6 +40,8 @@ class FilterConfig:
     mode: Mode = "process"
     judge: str = "rule"
     """`rule` (Almanac's own), the URL of a server whose model judges, or a checkpoint folder that does."""
+    outcome_judge: str | None = None
+    """Who says whether an answer is correct: a URL or a checkpoint folder; default: the data set's official rule."""
     in_flight: int = 256
     """Trajectories being judged at a time."""
 
@@ -72,20 +74,25 @@ def why_dropped(trajectory: Trajectory, mode: Mode) -> str | None:
         if "BAD" in verdicts:
             bad = verdicts.index("BAD")
             return f"process: step {bad + 1} is BAD ({trajectory.steps[bad].reason or 'no reason given'})"
+    if mode in ("outcome", "both") and trajectory.outcome is None:
+        return "unjudged: the final answer has no golden one, or no verdict"
     if mode in ("outcome", "both") and not trajectory.outcome:
         return "outcome: the final answer is not correct"
     return None
 
 
-def with_outcome(trajectory: Trajectory) -> Trajectory:
-    """Score the final answer against the golden one, where there is one and it is not scored yet."""
+async def with_outcome(trajectory: Trajectory, judge=None) -> Trajectory:
+    """The final answer held against the golden one by the official rule, or by `judge`, if it is not scored yet."""
     if trajectory.outcome is not None or trajectory.question.answer is None:
         return trajectory
-    return replace(trajectory, outcome=is_correct(trajectory.question, trajectory.prediction))
+    if judge is None:
+        return replace(trajectory, outcome=is_correct(trajectory.question, trajectory.prediction))
+    judgement = await judge.judge(OutcomeToJudge(question=trajectory.question, prediction=trajectory.prediction))
+    return replace(trajectory, outcome={"GOOD": True, "BAD": False, None: None}[judgement.verdict])
 
 
 def judged_trajectories(
-    trajectories: Iterable[Trajectory], *, judge, mode: Mode, in_flight: int
+    trajectories: Iterable[Trajectory], *, judge, mode: Mode, in_flight: int, outcome_judge=None
 ) -> AsyncIterator[tuple[Trajectory, str | None]]:
     """(trajectory with verdicts, reason it is dropped or None) as they are done; the input is read lazily."""
 
@@ -93,7 +100,7 @@ def judged_trajectories(
         if mode in ("process", "both"):
             trajectory = await judge_steps(trajectory, judge)
         if mode in ("outcome", "both"):
-            trajectory = with_outcome(trajectory)
+            trajectory = await with_outcome(trajectory, outcome_judge)
         return trajectory, why_dropped(trajectory, mode)
 
     return as_done((work(trajectory) for trajectory in trajectories), in_flight)
@@ -121,6 +128,18 @@ async def _filter(config: FilterConfig) -> dict:
     if not config.data.exists():
         raise InputError(config.data, "cannot be read (no such file)")
     judge = open_judge(config.judge)
+    outcome_judge = open_judge(config.outcome_judge, kind="outcome") if config.outcome_judge else None
+    try:
+        counts, reasons = await _filter_file(config, judge, outcome_judge)
+    finally:
+        await close(judge, outcome_judge)
+    if not sum(counts.values()):
+        raise InputError(config.data, "expected at least one trajectory, the file is empty")
+    return {"mode": config.mode, "judge": judge.name, **counts, "dropped_now": dict(reasons)}
+
+
+async def _filter_file(config: FilterConfig, judge, outcome_judge) -> tuple[dict[str, int], Counter[str]]:
+    """(how many are kept and dropped in all, why those of this call were dropped)."""
     reasons: Counter[str] = Counter()
     with (
         TrajectoryLog(config.kept) as kept,
@@ -129,7 +148,9 @@ async def _filter(config: FilterConfig) -> dict:
     ):
         finished = kept.done | dropped.done
         unfinished = (t for t in iter_trajectories(config.data) if t.id not in finished)
-        decisions = judged_trajectories(unfinished, judge=judge, mode=config.mode, in_flight=config.in_flight)
+        decisions = judged_trajectories(
+            unfinished, judge=judge, mode=config.mode, in_flight=config.in_flight, outcome_judge=outcome_judge
+        )
         async for trajectory, reason in decisions:
             if reason is None:
                 kept.append(trajectory)
@@ -137,11 +158,7 @@ async def _filter(config: FilterConfig) -> dict:
                 dropped.append(replace(trajectory, dropped=reason))
                 reasons[reason.partition(":")[0]] += 1
             advance()
-        counts = {"kept": len(kept.done), "dropped": len(dropped.done)}
-    await close(judge)
-    if not sum(counts.values()):
-        raise InputError(config.data, "expected at least one trajectory, the file is empty")
-    return {"mode": config.mode, "judge": judge.name, **counts, "dropped_now": dict(reasons)}
+        return {"kept": len(kept.done), "dropped": len(dropped.done)}, reasons
 
 
 def main(config: FilterConfig) -> None:

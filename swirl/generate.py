@@ -53,9 +53,7 @@ class GenerateConfig:
     device: str = "cpu"
 
 
-def limits_for(
-    task: Task, *, max_steps: int | None, max_new_tokens: int, temperature: float
-) -> RolloutLimits:
+def limits_for(task: Task, *, max_steps: int | None, max_new_tokens: int, temperature: float) -> RolloutLimits:
     """Limits of generation: as many steps as the paper allows queries, the last of which may be the answer."""
     return RolloutLimits(
         max_queries=task.max_queries,
@@ -80,9 +78,7 @@ async def collect(
     tool = task.open_tool()
     order = {trajectory_id(question, sample): place for place, (question, sample) in enumerate(asked)}
     made: list[Trajectory] = []
-    playing = rollouts(
-        asked, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed, in_flight=in_flight
-    )
+    playing = rollouts(asked, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed, in_flight=in_flight)
     async for trajectory in playing:
         made.append(trajectory)
         advance()
@@ -91,9 +87,7 @@ async def collect(
 
 def _refuse_other_settings(config: GenerateConfig) -> None:
     """A file is resumed only with the settings that began it; they lie beside it."""
-    settings = {
-        k: str(v) for k, v in asdict(config).items() if k not in ("out", "limit", "in_flight", "device")
-    }
+    settings = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "limit", "in_flight", "device")}
     beside = config.out.with_name(config.out.name + ".settings.json")
     if config.out.exists() and config.out.stat().st_size and beside.exists():
         for key, value in msgspec.json.decode(beside.read_bytes()).items():
@@ -119,26 +113,26 @@ async def _generate(config: GenerateConfig) -> dict:
         task, max_steps=config.max_steps, max_new_tokens=config.max_new_tokens, temperature=config.temperature
     )
     stops: dict[str, int] = {}
-    with TrajectoryLog(config.out) as log, progress("generate", len(questions) * config.samples) as advance:
-        asked = [
-            (q, s) for q in questions for s in range(config.samples) if trajectory_id(q, s) not in log.done
-        ]
-        advance(len(questions) * config.samples - len(asked))
-        playing = rollouts(
-            asked,
-            policy=policy,
-            tool=task.open_tool(),
-            limits=limits,
-            coder=coder,
-            seed=config.seed,
-            in_flight=config.in_flight,
-        )
-        async for trajectory in playing:
-            log.append(trajectory)
-            stops[trajectory.stop] = stops.get(trajectory.stop, 0) + 1
-            advance()
-        total = len(log.done)
-    await close(policy)
+    try:
+        with TrajectoryLog(config.out) as log, progress("generate", len(questions) * config.samples) as advance:
+            asked = [(q, s) for q in questions for s in range(config.samples) if trajectory_id(q, s) not in log.done]
+            advance(len(questions) * config.samples - len(asked))
+            playing = rollouts(
+                asked,
+                policy=policy,
+                tool=task.open_tool(),
+                limits=limits,
+                coder=coder,
+                seed=config.seed,
+                in_flight=config.in_flight,
+            )
+            async for trajectory in playing:
+                log.append(trajectory)
+                stops[trajectory.stop] = stops.get(trajectory.stop, 0) + 1
+                advance()
+            total = len(log.done)
+    finally:
+        await close(policy)
     return {"out": str(config.out), "trajectories": total, "new": len(asked), "stops": stops}
 
 

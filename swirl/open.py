@@ -12,7 +12,7 @@ ALMANAC_BASE = Path(__file__).parent / "tasks" / "almanac_base"
 
 
 def is_url(spec: str) -> bool:
-    return spec.startswith(("http://", "https://"))
+    return "://" in spec
 
 
 def model_folder(spec: str) -> Path:
@@ -47,10 +47,11 @@ def open_policy(spec: str, *, device: str = "cpu"):
     return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
 
 
-def open_judge(spec: str, *, kind: Literal["process", "reward"] = "process"):
+def open_judge(spec: str, *, kind: Literal["process", "outcome", "reward"] = "process"):
     """`rule` (knows Almanac only), the URL of a server whose model judges, or a checkpoint folder that does.
 
-    `kind` asks a model for a verdict on a step, or for its graded reward. Raises ConfigError, CheckpointError.
+    `kind` asks a model for a verdict on a step, for one on the final answer, or for a step's graded reward.
+    Raises ConfigError, CheckpointError.
     """
     if spec == "rule":
         from swirl.tasks.almanac import RuleJudge
@@ -62,10 +63,10 @@ def open_judge(spec: str, *, kind: Literal["process", "reward"] = "process"):
         return open_wire_judge(spec, kind=kind)
     if not model_folder(spec).is_dir():
         raise ConfigError(f"judge '{spec}' is unknown: expected 'rule', a URL or a checkpoint folder")
-    from swirl.environment.judge import GenerativeJudge, GenerativeRewardModel
+    from swirl.environment.judge import GenerativeJudge, GenerativeRewardModel, OutcomeJudge
 
     policy, _ = open_policy(spec)
-    return GenerativeJudge(policy) if kind == "process" else GenerativeRewardModel(policy)
+    return {"process": GenerativeJudge, "outcome": OutcomeJudge, "reward": GenerativeRewardModel}[kind](policy)
 
 
 async def close(*things) -> None:

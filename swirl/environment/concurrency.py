@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+
+_ENDED = object()
 
 
 async def as_done(coroutines: Iterable[Coroutine[Any, Any, Result]], in_flight: int) -> AsyncIterator[Result]:
@@ -14,17 +17,33 @@ async def as_done(coroutines: Iterable[Coroutine[Any, Any, Result]], in_flight: 
 
     Leaving early cancels what runs, and waits until it has ended.
     """
-    waiting, running = iter(coroutines), set()
+    waiting = iter(coroutines)
+    results: asyncio.Queue = asyncio.Queue(maxsize=in_flight)
+
+    async def work():
+        try:
+            for coroutine in waiting:
+                await results.put((await coroutine, None))
+        except Exception as error:
+            await results.put((None, error))
+        await results.put(_ENDED)
+
+    workers = [asyncio.create_task(work()) for _ in range(in_flight)]
     try:
-        while True:
-            while len(running) < in_flight and (coroutine := next(waiting, None)) is not None:
-                running.add(asyncio.create_task(coroutine))
-            if not running:
-                return
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                yield task.result()
+        running = in_flight
+        while running:
+            item = await results.get()
+            if item is _ENDED:
+                running -= 1
+                continue
+            result, error = item
+            if error is not None:
+                raise error
+            yield result
     finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        if not isinstance(coroutines, Generator):
+            for coroutine in waiting:
+                coroutine.close()
