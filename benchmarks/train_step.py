@@ -142,14 +142,14 @@ def compare(name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | 
         **beside,
         "packed_tokens_per_s": a["computed_tokens"] / packed_s,
         "repeats": repeats,
-        "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else _cpu_name(),
+        "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
