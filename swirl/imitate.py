@@ -37,7 +37,7 @@ class ImitateConfig:
     out: Path = Path("base")
     """Hugging Face folder to write; refused if it is there already."""
     seed: int = 0
-    updates: int = 3000
+    updates: int = 4200
     demonstrations_per_update: int = 16
     families: tuple[str, ...] = ("bridge", "deep", "mixed", "arithmetic")
     """Families to show. counterfactual is left out: its edited pages are the world the base has not seen."""
@@ -47,7 +47,7 @@ class ImitateConfig:
     intermediate_size: int = 256
     num_layers: int = 6
     sliding_window: int = 128
-    faultless_share: float = 0.7
+    faultless_share: float = 0.83
     """Of the updates, at first, shown without slips: skills come before habits, and come faster."""
     weight_of_observations: float = 0.1
     """Of the loss on question and result tokens, beside 1 on action tokens: it teaches to copy names early on."""
