@@ -53,5 +53,9 @@ class EndpointError(SwirlError, ConnectionError):
         super().__init__(f"{endpoint}: {reason}")
 
 
+class EndpointUnusable(EndpointError):
+    """The endpoint, not one request, is at fault: its key, its model, an outage beyond patience."""
+
+
 class NonFiniteError(SwirlError, FloatingPointError):
     """A loss, log-prob or gradient that is NaN or infinite; raised before the weights are touched."""

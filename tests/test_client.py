@@ -22,11 +22,11 @@ from benchmarks.fault_server import FAULTS, FaultServer, verdict_of
 from swirl.environment import client as client_module
 from swirl.environment.batcher import Batcher, embedder, retriever
 from swirl.environment.cache import AnswerCache, default_cache_path
-from swirl.environment.client import Client, Endpoint, EndpointUnusable, retry_after_s
+from swirl.environment.client import Client, Endpoint, retry_after_s
 from swirl.environment.judge import GenerativeJudge, judge_all
 from swirl.environment.lane import Rate
 from swirl.environment.policy import ChatPolicy
-from swirl.errors import ConfigError, EndpointError, InputError
+from swirl.errors import ConfigError, EndpointError, EndpointUnusable, InputError
 
 CHAT = "/v1/chat/completions"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.client import items
 from benchmarks.fault_server import FaultServer, verdict_of
-from swirl.environment.client import Client, Endpoint, EndpointUnusable
+from swirl.environment.client import Client, Endpoint
 from swirl.environment.judge import (
     GenerativeJudge,
     GenerativeRewardModel,
@@ -28,7 +28,7 @@ from swirl.environment.judge import (
 )
 from swirl.environment.judge_prompts import CALCULATOR_PROCESS, OUTCOME, REWARD, SEARCH_PROCESS, read_prompt
 from swirl.environment.policy import PolicyAction
-from swirl.errors import ConfigError, EndpointError, InputError
+from swirl.errors import ConfigError, EndpointError, EndpointUnusable, InputError
 from swirl.trajectory import Question, Step
 
 QUESTION = Question(id="q", task="bridge", question="Who {action} it?", answer="the golden one", aliases=("gilded",))

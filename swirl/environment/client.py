@@ -29,8 +29,8 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from swirl.environment.cache import AnswerCache
-from swirl.environment.lane import FAILURES_TO_PAUSE, EndpointUnusable, Lane
-from swirl.errors import ConfigError, EndpointError
+from swirl.environment.lane import FAILURES_TO_PAUSE, Lane
+from swirl.errors import ConfigError, EndpointError, EndpointUnusable
 
 __all__ = ["Client", "Endpoint", "EndpointUnusable", "Paid", "Progress"]
 

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import msgspec
 
 from swirl.environment.cache import default_cache_path
-from swirl.environment.client import Client, EndpointUnusable
+from swirl.environment.client import Client
 from swirl.environment.judge_prompts import CALCULATOR_PROCESS, OUTCOME, REWARD, SEARCH_PROCESS, JudgePrompt
 from swirl.environment.policy import PolicyState, TopLogProbs, open_policy
-from swirl.errors import ConfigError, EndpointError
+from swirl.errors import ConfigError, EndpointError, EndpointUnusable
 from swirl.trajectory import Question, Step, Verdict
 
 

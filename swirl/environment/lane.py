@@ -14,17 +14,13 @@ import logging
 import random
 from collections import deque
 
-from swirl.errors import EndpointError
+from swirl.errors import EndpointUnusable
 
 FAILURES_TO_PAUSE = 5  # at most Endpoint.retries, or one request alone would give up before the breaker pauses
 _LONGEST_PAUSE_S = 30.0
 _SLOTS_PER_MS = 5  # a herd of connects arrives as one lump and stays one: measured 5% of a job of 40 rounds
 
 log = logging.getLogger("swirl.client")
-
-
-class EndpointUnusable(EndpointError):
-    """The endpoint, not one request, is at fault: its key, its model, an outage beyond patience."""
 
 
 class Rate:

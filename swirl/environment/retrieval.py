@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from swirl.environment.search import Page, read_pages, show_pages
-from swirl.errors import ConfigError, EndpointError, InputError, SwirlError
+from swirl.errors import ConfigError, EndpointError, EndpointUnusable, InputError, SwirlError
 
 Embed = Callable[[list[str]], Awaitable[list[list[float]]]]
 PostJson = Callable[[str, dict], Awaitable[dict]]
@@ -146,6 +146,8 @@ class DenseSearchTool:
     async def __call__(self, query: str) -> str:
         try:
             return show_pages(await self.search(query))
+        except EndpointUnusable:
+            raise  # a dead server would fill the data with failures
         except SwirlError as error:
             return _failed(error)
 
@@ -181,6 +183,8 @@ class RetrievalServerTool:
     async def __call__(self, query: str) -> str:
         try:
             return show_pages(await self.search(query))
+        except EndpointUnusable:
+            raise  # a dead server would fill the data with failures
         except SwirlError as error:
             return _failed(error)
 
