@@ -196,3 +196,31 @@ def test_the_bootstrap_interval_is_that_of_a_proportion():
     low, high = bootstrap_interval(values)
     assert abs(low - (0.3 - 1.96 * 0.0324)) < 0.01 and abs(high - (0.3 + 1.96 * 0.0324)) < 0.01
     assert bootstrap_interval(values) == (low, high)
+
+
+def test_a_checkpoint_judges_and_what_it_fails_to_say_is_masked(tiny_folder):
+    from swirl.environment.judge import StepToJudge
+    from swirl.open import open_judge
+
+    judge = open_judge(str(tiny_folder))
+    judge.max_new_tokens = 8
+    question = Question(id="q", task="bridge", question="Where was Kelmor born?")
+    item = StepToJudge(question=question, steps=(), action="<answer>Kelmor</answer>", tool="search")
+    judgement = asyncio.run(judge.judge(item))
+    assert judgement.verdict is None and judgement.reason and judge.masked == 1
+
+
+def test_a_state_that_comes_as_text_is_the_state_that_comes_as_ids(tiny_folder):
+    from swirl.environment.policy import PolicyState
+
+    model, tokenizer = load_model(str(tiny_folder))
+    policy = LocalPolicy(model, tokenizer)
+    steps = (Step(action="<search_query>a</search_query>", observation="a -> b"),)
+    ids = tokenizer.prompt_ids("Where?") + tokenizer.action_ids(steps[0].action)
+    ids += tokenizer.observation_ids(steps[0].observation)
+
+    def act(state_ids):
+        state = PolicyState(prompt="Where?", steps=steps, ids=state_ids, seed=5, max_new_tokens=6)
+        return asyncio.run(policy.act(state))
+
+    assert act(None) == act(tuple(ids))
