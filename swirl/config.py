@@ -39,7 +39,7 @@ class TrainConfig:
 
     filter: Literal["none", "process", "outcome", "both"] = "process"
     """Which generated trajectories to keep (the paper's best: process)."""
-    num_questions: int = 300
+    num_questions: int = 600
     """Questions to generate trajectories of, per task. Ours; the paper takes 10,000."""
     trajectories_per_question: int = 5
     """The paper's 5."""

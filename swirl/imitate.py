@@ -155,6 +155,7 @@ demonstrator on {", ".join(config.families)}. It is where `python -m swirl.train
 - command: `python -m swirl.imitate {flags}`
 - seed: {config.seed}
 - commit: {commit}
+- weights: rounded to bfloat16 at the end, half the bytes
 - licence: Apache-2.0; every person, place and work in its world is invented
 """
 
@@ -167,7 +168,7 @@ def main(config: ImitateConfig) -> None:
             raise ConfigError(f"--families {family}: expected of {', '.join(ALMANAC_FAMILIES)}")
     commit = usage.commit()
     model, tokenizer = imitate(config)
-    model.save_pretrained(config.out, tokenizer=tokenizer)
+    model.to(torch.bfloat16).save_pretrained(config.out, tokenizer=tokenizer)
     (config.out / "README.md").write_text(_card(config, commit))
     print(config.out)
 
