@@ -59,8 +59,8 @@ class TrainConfig:
     baseline: Literal["auto", "none", "mean", "leave_one_out"] = "auto"
     """Subtracted from the reward: mean of the update, or of the other draws at the state.
     auto: leave_one_out when sampled, none when recorded. Ours."""
-    learning_rate: float = 3e-4
-    """Ours, as are warm-up, decay and clipping below."""
+    learning_rate: float = 1e-4
+    """Ours, as are warm-up, decay and clipping below. Three times as much learns no better and forgets far more."""
     warmup: int = 5
     final_learning_rate: float = 0.1
     """As a share of the peak, reached linearly."""
