@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from swirl.errors import ConfigError
+from swirl.errors import CheckpointError, ConfigError
 
 ALMANAC_BASE = Path(__file__).parent / "tasks" / "almanac_base"
 
@@ -29,6 +29,8 @@ def load_model(spec: str, *, device="cpu", dtype=None):
     from swirl.model.tokenizer import Tokenizer
 
     folder = model_folder(spec)
+    if not folder.is_dir():
+        raise CheckpointError(folder, "no such folder: expected `almanac` or a Hugging Face folder of a Gemma 2")
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Gemma.from_pretrained(folder, dtype=dtype or torch.float32, device=device)
     check_tokenizer_fits(tokenizer, model.config.vocab_size, folder)

@@ -137,7 +137,7 @@ def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_fo
     assert "at least one" in one_line(
         command("train", "--data", "empty.jsonl", "--model", tiny_folder, cwd=tmp_path)
     )
-    assert "config.json" in one_line(command("train", "--model", tmp_path / "nowhere", cwd=tmp_path))
+    assert "no such folder" in one_line(command("train", "--model", tmp_path / "nowhere", cwd=tmp_path))
     assert "expected" in one_line(command("train", "--updates", "0", cwd=tmp_path))
     assert "expected" in one_line(command("evaluate", "--tasks", "trivia", cwd=tmp_path))
     assert not (tmp_path / "run").exists()
