@@ -27,14 +27,15 @@ def progress(description: str, total: int | None, *, show: bool = True):
     )
 
     columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(file=sys.stderr), refresh_per_second=4) as bar:
+    width = None if sys.stderr.isatty() else 160
+    with Progress(*columns, console=Console(file=sys.stderr, width=width), refresh_per_second=4) as bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(count: int = 1, note: str = "") -> None:

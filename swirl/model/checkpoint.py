@@ -171,6 +171,7 @@ def _write(folder: Path, state, config, tokenizer) -> None:
     for name, shard in zip(names, shards, strict=True):
         tensors = {key: state[key].detach().cpu().contiguous() for key in shard}
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors leaves it readable by its owner alone
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
