@@ -138,7 +138,10 @@ def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_fo
         command("train", "--data", "empty.jsonl", "--model", tiny_folder, cwd=tmp_path)
     )
     assert "no such folder" in one_line(command("train", "--model", tmp_path / "nowhere", cwd=tmp_path))
-    assert "expected" in one_line(command("train", "--updates", "0", cwd=tmp_path))
+    usage = command("train", "--updates", "0", cwd=tmp_path)
+    assert usage.returncode == 2 and "--updates 0: expected at least 1" in usage.stderr
+    (tmp_path / "c.json").write_text('{"updates": 0}')
+    assert "--updates 0" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
     assert "expected" in one_line(command("evaluate", "--tasks", "trivia", cwd=tmp_path))
     assert not (tmp_path / "run").exists()
 
