@@ -46,19 +46,23 @@ class FilterConfig:
     """Trajectories being judged at a time."""
 
 
+def step_to_judge(trajectory: Trajectory, k: int, action: str) -> StepToJudge:
+    """`action`, recorded or drawn anew, at state k of the trajectory (from 0)."""
+    return StepToJudge(
+        question=trajectory.question,
+        steps=trajectory.steps[:k],
+        action=action,
+        tool=tool_name(trajectory.question.task, trajectory.prompt),
+    )
+
+
 async def judge_steps(trajectory: Trajectory, judge) -> Trajectory:
     """The trajectory with a verdict on every step; verdicts it already carries are kept."""
 
     async def judged(k, step):
         if step.verdict is not None:
             return step
-        item = StepToJudge(
-            question=trajectory.question,
-            steps=trajectory.steps[:k],
-            action=step.action,
-            tool=tool_name(trajectory.question.task, trajectory.prompt),
-        )
-        judgement = await judge.judge(item)
+        judgement = await judge.judge(step_to_judge(trajectory, k, step.action))
         return replace(step, verdict=judgement.verdict, reason=judgement.reason, reward=judgement.reward)
 
     steps = await asyncio.gather(*(judged(k, step) for k, step in enumerate(trajectory.steps)))

@@ -25,11 +25,11 @@ from swirl import cli, tasks
 from swirl import config as configs
 from swirl import open as opening
 from swirl.config import TrainConfig
-from swirl.environment.judge import StepToJudge
+from swirl.environment.judge import Judgement
 from swirl.environment.rollout import draw_seed, with_ids
 from swirl.errors import ConfigError, InputError, NonFiniteError
 from swirl.evaluate import Score, answer, score_trajectories
-from swirl.filter import filter_in_memory
+from swirl.filter import filter_in_memory, step_to_judge
 from swirl.generate import collect, limits_for
 from swirl.learning import distributed, usage
 from swirl.learning.learner import Learner, ScoredAction
@@ -37,7 +37,7 @@ from swirl.learning.objective import leave_one_out_advantages
 from swirl.model.local_policy import LocalPolicy, completion_action
 from swirl.progress import progress
 from swirl.report import print_comparison, write_report
-from swirl.trajectory import Trajectory, read_trajectories, write_trajectories
+from swirl.trajectory import Step, Trajectory, read_trajectories, write_trajectories
 
 
 class Actor:
@@ -121,13 +121,14 @@ class Actor:
         """G actions drawn at each state, each with its reward less its baseline. All ranks get all of them."""
         config = self.config
         states = [(tree, k) for tree, trajectory in enumerate(trajectories) for k in range(len(trajectory.steps))]
+        state_ids = [trajectories[tree].state_ids(k) for tree, k in states]
         mine = distributed.my_share(states)
         G = config.samples_per_state
         seeds = [
             draw_seed(config.seed, "update", update, trajectories[tree].id, k, g) for tree, k in mine for g in range(G)
         ]
         completions = self.policy.engine.sample(
-            [ids for tree, k in mine for ids in [trajectories[tree].state_ids(k)] * G],
+            [ids for ids in distributed.my_share(state_ids) for _ in range(G)],
             seeds=seeds,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -145,8 +146,8 @@ class Actor:
         else:
             advantages = table - (np.nanmean(table) if config.baseline == "mean" else 0.0)
         scored = [
-            ScoredAction(tree, trajectories[tree].state_ids(k), action.ids, float(advantage), action.log_probs)
-            for (tree, k), (draws, _), row in zip(states, drawn, advantages, strict=True)
+            ScoredAction(tree, ids, action.ids, float(advantage), action.log_probs)
+            for (tree, _), ids, (draws, _), row in zip(states, state_ids, drawn, advantages, strict=True)
             for action, advantage in zip(draws, row, strict=True)
         ]
         return scored, {"reward": _mean(table), "masked": int(np.isnan(table).sum())}
@@ -179,34 +180,28 @@ async def _rewards(judge, trajectories, owners, actions) -> list[float]:
 
     async def reward(owner, action):
         tree, k = owner
-        trajectory = trajectories[tree]
         if not action.stopped:
             return 0.0
-        item = StepToJudge(
-            question=trajectory.question,
-            steps=trajectory.steps[:k],
-            action=action.text,
-            tool=tasks.tool_name(trajectory.question.task, trajectory.prompt),
-        )
-        judgement = await judge.judge(item)
-        if judgement.reward is not None:
-            return judgement.reward
-        return {"GOOD": 1.0, "BAD": 0.0, None: float("nan")}[judgement.verdict]
+        return _graded(await judge.judge(step_to_judge(trajectories[tree], k, action.text)))
 
     return list(await asyncio.gather(*(reward(*pair) for pair in zip(owners, actions, strict=True))))
 
 
+def _graded(judged: Judgement | Step) -> float:
+    """Its reward, else its verdict as 1 or 0, else NaN."""
+    if judged.reward is not None:
+        return judged.reward
+    return {"GOOD": 1.0, "BAD": 0.0, None: float("nan")}[judged.verdict]
+
+
 def _recorded_reward(trajectory: Trajectory, k: int, reward: str) -> float:
-    """Of step k: its reward, else its verdict as 1 or 0, else NaN; under `outcome` the trajectory's."""
+    """Of step k as the data grades it; under `outcome` the trajectory's."""
     if reward == "outcome":
         outcome = trajectory.outcome
         if outcome is None and trajectory.question.answer is not None:
             outcome = tasks.is_correct(trajectory.question, trajectory.prediction)
         return float("nan") if outcome is None else float(outcome)
-    step = trajectory.steps[k]
-    if step.reward is not None:
-        return step.reward
-    return {"GOOD": 1.0, "BAD": 0.0, None: float("nan")}[step.verdict]
+    return _graded(trajectory.steps[k])
 
 
 def _with_ids(trajectories: list[Trajectory], tokenizer, file: Path) -> list[Trajectory]:
