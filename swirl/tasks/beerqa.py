@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from swirl.environment.search import Page
-from swirl.tasks.reading import golden_answers, read_array
+from swirl.tasks.reading import each_once, golden_answers, read_array
 from swirl.tasks.scoring import exact_match, f1, mean_scores
 from swirl.trajectory import Question
 
@@ -54,13 +54,8 @@ def sources(path: str | os.PathLike) -> dict[str, str]:
 
 def corpus(path: str | os.PathLike) -> Iterator[Page]:
     """The paragraphs of all contexts, each once; none in a test file. Raises InputError."""
-    seen = set()
-    for record in read_array(path, _Context, key=True):
-        for title, text in record.context:
-            page = Page(title, text)
-            if hash(page) not in seen:
-                seen.add(hash(page))
-                yield page
+    records = read_array(path, _Context, key=True)
+    return each_once(Page(title, text) for record in records for title, text in record.context)
 
 
 def score(question: Question, answer: str) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import msgspec
 
 from swirl.environment.search import Page
-from swirl.tasks.reading import golden_answers, read_array
+from swirl.tasks.reading import each_once, golden_answers, read_array
 from swirl.tasks.scoring import exact_match, f1
 from swirl.trajectory import Question
 
@@ -44,12 +44,7 @@ def load(path: str | os.PathLike, *, without_easy: bool = False) -> list[Questio
 
 def corpus(path: str | os.PathLike) -> Iterator[Page]:
     """The paragraphs of all contexts, each once. Raises InputError."""
-    seen = set()
-    for record in read_array(path, _Context):
-        for page in _pages(record):
-            if hash(page) not in seen:
-                seen.add(hash(page))
-                yield page
+    return each_once(page for record in read_array(path, _Context) for page in _pages(record))
 
 
 def support(path: str | os.PathLike) -> Iterator[tuple[str, list[Page]]]:

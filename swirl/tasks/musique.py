@@ -20,7 +20,7 @@ import msgspec
 from swirl.environment.prompts import action_text, observation_text, question_prompt
 from swirl.environment.search import Page, show_pages
 from swirl.errors import InputError
-from swirl.tasks.reading import golden_answers, read_jsonl
+from swirl.tasks.reading import each_once, golden_answers, read_jsonl
 from swirl.tasks.scoring import exact_match, f1_squad
 from swirl.trajectory import Question, Step, Trajectory
 
@@ -65,13 +65,7 @@ def load(path: str | os.PathLike) -> list[Question]:
 
 def corpus(path: str | os.PathLike) -> Iterator[Page]:
     """The paragraphs of all questions, each once. Raises InputError."""
-    seen = set()
-    for _, record in read_jsonl(path, _Record):
-        for paragraph in record.paragraphs:
-            page = _page(paragraph)
-            if hash(page) not in seen:
-                seen.add(hash(page))
-                yield page
+    return each_once(_page(paragraph) for _, record in read_jsonl(path, _Record) for paragraph in record.paragraphs)
 
 
 def support(path: str | os.PathLike) -> Iterator[tuple[str, list[Page]]]:

@@ -14,7 +14,7 @@ import msgspec
 
 from swirl.environment.search import Page
 from swirl.errors import InputError
-from swirl.tasks.reading import golden_answers, read_jsonl
+from swirl.tasks.reading import each_once, golden_answers, read_jsonl
 from swirl.tasks.scoring import exact_match, f1, same_number
 from swirl.trajectory import Question
 
@@ -43,12 +43,7 @@ def load(path: str | os.PathLike) -> list[Question]:
 
 def corpus(path: str | os.PathLike) -> Iterator[Page]:
     """The pages of all questions, each once. Raises InputError."""
-    seen = set()
-    for _, record in read_jsonl(path, _Record):
-        for page in record.pages:
-            if hash(page) not in seen:
-                seen.add(hash(page))
-                yield page
+    return each_once(page for _, record in read_jsonl(path, _Record) for page in record.pages)
 
 
 def score(question: Question, answer: str) -> dict[str, float]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import msgspec
 
+from swirl.environment.search import Page
 from swirl.errors import ConfigError, InputError
 from swirl.trajectory import Question, read_lines
 
@@ -22,6 +23,15 @@ def _input_error(path, error: Exception, line: int | None, field: str = "") -> I
         message, _, where = str(error).partition(" - at `$")
         return InputError(path, message, line=line, field=(field + where.rstrip("`")).strip(".") or None)
     return InputError(path, f"expected JSON ({error})", line=line, field=field or None)
+
+
+def each_once(pages: Iterable[Page]) -> Iterator[Page]:
+    """The pages without repeats, in order of first appearance; a hash is remembered, not the page."""
+    seen = set()
+    for page in pages:
+        if hash(page) not in seen:
+            seen.add(hash(page))
+            yield page
 
 
 def read_jsonl(path: str | os.PathLike, kind: type[Record]) -> Iterator[tuple[int, Record]]:
