@@ -50,7 +50,9 @@ def softcapped(dots, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Scores in units of log2: scale * dots, capped by c * tanh(x / c) = c - 2c / (1 + exp(2 x / c))."""
     if SOFTCAP is None:
         return dots * (SCALE * LOG2E)
-    return SOFTCAP * LOG2E - (2 * SOFTCAP * LOG2E) / (1.0 + tl.exp2(dots * (2 * LOG2E * SCALE / SOFTCAP)))
+    # 1 / y as rsqrt(y)^2, since y >= 1: a division costs four more instructions a score, for operands near overflow
+    root = tl.rsqrt(1.0 + tl.exp2(dots * (2 * LOG2E * SCALE / SOFTCAP)))
+    return SOFTCAP * LOG2E - (2 * SOFTCAP * LOG2E) * (root * root)
 
 
 @jit()

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
-CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -169,9 +169,19 @@ def resources(result):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        command = [f"{TOOLS}/cuobjdump", "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return tuple(int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
+
+
+def serialized(ptx):
+    """What ptxas says where it must let one of Hopper's asynchronous products end before the next may start."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [f"{TOOLS}/ptxas", "-arch=sm_90a", "-v", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return [line for line in said.splitlines() if "serialized" in line]
 
 
 def results(case, architecture, monkeypatch):
@@ -196,6 +206,7 @@ def test_compiles_fits_and_does_not_spill(case, architecture, monkeypatch):
         assert stack <= SPILLS.get((name, dtype), (0, 0))[LATER], f"{name}: {stack} bytes of stack"
         if architecture == 90 and case.startswith(("attention-256-bf16", "head-bf16")):
             assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx, f"{name}: not on Hopper's own instructions"
+            assert not serialized(ptx), f"{name}: {serialized(ptx)}"
 
 
 if __name__ == "__main__":
