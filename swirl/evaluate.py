@@ -17,9 +17,12 @@ import msgspec
 import numpy as np
 
 from swirl import cli, tasks
+from swirl.environment.client import Client
+from swirl.environment.policy import EndpointLimits
 from swirl.environment.rollout import RolloutLimits, rollouts
 from swirl.errors import ConfigError
 from swirl.filter import judge_steps
+from swirl.open import answers_beside, open_judge, open_policy
 from swirl.progress import progress
 from swirl.trajectory import Question, Trajectory, write_trajectories
 
@@ -45,6 +48,10 @@ class EvaluateConfig:
     """Where to keep the trajectories, JSONL."""
     seed: int = 0
     device: str = "cpu"
+    cache: Path | None = None
+    """File that keeps the answers of servers, so that none is paid for twice; default: <out>.answers.sqlite. Without
+    --out none is kept, for the model behind an address may have changed since."""
+    endpoint: EndpointLimits = EndpointLimits()
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -143,8 +150,6 @@ async def answer(
 
 
 async def _evaluate(config: EvaluateConfig) -> list[Score]:
-    from swirl.open import close, open_judge, open_policy
-
     opened = [
         tasks.open_task(name, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
         for name in config.tasks
@@ -155,10 +160,11 @@ async def _evaluate(config: EvaluateConfig) -> list[Score]:
             raise ConfigError(f"task '{name}' has no questions to ask")
         if any(question.answer is None for question in questions):
             raise ConfigError(f"task '{name}' has questions without golden answers: nothing to score against")
-    policy, coder = open_policy(config.policy, device=config.device)
-    judge = open_judge(config.judge) if config.judge else None
-    try:
-        scores, kept = [], []
+    scores, kept = [], []
+    cache = config.cache or (answers_beside(config.out) if config.out else None)
+    async with Client(cache) as client:
+        policy, coder = open_policy(config.policy, device=config.device, client=client, limits=config.endpoint)
+        judge = open_judge(config.judge, client=client, limits=config.endpoint) if config.judge else None
         with progress("evaluate", sum(map(len, asked.values()))) as advance:
             for task in opened:
                 made = await answer(
@@ -175,8 +181,6 @@ async def _evaluate(config: EvaluateConfig) -> list[Score]:
                 )
                 scores.append(score_trajectories(task.name, made))
                 kept += made
-    finally:
-        await close(policy, judge)
     if config.out:
         write_trajectories(config.out, kept)
     return scores

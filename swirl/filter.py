@@ -20,9 +20,12 @@ import msgspec
 from msgspec.structs import replace
 
 from swirl import cli
+from swirl.environment.client import Client
 from swirl.environment.concurrency import as_done
 from swirl.environment.judge import OutcomeToJudge, StepToJudge
+from swirl.environment.policy import EndpointLimits
 from swirl.errors import ConfigError, InputError
+from swirl.open import answers_beside, open_judge
 from swirl.progress import progress
 from swirl.tasks import is_correct, tool_name
 from swirl.trajectory import Trajectory, TrajectoryLog, iter_trajectories
@@ -44,6 +47,9 @@ class FilterConfig:
     """Who says whether an answer is correct: a URL or a checkpoint folder; default: the data set's official rule."""
     in_flight: int = 256
     """Trajectories being judged at a time."""
+    cache: Path | None = None
+    """File that keeps the answers of servers, so that none is paid for twice; default: <kept>.answers.sqlite."""
+    endpoint: EndpointLimits = EndpointLimits()
 
 
 def step_to_judge(trajectory: Trajectory, k: int, action: str) -> StepToJudge:
@@ -125,18 +131,16 @@ async def filter_in_memory(
 
 
 async def _filter(config: FilterConfig) -> dict:
-    from swirl.open import close, open_judge
-
     if len({config.data.resolve(), config.kept.resolve(), config.dropped.resolve()}) < 3:
         raise ConfigError("--data, --kept and --dropped must be three different files")
     if not config.data.exists():
         raise InputError(config.data, "cannot be read (no such file)")
-    judge = open_judge(config.judge)
-    outcome_judge = open_judge(config.outcome_judge, kind="outcome") if config.outcome_judge else None
-    try:
+    async with Client(config.cache or answers_beside(config.kept)) as client:
+        judge = open_judge(config.judge, client=client, limits=config.endpoint)
+        outcome_judge = None
+        if config.outcome_judge:
+            outcome_judge = open_judge(config.outcome_judge, kind="outcome", client=client, limits=config.endpoint)
         counts, reasons = await _filter_file(config, judge, outcome_judge)
-    finally:
-        await close(judge, outcome_judge)
     if not sum(counts.values()):
         raise InputError(config.data, "expected at least one trajectory, the file is empty")
     return {"mode": config.mode, "judge": judge.name, **counts, "dropped_now": dict(reasons)}

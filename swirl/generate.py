@@ -13,8 +13,11 @@ from pathlib import Path
 import msgspec
 
 from swirl import cli
+from swirl.environment.client import Client
+from swirl.environment.policy import EndpointLimits
 from swirl.environment.rollout import RolloutLimits, rollouts, trajectory_id
 from swirl.errors import ConfigError
+from swirl.open import answers_beside, open_policy
 from swirl.progress import progress
 from swirl.tasks import Task, open_task
 from swirl.trajectory import Question, Trajectory, TrajectoryLog
@@ -51,6 +54,9 @@ class GenerateConfig:
     """Trajectories in flight at a time."""
     seed: int = 0
     device: str = "cpu"
+    cache: Path | None = None
+    """File that keeps the answers of servers, so that none is paid for twice; default: <out>.answers.sqlite."""
+    endpoint: EndpointLimits = EndpointLimits()
 
 
 def limits_for(task: Task, *, max_steps: int | None, max_new_tokens: int, temperature: float) -> RolloutLimits:
@@ -85,9 +91,12 @@ async def collect(
     return sorted(made, key=lambda trajectory: order[trajectory.id])
 
 
+_MAY_CHANGE = ("out", "limit", "in_flight", "device", "cache", "endpoint")  # no line depends on these
+
+
 def _refuse_other_settings(config: GenerateConfig) -> None:
     """A file is resumed only with the settings that began it; they lie beside it."""
-    settings = {k: str(v) for k, v in asdict(config).items() if k not in ("out", "limit", "in_flight", "device")}
+    settings = {k: str(v) for k, v in asdict(config).items() if k not in _MAY_CHANGE}
     beside = config.out.with_name(config.out.name + ".settings.json")
     if config.out.exists() and config.out.stat().st_size and beside.exists():
         for key, value in msgspec.json.decode(beside.read_bytes()).items():
@@ -97,23 +106,23 @@ def _refuse_other_settings(config: GenerateConfig) -> None:
                     "take another --out, or the same settings"
                 )
     beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_bytes(msgspec.json.encode(settings))
+    aside = beside.with_name(beside.name + ".partial")
+    aside.write_bytes(msgspec.json.encode(settings))
+    aside.replace(beside)
 
 
 async def _generate(config: GenerateConfig) -> dict:
-    from swirl.open import close, open_policy
-
     task = open_task(config.task, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
     questions = task.questions(config.split, config.limit)
     if not questions:
         raise ConfigError(f"task '{config.task}' has no questions to ask")
-    policy, coder = open_policy(config.policy, device=config.device)
-    _refuse_other_settings(config)
     limits = limits_for(
         task, max_steps=config.max_steps, max_new_tokens=config.max_new_tokens, temperature=config.temperature
     )
     stops: dict[str, int] = {}
-    try:
+    async with Client(config.cache or answers_beside(config.out)) as client:
+        policy, coder = open_policy(config.policy, device=config.device, client=client, limits=config.endpoint)
+        _refuse_other_settings(config)
         with TrajectoryLog(config.out) as log, progress("generate", len(questions) * config.samples) as advance:
             asked = [(q, s) for q in questions for s in range(config.samples) if trajectory_id(q, s) not in log.done]
             advance(len(questions) * config.samples - len(asked))
@@ -131,8 +140,6 @@ async def _generate(config: GenerateConfig) -> dict:
                 stops[trajectory.stop] = stops.get(trajectory.stop, 0) + 1
                 advance()
             total = len(log.done)
-    finally:
-        await close(policy)
     return {"out": str(config.out), "trajectories": total, "new": len(asked), "stops": stops}
 
 

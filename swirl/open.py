@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from swirl.environment.client import Client
+from swirl.environment.policy import EndpointLimits
 from swirl.errors import CheckpointError, ConfigError
 
 ALMANAC_BASE = Path(__file__).parent / "tasks" / "almanac_base"
@@ -37,38 +39,52 @@ def load_model(spec: str, *, device="cpu", dtype=None):
     return model, tokenizer
 
 
-def open_policy(spec: str, *, device: str = "cpu"):
-    """(policy, token coder or None) from `almanac`, a checkpoint folder, or the URL of a server."""
+def open_policy(
+    spec: str, *, device: str = "cpu", client: Client | None = None, limits: EndpointLimits | None = None
+):
+    """(policy, token coder or None) from `almanac`, a checkpoint folder, or the URL of a server, asked by `client`."""
     if is_url(spec):
         from swirl.environment.policy import open_policy as open_wire_policy
 
-        return open_wire_policy(spec), None
+        return open_wire_policy(spec, client=client, limits=limits), None
     from swirl.model.local_policy import LocalPolicy
 
     model, tokenizer = load_model(spec, device=device)
     return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
 
 
-def open_judge(spec: str, *, kind: Literal["process", "outcome", "reward"] = "process"):
+def open_judge(
+    spec: str,
+    *,
+    kind: Literal["process", "outcome", "reward"] = "process",
+    prompt: Path | None = None,
+    votes: int = 4,
+    client: Client | None = None,
+    limits: EndpointLimits | None = None,
+):
     """`rule` (knows Almanac only), the URL of a server whose model judges, or a checkpoint folder that does.
 
-    `kind` asks a model for a verdict on a step, for one on the final answer, or for a step's graded reward.
-    Raises ConfigError, CheckpointError.
+    `kind` asks a model for a verdict on a step, for one on the final answer, or for a step's graded reward; `prompt`
+    is the file of another template for it. Without a `client` it has its own, and `close` must be awaited.
+    Raises ConfigError, CheckpointError, InputError.
     """
     if spec == "rule":
         from swirl.tasks.almanac import RuleJudge
 
         return RuleJudge()
-    if is_url(spec):
-        from swirl.environment.judge import open_judge as open_wire_judge
+    from swirl.environment import judge
 
-        return open_wire_judge(spec, kind=kind)
+    if is_url(spec):
+        return judge.open_judge(spec, kind=kind, prompt=prompt, votes=votes, client=client, limits=limits)
     if not model_folder(spec).is_dir():
         raise ConfigError(f"judge '{spec}' is unknown: expected 'rule', a URL or a checkpoint folder")
-    from swirl.environment.judge import GenerativeJudge, GenerativeRewardModel, OutcomeJudge
-
     policy, _ = open_policy(spec)
-    return {"process": GenerativeJudge, "outcome": OutcomeJudge, "reward": GenerativeRewardModel}[kind](policy)
+    return judge.judge_with(policy, kind, prompt=prompt, votes=votes)
+
+
+def answers_beside(out: Path) -> Path:
+    """Where a command that writes `out` keeps the answers of servers, unless it is told another file."""
+    return out.with_name(out.name + ".answers.sqlite")
 
 
 async def close(*things) -> None:

@@ -134,6 +134,52 @@ def test_fields_a_server_refuses_are_left_out_and_said(status, caplog):
         act(ChatPolicy, lambda path, payload: web.Response(status=400, text="the prompt is too long"))
 
 
+def without_seed(answer):
+    """A server that refuses `seed`, and answers each request with a number of its own."""
+    numbers = iter(range(1000))
+
+    def asked(path, payload):
+        if "seed" in payload or "seed" in payload.get("generationConfig", {}):
+            return web.Response(status=400, text="Unknown name 'seed': Cannot find field.")
+        return answer(next(numbers))
+
+    return asked
+
+
+SEEDLESS = [
+    (ChatPolicy, lambda n: chat_answer(f"draw {n}")("", {})),
+    (CompletionsPolicy, lambda n: {"choices": [{"index": 0, "text": f"draw {n}"}]}),
+    (GeminiPolicy, lambda n: {"candidates": [{"content": {"parts": [{"text": f"draw {n}"}]}}]}),
+]
+
+
+@pytest.mark.parametrize("kind, answer", SEEDLESS)
+def test_draws_stay_apart_where_seed_is_refused_and_are_found_again(kind, answer, tmp_path):
+    states = [PolicyState(prompt="Who?", seed=k, temperature=1.0) for k in (3, 1, 4)]
+
+    async def drawn(server):
+        async with Client(tmp_path / "answers.sqlite") as client:
+            policy = kind(Endpoint(f"{server.url}/v1", backoff_s=0.01), "m", client)
+            return [action.text for action in await asyncio.gather(*(policy.act(state) for state in states * 2))]
+
+    async def run():
+        async with FaultServer(without_seed(answer)) as server:
+            first = await drawn(server)
+            asked = len(server.log)
+            assert first[:3] == first[3:] and len(set(first)) == 3  # a draw is one answer, three are three
+            assert await drawn(server) == first
+            assert len(server.log) - asked <= len(states)  # only `seed` was refused anew
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind, answer", SEEDLESS)
+def test_greedy_draws_are_one_where_seed_is_refused(kind, answer):
+    states = [PolicyState(prompt="Who?", seed=k, temperature=0.0) for k in range(3)]
+    actions, _ = act(kind, without_seed(answer), *states)
+    assert {action.text for action in actions} == {"draw 0"}
+
+
 def test_the_newer_name_of_max_tokens():
     def newer(path, payload):
         if "max_tokens" in payload:
@@ -288,5 +334,6 @@ def test_a_company_s_key_goes_to_that_company_alone(monkeypatch):
     ):
         assert endpoint_for(other).key_env is None
     monkeypatch.setenv("SWIRL_API_KEY", "c")
+    assert endpoint_for("https://api.openai.com/v1").key_env == "OPENAI_API_KEY"
     assert endpoint_for("http://localhost:8000/v1").key_env == "SWIRL_API_KEY"
     assert endpoint_for("http://localhost:8000/v1", key_env="MINE").key_env == "MINE"

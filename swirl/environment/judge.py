@@ -20,10 +20,20 @@ import msgspec
 
 from swirl.environment.cache import default_cache_path
 from swirl.environment.client import Client
-from swirl.environment.judge_prompts import CALCULATOR_PROCESS, OUTCOME, REWARD, SEARCH_PROCESS, JudgePrompt
-from swirl.environment.policy import PolicyState, TopLogProbs, open_policy
+from swirl.environment.judge_prompts import (
+    CALCULATOR_PROCESS,
+    OUTCOME,
+    REWARD,
+    SEARCH_PROCESS,
+    JudgePrompt,
+    read_prompt,
+)
+from swirl.environment.policy import EndpointLimits, PolicyState, TopLogProbs, open_policy
 from swirl.errors import ConfigError, EndpointError, EndpointUnusable
 from swirl.trajectory import Question, Step, Verdict
+
+Kind = Literal["process", "outcome", "reward"]
+_PROCESS_PROMPTS = ("search_prompt", "calculator_prompt")
 
 
 class StepToJudge(msgspec.Struct, frozen=True, kw_only=True):
@@ -292,27 +302,39 @@ async def _close(policy) -> None:
 def open_judge(
     spec: str,
     *,
-    kind: Literal["process", "outcome", "reward"] = "process",
+    kind: Kind = "process",
+    prompt: str | os.PathLike | None = None,
+    votes: int = 4,
     client: Client | None = None,
     cache: str | os.PathLike | None = None,
     key_env: str | None = None,
-    concurrency: int = 64,
+    limits: EndpointLimits | None = None,
 ):
     """A judge over the wire, from a spec such as https://host/v1#model (policy.parse_spec). Raises
-    ConfigError.
+    ConfigError, and InputError as `judge_with` does.
 
     Without a `client` it has its own, with the file `cache` (cache.default_cache_path where that is None),
     and `close` must be awaited.
     """
     cache = default_cache_path() if cache is None else cache
-    policy = open_policy(spec, client=client, cache=cache, key_env=key_env, concurrency=concurrency, details=False)
+    policy = open_policy(spec, client=client, cache=cache, key_env=key_env, limits=limits, details=False)
+    return judge_with(policy, kind, prompt=prompt, votes=votes)
+
+
+def judge_with(policy, kind: Kind, *, prompt: str | os.PathLike | None = None, votes: int = 4):
+    """The judge of that kind which asks `policy`, by a template of the user's where `prompt` is its file or its text.
+
+    A template of the process serves both tools. `votes` are those of a reward model. Raises ConfigError, InputError.
+    """
     match kind:
         case "process":
-            return GenerativeJudge(policy)
+            own = {} if prompt is None else dict.fromkeys(_PROCESS_PROMPTS, read_prompt(prompt, SEARCH_PROCESS))
+            return GenerativeJudge(policy, **own)
         case "outcome":
-            return OutcomeJudge(policy)
+            return OutcomeJudge(policy, prompt=OUTCOME if prompt is None else read_prompt(prompt, OUTCOME))
         case "reward":
-            return GenerativeRewardModel(policy)
+            prompt = REWARD if prompt is None else read_prompt(prompt, REWARD)
+            return GenerativeRewardModel(policy, prompt=prompt, votes=votes)
     raise ConfigError(f"judge kind '{kind}' is unknown: expected process, outcome or reward")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -77,14 +77,19 @@ class _Wire:
         if self._owns_client:
             await self.client.close()
 
-    async def _ask(self, needed: dict, optional: dict, ask) -> Any:
-        """`ask(payload)`; an optional field that the server refuses by name is left out from then on."""
+    async def _ask(self, state: PolicyState, needed: dict, optional: dict, ask) -> Any:
+        """`ask(payload, draw)`; an optional field that the server refuses by name is left out from then on.
+
+        `draw` is 0 where the payload says by itself which draw it is. Without `seed` the draws of one state are equal
+        requests, which would share one answer: there it is the seed, so that each has its own, found again.
+        """
         while True:
             sent = {name: value for name, value in optional.items() if name not in self._refused}
             if "max_tokens" in self._refused:  # OpenAI's newer name for it
                 sent["max_completion_tokens"] = optional["max_tokens"]
+            draw = 0 if "seed" in sent or state.temperature == 0 else state.seed
             try:
-                return await ask({**needed, **sent})
+                return await ask({**needed, **sent}, draw)
             except EndpointError as error:
                 refused = error.status in (400, 422)
                 named = {name for name in sent if refused and re.search(rf"\b{name}\b", error.reason)}
@@ -131,10 +136,10 @@ class ChatPolicy(_Wire):
         if state.top_log_probs:
             optional["top_logprobs"] = state.top_log_probs
 
-        def ask(payload):
-            return self.client.post(self.endpoint, "/chat/completions", payload, tokens=state.max_new_tokens)
+        def ask(payload, draw):
+            return self.client.post(self.endpoint, "/chat/completions", payload, draw=draw, tokens=state.max_new_tokens)
 
-        answer = await self._ask(needed, optional, ask)
+        answer = await self._ask(state, needed, optional, ask)
         try:
             choice = answer["choices"][0]
             text = choice["message"].get("content") or ""
@@ -182,10 +187,19 @@ class CompletionsPolicy(_Wire):
         if state.temperature > 0:
             optional["seed"] = _seed_32(state.seed)
 
-        def ask(payload):
-            return self._batcher.ask(prompt, group=msgspec.json.encode(payload))
+        async def ask(payload, draw):
+            group = msgspec.json.encode(payload)
+            if not draw:
+                return await self._batcher.ask(prompt, group)
+            body, tokens = self._join([prompt], group), state.max_new_tokens
+            answer = await self.client.post(self.endpoint, "/completions", body, draw=draw, tokens=tokens)
+            try:
+                (choice,) = _choices(answer)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                raise self._unreadable("choices[0]") from None
+            return choice
 
-        choice = await self._ask(needed, optional, ask)
+        choice = await self._ask(state, needed, optional, ask)
         if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
             raise self._unreadable("choices[…].text")
         given = _dict(choice.get("logprobs"))
@@ -223,12 +237,12 @@ class GeminiPolicy(_Wire):
         if state.top_log_probs:
             optional |= {"responseLogprobs": True, "logprobs": state.top_log_probs}
 
-        def ask(generation):
+        def ask(generation, draw):
             payload = {"contents": contents, "generationConfig": generation}
             path = f"/models/{self.model}:generateContent"
-            return self.client.post(self.endpoint, path, payload, tokens=state.max_new_tokens)
+            return self.client.post(self.endpoint, path, payload, draw=draw, tokens=state.max_new_tokens)
 
-        answer = await self._ask(needed, optional, ask)
+        answer = await self._ask(state, needed, optional, ask)
         candidates = answer.get("candidates") if isinstance(answer, dict) else None
         if not candidates:
             if isinstance(answer, dict) and answer.get("promptFeedback"):
@@ -312,6 +326,20 @@ def _action(text: str, ids, log_probs, top, *, stopped: bool) -> PolicyAction:
     return PolicyAction(text=text, ids=ids, log_probs=log_probs if fits else None, stopped=stopped, top_log_probs=top)
 
 
+@dataclass(frozen=True)
+class EndpointLimits:
+    """How hard each server may be asked. Defaults are ours."""
+
+    concurrency: int = 64
+    """Requests in flight at each server; as many as it runs at a time, for vLLM some hundreds."""
+    timeout_s: float = 300.0
+    """Seconds to wait for an answer; a request without one by then has failed, and is not asked again in this run."""
+    requests_per_minute: float | None = None
+    """At most so many requests to each server; default: no limit but its own (429 is waited out)."""
+    tokens_per_minute: float | None = None
+    """At most so many tokens, of questions and answers together, to and from each server."""
+
+
 _PROTOCOLS = {"chat": ChatPolicy, "completions": CompletionsPolicy, "gemini": GeminiPolicy}
 _KEY_VARIABLES = {
     "api.openai.com": ("OPENAI_API_KEY",),
@@ -334,18 +362,28 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
     return protocol, endpoint.url, model
 
 
-def endpoint_for(url: str, *, protocol: str = "chat", key_env: str | None = None, concurrency: int = 64) -> Endpoint:
+def endpoint_for(
+    url: str, *, protocol: str = "chat", key_env: str | None = None, limits: EndpointLimits | None = None
+) -> Endpoint:
     """An endpoint with the key variable that belongs to it.
 
-    `key_env` where it is given; else SWIRL_API_KEY where that is set; else OPENAI_API_KEY or GEMINI_API_KEY,
-    where set, for those companies' own hosts, and for no other: a key must not reach a server it was not made
-    for.
+    `key_env` where it is given; else OPENAI_API_KEY or GEMINI_API_KEY, where set, for those companies' own hosts, and
+    for no other: a key must not reach a server it was not made for; else SWIRL_API_KEY, where set.
     """
+    limits = limits or EndpointLimits()
     if key_env is None:
-        names: Iterable[str] = ("SWIRL_API_KEY", *_KEY_VARIABLES.get(_host(url), ()))
+        names = (*_KEY_VARIABLES.get(_host(url), ()), "SWIRL_API_KEY")
         key_env = next((name for name in names if os.environ.get(name)), None)
-    key_header = "x-goog-api-key" if protocol == "gemini" else "Authorization"
-    return Endpoint(url, key_env=key_env, key_header=key_header, concurrency=concurrency)
+    return Endpoint(
+        url,
+        key_env=key_env,
+        key_header="x-goog-api-key" if protocol == "gemini" else "Authorization",
+        concurrency=limits.concurrency,
+        requests_per_minute=limits.requests_per_minute,
+        tokens_per_minute=limits.tokens_per_minute,
+        read_s=limits.timeout_s,
+        total_s=2 * limits.timeout_s,
+    )
 
 
 def _host(url: str) -> str:
@@ -358,7 +396,7 @@ def open_policy(
     client: Client | None = None,
     cache: str | os.PathLike | None = None,
     key_env: str | None = None,
-    concurrency: int = 64,
+    limits: EndpointLimits | None = None,
     details: bool = True,
 ):
     """The policy that `spec` names (see parse_spec). Raises ConfigError.
@@ -367,7 +405,7 @@ def open_policy(
     address and model name: give each checkpoint its own cache file if several are served under one name.
     """
     protocol, url, model = parse_spec(spec)
-    endpoint = endpoint_for(url, protocol=protocol, key_env=key_env, concurrency=concurrency)
+    endpoint = endpoint_for(url, protocol=protocol, key_env=key_env, limits=limits)
     owns_client, client = client is None, client or Client(cache)
     if protocol == "chat":
         return ChatPolicy(endpoint, model, client, details=details, owns_client=owns_client)
