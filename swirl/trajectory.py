@@ -178,10 +178,11 @@ class _Name(msgspec.Struct):
 
 
 class TrajectoryLog:
-    """An append-only JSONL file that survives being killed: a last line that is not whole is cut off on reopening.
+    """An append-only JSONL file that survives being killed: half a trajectory at its end is cut off on reopening.
 
     `done` holds the ids already there. Lines are flushed to disk in groups of `group`; use it as a context manager.
-    Raises InputError where an existing line is not a trajectory (the file is left as it is).
+    Raises InputError where an existing line is neither a trajectory nor the first half of one (the file is left as
+    it is).
     """
 
     def __init__(self, path: str | os.PathLike, *, group: int = 64):
@@ -199,15 +200,17 @@ class TrajectoryLog:
         self._file.seek(0)
         end, decoder = 0, msgspec.json.Decoder(_Name)
         for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(end)
-                break
-            end += len(line)
             if line.strip():
                 try:
                     self.done.add(decoder.decode(line).id)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    if _is_half(line, error):
+                        self._file.truncate(end)
+                        return
                     raise InputError(self.path, f"expected a trajectory ({error})", line=number) from None
+            end += len(line)
+        if end and not line.endswith(b"\n"):
+            self._file.write(b"\n")  # killed, or edited by hand, just before it
 
     def append(self, trajectory: Trajectory) -> None:
         self.done.add(trajectory.id)
@@ -227,3 +230,12 @@ class TrajectoryLog:
     def __exit__(self, *exc) -> None:
         self.sync()
         self._file.close()
+
+
+def _is_half(line: bytes, error: Exception) -> bool:
+    """Whether a line that cannot be read is what a kill, or a power cut (zeros), leaves of one that was being written.
+
+    Anything else is somebody's, and not ours to cut.
+    """
+    whole = line.endswith(b"\n") or isinstance(error, msgspec.ValidationError)
+    return not whole and (line.startswith(b"{") or not line.strip(b"\0"))

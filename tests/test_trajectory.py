@@ -2,6 +2,7 @@ import json
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from swirl.errors import InputError
 from swirl.trajectory import (
@@ -112,12 +113,42 @@ def test_a_log_cut_anywhere_resumes_with_whole_lines_only(tmp_path):
         assert path.read_bytes() == whole
 
 
-def test_a_log_refuses_a_foreign_file_and_leaves_it_alone(tmp_path):
+def test_a_log_cut_within_a_character_or_left_with_zeros_by_a_power_cut(tmp_path):
+    lines = [encode_trajectory(replace(made(f"q#{i}"), prompt="Où? 走 \u2028 \"\\", sample=-3)) for i in range(2)]
+    path = tmp_path / "t.jsonl"
+    prompt = lines[1].index(b"O\xc3")
+    for cut in [*range(1, len(lines[1]), 41), *range(prompt, prompt + 25), len(lines[1]) - 1]:
+        path.write_bytes(lines[0] + lines[1][:cut])
+        with TrajectoryLog(path) as log:
+            whole = cut == len(lines[1]) - 1
+            assert log.done == ({"q#0", "q#1"} if whole else {"q#0"})
+        assert path.read_bytes() == b"".join(lines[: 1 + whole])
+    for zeros in (bytes(70), lines[1][:40] + bytes(4096)):
+        path.write_bytes(lines[0] + zeros)
+        with TrajectoryLog(path) as log:
+            assert log.done == {"q#0"}
+        assert path.read_bytes() == lines[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"my notes\nare precious",
+        b"my notes are precious",
+        b'{"my": "notes"}',
+        b'{\n  "id": "x"\n}',
+        b"\n\n  indented",
+        b'["a"]',
+        b'"a',
+        b"\xff\xfe",
+    ],
+)
+def test_a_log_refuses_a_foreign_file_and_leaves_it_alone(tmp_path, text):
     path = tmp_path / "notes.txt"
-    path.write_text("my notes\nare precious")
-    with pytest.raises(InputError, match="notes.txt:1"):
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=r"notes\.txt:[13]"):
         TrajectoryLog(path)
-    assert path.read_text() == "my notes\nare precious"
+    assert path.read_bytes() == text
 
 
 def test_unknown_defaults_are_left_out_of_the_line():

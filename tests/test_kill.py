@@ -1,0 +1,117 @@
+"""`kill -9` at random moments, in miniature: real commands, real signals. The whole is benchmarks/kill_drill.py."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import kill_drill
+from benchmarks.kill_drill import broken_promises, compare, draw_moments, generate_job, kept_answers
+from swirl.trajectory import Question, Step, Trajectory, encode_trajectory
+
+
+def drill(folder, *flags):
+    """The rows of one drill, and the folder its commands ran in."""
+    rows, options = [], kill_drill.parse(list(flags))
+    asyncio.run(kill_drill.drill_all(options, folder, rows.append))
+    for row in rows:
+        assert broken_promises(row, options.kills) == []
+    return rows
+
+
+def test_generate_and_filter_over_the_wire(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # names every module on stderr
+    rows = drill(tmp_path, "--trajectories", "60", "--kills", "5", "--in-flight", "8", "--latency-ms", "20")
+    assert [row["job"] for row in rows] == ["generate", "filter"]
+    for row in rows:
+        assert row["lines"] == 60 and row["kept"] == row["answers"] > 120
+        assert any(0 < kill.lines < 60 for kill in row["found"]), "no kill fell in the midst of the work"
+    for name in ("generate", "filter"):
+        imported = (tmp_path / f"{name}-undisturbed" / "stderr.txt").read_text()
+        assert "aiohttp" in imported and "torch" not in imported
+
+
+def test_generate_in_this_process_one_at_a_time(tmp_path):
+    (row,) = drill(tmp_path, "--local", "--trajectories", "5", "--kills", "2")
+    assert row["job"] == "generate, almanac" and row["lines"] == 5 and row["requests"] == 0
+
+
+def trajectory(name):
+    question = Question(id=name, task="bridge", question="Where?")
+    return encode_trajectory(
+        Trajectory(id=name, question=question, prompt="", steps=(Step(action="a"),), stop="invalid_action")
+    )
+
+
+@pytest.mark.parametrize(
+    ("left", "promise"),
+    [
+        (lambda lines: lines[::-1], None),
+        (lambda lines: lines[:2], "no line is missing (1 are: q2)"),
+        (lambda lines: [*lines, lines[1]], "no line is new or changed (1 are: q1)"),
+        (lambda lines: [*lines, lines[1]], "no trajectory is there twice (1 are)"),
+        (lambda lines: [*lines, lines[0].replace(b'"a"', b'"b"')], "no trajectory is there twice (1 are)"),
+        (lambda lines: [lines[0].replace(b'"a"', b'"b"'), *lines[1:]], "no line is new or changed (1 are: q0)"),
+        (lambda lines: [*lines, lines[1][:9]], "every line is whole (1 files end in half a one)"),
+    ],
+)
+def test_what_a_kill_could_do_to_the_lines_is_found(tmp_path, left, promise):
+    job = generate_job("http://127.0.0.1:1/v1#policy", 1, 1)
+    lines = [trajectory(f"q{i}") for i in range(3)]
+    for name, content in (("undisturbed", lines), ("disturbed", left(lines))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trajectories.jsonl").write_bytes(b"".join(content))
+    counts = {"hits": 1, "answers": 3, "answers_of_disturbed": 3, "requests_undisturbed": 3}
+    row = {**counts, "used_before_kept": 0, "cached_asked_again": 0}
+    row |= compare(job, tmp_path / "undisturbed", tmp_path / "disturbed")
+    found = broken_promises(row, 1)
+    assert promise in found if promise else not found
+    for name, worse in (("used_before_kept", 1), ("cached_asked_again", 1), ("hits", 0), ("answers_of_disturbed", 2)):
+        assert len(broken_promises({**row, name: worse}, 1)) == len(found) + 1
+
+
+def test_moments_are_spread_over_the_job():
+    moments = draw_moments(random.Random(0), 50)
+    shares = [moment.share for moment in moments]
+    assert len(moments) == 50 and shares.count(0.0) == 10 and shares[-5:] == [1.0] * 5
+    work = [share for share in shares if 0 < share < 1]
+    assert work == sorted(work) and work[0] < 0.1 and work[-1] > 0.9
+    assert draw_moments(random.Random(0), 50) == moments != draw_moments(random.Random(1), 50)
+
+
+_WRITER = """
+import asyncio, os, signal, sys
+from swirl.environment.cache import AnswerCache
+
+async def main():
+    cache = AnswerCache(sys.argv[1])
+    for i in range(20):
+        await cache.put(b"%d" % i, b'{"id": "%d"}' % i)
+        print(i, flush=True)
+    asyncio.create_task(cache.put(b"20", b'{"id": "20"}'))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_cache_is_read_without_being_repaired(tmp_path):
+    path = tmp_path / "answers.sqlite"
+    words = [sys.executable, "-c", _WRITER, str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert done.returncode == -signal.SIGKILL and done.stdout.split() == [str(i) for i in range(20)]
+    left = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    assert len(left["answers.sqlite-wal"]) > 0
+    assert kept_answers(path) == {str(i) for i in range(20)}
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == left
+    empty = tmp_path / "killed before the table.sqlite"
+    assert kept_answers(empty) == set()
+    sqlite3.connect(empty).close()
+    assert kept_answers(empty) == set()
