@@ -106,7 +106,8 @@ def measure(run: Callable[[], object], how: Settings) -> Timing:
         run()
         torch.cuda.synchronize()
     once = time.perf_counter() - start
-    repeats = 1 if how.tiny else max(3, min(200, int(how.seconds / max(once, 1e-6))))
+    fewest = 1 if how.tiny or once > 4 else 3
+    repeats = 1 if how.tiny else max(fewest, min(200, int(how.seconds / max(once, 1e-6))))
     times = []
     if cuda:
         flush = torch.empty(256 << 20, dtype=torch.int8, device=how.device)
@@ -143,11 +144,28 @@ def copy_bandwidth(how: Settings) -> float:
     return 2 * a.numel() / (1e-3 * measure(lambda: b.copy_(a), how).median_ms)
 
 
+def reason(error: Exception) -> str:
+    """An error as a note in a row."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
+def append(file: Path | None, rows: list[dict]) -> None:
+    """Rows at the end of a JSONL file, where there is one to write to."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 class Report:
-    """Measures, and keeps the rows: printed as a table, or as JSON lines, and appended to a file."""
+    """Measures, and keeps the rows: printed as a table, or as JSON lines, and appended to a file.
+
+    A row is written when the next one begins, so that a run which is cut short leaves what it has measured.
+    """
 
     def __init__(self, name: str, how: Settings):
         self.name, self.how, self.rows, self.machine = name, how, [], machine(how.device)
+        self._num_written = 0
 
     def add(
         self,
@@ -157,8 +175,12 @@ class Report:
         floor_s: float = 0.0,
         note: str = "",
         **facts,
-    ):
-        """Time one provider. run None: not importable, or not for this input (the note says which)."""
+    ) -> dict:
+        """Time one provider, and return its row, which may be added to until the next one begins.
+
+        run None: not importable, or not for this input (the note says which).
+        """
+        self._write()
         row = {"benchmark": self.name, **facts, "provider": provider}
         if run is not None:
             try:
@@ -170,30 +192,26 @@ class Report:
                     "peak_bytes": timing.peak_bytes,
                     "share_of_floor": round(1e3 * floor_s / timing.median_ms, 4) if floor_s else None,
                 }
-            except (
-                torch.OutOfMemoryError,
-                RuntimeError,
-                NotImplementedError,
-                AssertionError,
-                ValueError,
-            ) as error:
-                # a baseline that fails here is a finding, not the end of the run
+            except Exception as error:  # a baseline that fails here is a finding, not the end of the run
                 if provider == "swirl":
                     raise
-                note = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+                note = reason(error)
         row |= {"note": note or None, "dtype": str(self.how.dtype)[6:], "tiny": self.how.tiny, **self.machine}
         self.rows.append(row)
-        if self.how.as_json:
-            print(json.dumps(row), flush=True)
-        else:
-            print(f"{self.name}: {provider} done", file=sys.stderr, flush=True)
+        return row
+
+    def _write(self) -> None:
+        for row in self.rows[self._num_written :]:
+            append(self.how.out, [row])
+            if self.how.as_json:
+                print(json.dumps(row), flush=True)
+            else:
+                print(f"{self.name}: {row['provider']} done", file=sys.stderr, flush=True)
+        self._num_written = len(self.rows)
 
     def finish(self) -> None:
-        """Print the table, and append the rows."""
-        if self.how.out is not None:
-            self.how.out.parent.mkdir(parents=True, exist_ok=True)
-            with self.how.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        """Write the last row, and print the table."""
+        self._write()
         if self.how.as_json:
             return
         hidden = {"benchmark", "dtype", "tiny", *self.machine}

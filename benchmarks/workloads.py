@@ -14,30 +14,44 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from swirl.learning.packing import PackedBatch, pack
+from swirl.learning.packing import pack
 
 STATISTICS = Path(__file__).with_name("workloads.json")
-PROMPT, CHARACTERS_A_TOKEN, SAMPLES = 150, 4, 4
+PROMPT, CHARACTERS_A_TOKEN, SAMPLES, TRAJECTORIES = 150, 4, 4, 4
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A forest of T tokens, and the same sub-trajectories without sharing (None where they are the same)."""
+    """A forest of T tokens, and the lengths of the rows that compute the same without sharing a token.
+
+    separate: a row a sub-trajectory, its state and its action. Empty where there are no sub-trajectories.
+    merged: a row a leaf, the best that a trainer of whole conversations with loss masks can do. A recorded
+    trajectory is one row with the losses of all its actions, since each of its states begins the next one; an
+    action that was sampled and not gone on from is a row of its own, with its whole state. A chain is its own
+    merged row; a comb whose trunk goes on from one of G samples is the trunk and G - 1 rows a state; the
+    trajectories of a question share nothing.
+    """
 
     name: str
     subtree_end: torch.Tensor
     position_ids: torch.Tensor
-    separate: tuple[torch.Tensor, torch.Tensor] | None = None
+    separate: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return self.subtree_end.numel()
+
+    @property
+    def merged(self) -> tuple[int, ...]:
+        leaves = self.subtree_end == torch.arange(1, self.num_tokens + 1)
+        return tuple((self.position_ids[leaves] + 1).tolist())
 
 
 def _steps(data: Path):
@@ -81,43 +95,55 @@ def statistics_of(data: Path) -> dict:
     return found
 
 
-def _packed(batch: PackedBatch):
-    return batch.subtree_end, batch.position_ids
+def _workload(name: str, pairs) -> Workload:
+    batch = pack(pairs)
+    separate = tuple(len(state) + len(action) for state, action in pairs)
+    return Workload(name, batch.subtree_end, batch.position_ids, separate)
 
 
-def _pairs(kind: str, counts: dict, rng, num_trajectories: int):
+def _ids(rng, length):
+    return rng.integers(1, 1 << 30, max(1, int(length))).tolist()
+
+
+def _pairs(kind: str, counts: dict, rng):
     """The sub-trajectories of one question, as (state, action) token ids drawn at random."""
-
-    def ids(length):
-        return rng.integers(0, 1 << 30, max(1, int(length))).tolist()
 
     def draw(key):
         return np.interp(rng.random(), np.linspace(0, 1, 11), counts[key])
 
-    prompt, pairs = ids(PROMPT), []
-    for _ in range(num_trajectories):
+    prompt, pairs = _ids(rng, PROMPT), []
+    for _ in range(TRAJECTORIES if kind == "tree" else 1):
         state = list(prompt)
         for _ in range(round(draw("steps"))):
-            actions = [ids(draw("action_tokens")) for _ in range(1 if kind == "chain" else SAMPLES)]
+            actions = [_ids(rng, draw("action_tokens")) for _ in range(1 if kind == "chain" else SAMPLES)]
             pairs += [(list(state), action) for action in actions]
-            state += actions[0] + (ids(draw("observation_tokens")) if counts["observation_tokens"][-1] else [])
+            state += actions[0] + (_ids(rng, draw("observation_tokens")) if counts["observation_tokens"][-1] else [])
     return pairs
 
 
 def from_data(kind: str, dataset: str, num_tokens: int, seed: int = 0) -> Workload:
-    """Questions until num_tokens are packed: "chain" (recorded actions), "comb" (4 sampled actions a state)
-    or "tree" (4 trajectories of a question, each a comb)."""
+    """Questions that pack to exactly num_tokens: "chain" (recorded actions), "comb" (4 sampled actions a
+    state, the first of them gone on from) or "tree" (4 trajectories of a question, each a comb). The last
+    question is cut short, and its last action fitted to what is left."""
+    if num_tokens <= PROMPT:
+        raise ValueError(f"{num_tokens} tokens hold no action after a prompt of {PROMPT}")
     counts, rng = json.loads(STATISTICS.read_text())[dataset], np.random.default_rng(seed)
-    pairs, packed = [], 0
-    while packed < num_tokens:
-        question = _pairs(kind, counts, rng, 4 if kind == "tree" else 1)
-        pairs += question
-        packed += pack(question).num_tokens
-    separate = forest_of([len(state) + len(action) for state, action in pairs])
-    return Workload(f"{kind} ({dataset})", *_packed(pack(pairs)), separate)
+    pairs, missing = [], num_tokens
+    while missing > PROMPT:
+        question = _pairs(kind, counts, rng)
+        while len(question) > 1 and pack(question).num_tokens > missing:
+            question.pop()
+        state, action = question[-1]
+        if len(question) == 1:
+            question = [(state, action[: missing - len(state)])]
+        pairs, missing = pairs + question, missing - pack(question).num_tokens
+    if missing:
+        state, action = pairs[-1]
+        pairs[-1] = (state, action + _ids(rng, missing))
+    return _workload(f"{kind} ({dataset})", pairs)
 
 
-def forest_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def forest_of(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Separate sequences: subtree_end and position_ids."""
     lengths = torch.tensor(lengths)
     ends = lengths.cumsum(0)
@@ -126,41 +152,41 @@ def forest_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def agent(num_tokens: int) -> Workload:
-    """One agent of 50 steps, 60 tokens of action to 580 of observation, 4 samples a step. Its separate
-    passes would be 70 times its tokens, and are left out."""
+    """One agent of 50 steps, 60 tokens of action to 580 of observation, 4 samples a step."""
     step = num_tokens // 50
-    action, observation = max(1, step * 60 // (640 + 3 * 60)), max(1, step * 580 // (640 + 3 * 60))
+    action, observation = step * 60 // (640 + 3 * 60), step * 580 // (640 + 3 * 60)
     rng, pairs, state = np.random.default_rng(0), [], [0]
     for _ in range(50):
-        actions = [rng.integers(1, 1 << 30, action).tolist() for _ in range(SAMPLES)]
+        actions = [_ids(rng, action) for _ in range(SAMPLES)]
         pairs += [(list(state), branch) for branch in actions]
-        state += actions[0] + rng.integers(1, 1 << 30, observation).tolist()
-    batch = pack(pairs)
-    return Workload("agent, 50 steps", *_packed(batch), None)
+        state += actions[0] + _ids(rng, observation)
+    return _workload("agent, 50 steps", pairs)
 
 
 def causal(num_tokens: int) -> Workload:
     """One sequence: dense causal attention."""
-    return Workload("causal", *forest_of([num_tokens]))
+    return Workload("causal", *forest_of((num_tokens,)))
+
+
+def fork(trunk: int, branches: int, branch: int, repeats: int) -> Workload:
+    """`repeats` trunks, at whose end stand `branches` of `branch` tokens each."""
+    size = trunk + branches * branch
+    ends = [size] * trunk + [trunk + branch * (i // branch + 1) for i in range(size - trunk)]
+    position = torch.cat([torch.arange(trunk), *[torch.arange(trunk, trunk + branch)] * branches])
+    end = (torch.tensor(ends) + size * torch.arange(repeats)[:, None]).reshape(-1)
+    separate = (trunk + branch,) * (branches * repeats)
+    return Workload(f"trunk {trunk}, {branches} branches", end.int(), position.repeat(repeats).int(), separate)
 
 
 def trees_of_256(num_tokens: int) -> Workload:
     """Trees of 256: a trunk of 128 with 4 branches of 32."""
-    tree_end = torch.tensor([256] * 128 + [160] * 32 + [192] * 32 + [224] * 32 + [256] * 32)
-    tree_position = torch.cat([torch.arange(128), *[torch.arange(128, 160)] * 4])
-    repeats = max(1, num_tokens // 256)
-    offsets = 256 * torch.arange(repeats)[:, None]
-    return Workload("trees of 256", (tree_end + offsets).reshape(-1).int(), tree_position.repeat(repeats).int())
+    return replace(fork(128, 4, 32, max(1, num_tokens // 256)), name="trees of 256")
 
 
 def density_039(num_tokens: int) -> Workload:
     """A trunk of a sixth and 8 branches: 0.39 of the causal pairs are visible."""
     trunk = num_tokens // 6
-    branch = (num_tokens - trunk) // 8
-    total = trunk + 8 * branch
-    ends = [total] * trunk + [trunk + branch * (i // branch + 1) for i in range(8 * branch)]
-    position = torch.cat([torch.arange(trunk), *[torch.arange(trunk, trunk + branch)] * 8])
-    return Workload("density 0.39", torch.tensor(ends).int(), position.int())
+    return replace(fork(trunk, 8, (num_tokens - trunk) // 8, 1), name="density 0.39")
 
 
 def live_pairs(position_ids: torch.Tensor, window: int | None = None) -> int:

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, decode, linear_log_prob, pointwise, workloads
+from benchmarks import attention, attention_peers, decode, harness, linear_log_prob, pointwise, workloads
 from benchmarks.__main__ import benchmarks
 from swirl.kernels.tree_attention import tree_mask
 
@@ -33,13 +34,90 @@ def test_rows(name, tmp_path, capsys):
 def test_crossover(capsys):
     attention.main(["--tiny", "--device", "cpu", "--json", "--crossover"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["workload"] for row in rows] == [f"{f}, trunk {n}" for n in (0, 16) for f in ("tree", "separate")]
+    points = [(b, n, f) for b in (2, 4) for n in (0, 16) for f in ("tree", "separate")]
+    assert [(row["branches"], row["trunk"], row["form"]) for row in rows] == points
+    ratios = [row["token_ratio"] for row in rows if row["form"] == "separate"]
+    assert ratios == [1, round(160 / 144, 3), 1, round(320 / 272, 3)]
+    assert all(row["time_ratio"] > 0 for row in rows if row["form"] == "separate")
+
+
+def test_a_run_cut_short_leaves_the_rows_it_has(tmp_path):
+    how = harness.settings("", ["--tiny", "--device", "cpu", "--json", "--out", str(tmp_path / "rows.jsonl")])
+    report = harness.Report("some", how)
+    report.add("swirl", lambda: None)["extra"] = 1
+    report.add("peer", lambda: 1 / 0)
+    assert [json.loads(line)["extra"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == [1]
+    report.finish()
+    _, peer = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert peer["note"].startswith("ZeroDivisionError") and "median_ms" not in peer
+    with pytest.raises(ZeroDivisionError):
+        report.add("swirl", lambda: 1 / 0)
 
 
 def test_the_list_names_every_command(capsys):
     run = subprocess.run([sys.executable, "-m", "benchmarks"], capture_output=True, text=True, check=True)
     assert all(f"benchmarks.{name}" in run.stdout for name in COMMANDS)
     assert all(line for line in benchmarks().values())
+
+
+def test_what_claims_to_be_the_same_operator_is():
+    how = harness.settings("", ["--tiny", "--device", "cpu"])
+    report = harness.Report("attention", how)
+    for workload, window in ((workloads.from_data("tree", "musique", 700), 90), (workloads.agent(900), None)):
+        attention._measure(report, workload, (2, 1, 32, window), ceiling=1e9)
+    reference = [row["difference"] for row in report.rows if row["provider"] == "reference"]
+    assert len(reference) == 4 and max(reference) < 1e-5
+
+
+@pytest.mark.parametrize("T", [1, 300, 640])
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocks_of_flash_attn_4_are_the_mask(T, window):
+    workload = workloads.fork(T // 2, 3, max(1, T // 8), 2)
+    mask = (workload.subtree_end, workload.position_ids)
+    visible = tree_mask(*mask, window)
+    for of_queries in (True, False):
+        partial, columns, full, full_columns = (
+            x[0, 0] for x in attention_peers.sparse_blocks(mask, window, 128, 64, of_queries)
+        )
+        assert all(x.dtype == torch.int32 for x in (partial, columns, full, full_columns))
+        seen, unmasked = torch.zeros_like(visible), torch.zeros_like(visible)
+        for row in range(len(partial)):
+            for counts, lists in ((partial, columns), (full, full_columns)):
+                for column in lists[row, : counts[row]].tolist():
+                    q, k = (row, column) if of_queries else (column, row)
+                    block = slice(128 * q, 128 * q + 128), slice(64 * k, 64 * k + 64)
+                    assert not seen[block].any()
+                    seen[block] = True
+                    unmasked[block] |= counts is full
+        assert bool((visible <= seen).all()) and bool((unmasked <= visible).all())
+
+
+def pairs_of(kind, dataset):
+    return workloads._pairs(kind, json.loads(workloads.STATISTICS.read_text())[dataset], np.random.default_rng(3))
+
+
+def test_merged_rows_are_trajectories_and_the_samples_not_gone_on_from():
+    chain = pairs_of("chain", "musique")
+    assert workloads._workload("", chain).merged == (sum(map(len, chain[-1])),)
+    comb = pairs_of("comb", "musique")
+    trunk = [sum(map(len, comb[-workloads.SAMPLES]))]  # the recorded action of the last state ends the trajectory
+    samples = [len(state) + len(action) for i, (state, action) in enumerate(comb) if i % workloads.SAMPLES]
+    assert sorted(workloads._workload("", comb).merged) == sorted(trunk + samples)
+    tree = workloads._workload("", pairs_of("tree", "hotpotqa"))
+    assert len(tree.merged) == len(tree.separate) * 3 // 4 + workloads.TRAJECTORIES
+
+
+@pytest.mark.parametrize("num_tokens", [151, 200, 777, 4096])
+@pytest.mark.parametrize("kind", ["chain", "comb", "tree"])
+def test_a_forest_from_data_has_the_tokens_asked_for(kind, num_tokens):
+    for seed in range(5):
+        workload = workloads.from_data(kind, "gsm8k", num_tokens, seed)
+        assert workload.num_tokens == num_tokens <= sum(workload.merged) <= sum(workload.separate)
+
+
+def test_a_forest_too_small_for_an_action_is_refused():
+    with pytest.raises(ValueError, match="150 tokens hold no action"):
+        workloads.from_data("comb", "musique", 150)
 
 
 @pytest.mark.parametrize(
