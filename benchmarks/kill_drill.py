@@ -19,6 +19,7 @@ import asyncio
 import hashlib
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -417,11 +418,12 @@ def main() -> None:
 
     def report(row: dict) -> None:
         broken.extend(f"{row['job']}: {promise}" for promise in broken_promises(row, options.kills))
-        row = {**settings, **row, **machine()}
+        if not options.json:
+            show(row)
+        columns = {name: [kill[i] for kill in row["found"]] for i, name in enumerate(Kill._fields)}
+        row = {**settings, **row, "found": columns, **machine()}
         if options.json:
             print(json.dumps(row), flush=True)
-        else:
-            show(row)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as file:
@@ -444,7 +446,8 @@ def machine() -> dict:
     from benchmarks.train_step import cpu_name
     from swirl.learning.usage import commit
 
-    return {"hardware": cpu_name(), "cores": os.cpu_count(), "commit": commit()}
+    python = platform.python_version()
+    return {"hardware": cpu_name(), "cores": os.cpu_count(), "python": python, "commit": commit()}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ state s_k = prompt_ids + (action_ids + observation_ids of every step before k).
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -182,7 +183,7 @@ class TrajectoryLog:
 
     `done` holds the ids already there. Lines are flushed to disk in groups of `group`; use it as a context manager.
     Raises InputError where an existing line is neither a trajectory nor the first half of one (the file is left as
-    it is).
+    it is), and where another process has the file open as a log: a second run of a command that is still at work.
     """
 
     def __init__(self, path: str | os.PathLike, *, group: int = 64):
@@ -191,10 +192,20 @@ class TrajectoryLog:
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
         self._file = open(self.path, "a+b")
         try:
+            self._lock()
             self._recover()
         except InputError:
             self._file.close()
             raise
+
+    def _lock(self) -> None:
+        """Ends with the process, however that ends."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(self.path, "another command is writing to it: wait for its end, or stop it") from None
+        except OSError:
+            pass  # a file system without locks
 
     def _recover(self) -> None:
         self._file.seek(0)

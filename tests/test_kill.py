@@ -9,12 +9,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import kill_drill
 from benchmarks.kill_drill import broken_promises, compare, draw_moments, generate_job, kept_answers
-from swirl.trajectory import Question, Step, Trajectory, encode_trajectory
+from swirl.trajectory import Question, Step, Trajectory, TrajectoryLog, encode_trajectory
+
+ROOT = Path(__file__).parents[1]
 
 
 def drill(folder, *flags):
@@ -32,7 +35,7 @@ def test_generate_and_filter_over_the_wire(tmp_path, monkeypatch):
     assert [row["job"] for row in rows] == ["generate", "filter"]
     for row in rows:
         assert row["lines"] == 60 and row["kept"] == row["answers"] > 120
-        assert any(0 < kill.lines < 60 for kill in row["found"]), "no kill fell in the midst of the work"
+        assert any(0 < kill.kept < row["kept"] for kill in row["found"]), "no kill fell in the midst of the work"
     for name in ("generate", "filter"):
         imported = (tmp_path / f"{name}-undisturbed" / "stderr.txt").read_text()
         assert "aiohttp" in imported and "torch" not in imported
@@ -41,6 +44,26 @@ def test_generate_and_filter_over_the_wire(tmp_path, monkeypatch):
 def test_generate_in_this_process_one_at_a_time(tmp_path):
     (row,) = drill(tmp_path, "--local", "--trajectories", "5", "--kills", "2")
     assert row["job"] == "generate, almanac" and row["lines"] == 5 and row["requests"] == 0
+
+
+def test_the_same_command_beside_one_at_work_is_refused(tmp_path):
+    words = [sys.executable, "-m", "swirl.filter", "--data", "t.jsonl", "--mode", "none"]
+    settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    (tmp_path / "t.jsonl").write_bytes(trajectory("q0") + trajectory("q1"))
+    with TrajectoryLog(tmp_path / "kept.jsonl"):
+        done = subprocess.run(words, capture_output=True, text=True, **settings)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: kept.jsonl: another command")
+    subprocess.run(words, capture_output=True, check=True, **settings)
+    assert (tmp_path / "kept.jsonl").read_bytes().count(b"\n") == 2
+
+
+def test_a_command_that_fails_is_one_clear_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kill_drill", "--trajectories", "0", "--kills", "1"])
+    with pytest.raises(SystemExit) as left:
+        kill_drill.main()
+    said = capsys.readouterr().err.splitlines()
+    assert left.value.code == 1 and len(said) == 1
+    assert said[0].startswith("BROKEN: generate: exit code 1: error: ")
 
 
 def trajectory(name):
@@ -105,7 +128,7 @@ asyncio.run(main())
 def test_a_killed_cache_is_read_without_being_repaired(tmp_path):
     path = tmp_path / "answers.sqlite"
     words = [sys.executable, "-c", _WRITER, str(path)]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL and done.stdout.split() == [str(i) for i in range(20)]
     left = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
     assert len(left["answers.sqlite-wal"]) > 0

@@ -151,6 +151,20 @@ def test_a_log_refuses_a_foreign_file_and_leaves_it_alone(tmp_path, text):
     assert path.read_bytes() == text
 
 
+def test_a_log_has_one_writer(tmp_path):
+    path = tmp_path / "t.jsonl"
+    with TrajectoryLog(path) as log:
+        log.append(made("a"))
+        log.sync()
+        with open(path, "ab") as file:
+            file.write(b'{"id": "half')  # as the writer's own buffer may leave it for a moment
+        with pytest.raises(InputError, match="another command is writing"):
+            TrajectoryLog(path)
+        assert path.read_bytes().endswith(b'{"id": "half')
+    with TrajectoryLog(path) as log:
+        assert log.done == {"a"}
+
+
 def test_unknown_defaults_are_left_out_of_the_line():
     line = msgspec.json.decode(encode_trajectory(made(ids=False)))
     assert "verdict" not in line["steps"][0] and "outcome" not in line
