@@ -1,22 +1,53 @@
-"""Progress bars on stderr, so that stdout carries results alone."""
+"""Progress on stderr, so that stdout carries results alone."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+
+Advance = Callable[..., None]
+SECONDS_A_LINE = 60.0
+
+
+class _Note:
+    """Words that are asked for whenever they are shown."""
+
+    def __init__(self, ask: Callable[[], str]):
+        self.ask = ask
+
+    def __str__(self) -> str:
+        return self.ask()
 
 
 @contextmanager
-def progress(description: str, total: int | None, *, show: bool = True):
-    """A bar for the body, which calls what it is given as `advance(count=1, note="")`.
+def progress(
+    description: str,
+    total: int | None,
+    *,
+    completed: int = 0,
+    note: Callable[[], str] = str,
+    show: bool = True,
+) -> Iterator[Advance]:
+    """Shows how far the body is, which calls what it is given as `advance(count=1, note="")`.
 
-    A terminal gets a live bar with counts, elapsed and remaining time; a file or pipe one line at the end.
+    A terminal gets a live bar with counts, elapsed and remaining time; a file or pipe a line a minute, and one at the
+    end. Of `total`, `completed` were done before. `note()` is called for what stands behind the bar whenever it is
+    drawn, until a text is given with `advance`.
     """
     if not show:
         yield lambda count=1, note="": None
-        return
+    elif sys.stderr.isatty():
+        yield from _bar(description, total, completed, note)
+    else:
+        yield from _lines(description, total, completed, note)
+
+
+def _bar(description: str, total: int | None, completed: int, note: Callable[[], str]) -> Iterator[Advance]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -34,9 +65,8 @@ def progress(description: str, total: int | None, *, show: bool = True):
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    width = None if sys.stderr.isatty() else 160
-    with Progress(*columns, console=Console(file=sys.stderr, width=width), refresh_per_second=4) as bar:
-        task = bar.add_task(description, total=total, note="")
+    with Progress(*columns, console=Console(file=sys.stderr), refresh_per_second=4) as bar:
+        task = bar.add_task(description, total=total, completed=completed, note=_Note(lambda: escape(note())))
 
         def advance(count: int = 1, note: str = "") -> None:
             bar.update(task, advance=count, **({"note": note} if note else {}))
@@ -44,4 +74,30 @@ def progress(description: str, total: int | None, *, show: bool = True):
         yield advance
 
 
-Advance = Callable[..., None]
+def _lines(description: str, total: int | None, completed: int, note: Callable[[], str]) -> Iterator[Advance]:
+    started = shown = time.monotonic()
+    done, said = completed, note
+
+    def show() -> None:
+        elapsed_s = time.monotonic() - started
+        words = [f"{done}/{total}" if total is not None else f"{done}", _clock(elapsed_s)]
+        if total is not None and completed < done < total:
+            words.append(f"{_clock(elapsed_s / (done - completed) * (total - done))} left")
+        print(f"{description:<18}", "  ".join([*words, *filter(None, [said()])]), file=sys.stderr, flush=True)
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, said, shown
+        done += count
+        said = (lambda: note) if note else said
+        if time.monotonic() - shown >= SECONDS_A_LINE:
+            shown = time.monotonic()
+            show()
+
+    try:
+        yield advance
+    finally:
+        show()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))

@@ -120,6 +120,10 @@ class Progress:
         paid = self.done + self.failed - self.cached
         return (time.monotonic() - self.started) / paid * max(0, total - self.done - self.failed) if paid else None
 
+    def note(self) -> str:
+        """`text()`, or nothing where nothing was asked."""
+        return self.text() if self.done or self.in_flight or self.failed else ""
+
     def text(self, total: int | None = None) -> str:
         """One line, such as `1200/10000 done · 256 in flight · 3 retried · 0 failed · 412k tokens · 0:42
         left`.
@@ -140,13 +144,16 @@ class Progress:
 
 
 class _Fault(NamedTuple):
-    """Why an attempt failed. `again`: it may be tried again; `later`: that costs no retry (429)."""
+    """Why an attempt failed. `again`: it may be tried again; `later`: that costs no retry (429); `silent`: there was
+    no answer in time.
+    """
 
     reason: str
     status: int | None = None
     again: bool = False
     later: bool = False
     wait_s: float = 0.0
+    silent: bool = False
 
 
 class Paid(NamedTuple):
@@ -298,6 +305,7 @@ class Client:
         while True:
             trial = await lane.enter(reserved)
             self.progress.in_flight += 1
+            asked = self._loop.time()
             try:
                 result = await self._attempt(route, path, body)
                 if isinstance(result, Paid):
@@ -306,6 +314,8 @@ class Client:
                     lane.failed(result.reason, result.wait_s)
                 elif result.status is not None:
                     lane.succeeded()  # it refuses this request, but it is there
+                elif result.silent:
+                    lane.stayed_silent(asked, result.reason)
             finally:
                 self.progress.in_flight -= 1
                 lane.leave(trial)
@@ -352,7 +362,7 @@ class Client:
         except aiohttp.ConnectionTimeoutError:
             return _Fault(f"no connection within {endpoint.connect_s:g} s", again=True)
         except TimeoutError:
-            return _Fault(f"no answer within {min(endpoint.read_s, endpoint.total_s):g} s")
+            return _Fault(f"no answer within {min(endpoint.read_s, endpoint.total_s):g} s", silent=True)
         except aiohttp.ClientConnectorCertificateError:
             return _Fault("its certificate is not valid")
         except aiohttp.ClientConnectorError as error:

@@ -67,6 +67,7 @@ class Lane:
         self._resume: asyncio.TimerHandle | None = None
         self._trial = False  # the gate is open for one request only
         self._outage_since: float | None = None
+        self._silent_since: float | None = None
 
     @property
     def paused(self) -> bool:
@@ -152,9 +153,19 @@ class Lane:
         if self._tokens:
             self._tokens.correct(units)
 
+    def stayed_silent(self, since: float, reason: str) -> None:
+        """A request begun at `since` (loop's time) had no answer in time. One is its own fault; when all are, for as
+        long as `patience_s`, it is the endpoint's: a hung server must not use up the job's requests one by one.
+        """
+        self._silent_since = since if self._silent_since is None else min(since, self._silent_since)
+        silent_s = asyncio.get_running_loop().time() - self._silent_since
+        if silent_s > self.endpoint.patience_s and not self.unusable:
+            self.give_up(f"no answer to any request for {silent_s:.0f} s ({reason})")
+
     def succeeded(self) -> None:
         self.reached = True
         self._failures = 0
+        self._silent_since = None
         if self.paused:
             if self._pauses > 1:
                 log.warning("%s: answers again", self.endpoint.url)
