@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -44,6 +46,14 @@ def config_to_json(config: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(asdict(config), enc_hook=os.fspath), indent=2)
 
 
+def require_at_least(least: float, config: object, *flags: str) -> None:
+    """Raises ConfigError on a flag below `least`; None stands for a default, and passes."""
+    for flag in flags:
+        value = getattr(config, flag)
+        if value is not None and not value >= least:
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: expected at least {least}")
+
+
 def parse(kind: type[Config], description: str, argv: list[str] | None = None) -> Config:
     """Flags over defaults; `--config FILE` (JSON, such as a run's own config.json) replaces the defaults."""
     import tyro
@@ -59,7 +69,20 @@ def parse(kind: type[Config], description: str, argv: list[str] | None = None) -
     description += (
         "\n\nAlso: --config FILE takes defaults from a JSON file, such as the config.json of a run."
     )
-    return tyro.cli(kind, args=argv, default=default, description=description)
+    name = f"python -m swirl.{Path(sys.argv[0]).stem}"
+    return tyro.cli(kind, prog=name, args=argv, default=default, description=description)
+
+
+def warn(text: str) -> None:
+    """One line on stderr, for what a user should know and nothing stops at."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def first_reasons(reasons: Iterable[str]) -> str:
+    """The three most frequent in one line, each with its count."""
+    counted = Counter(reasons)
+    shown = [f"{count} x {reason}" for reason, count in counted.most_common(3)]
+    return "; ".join([*shown, *(["…"] if len(counted) > 3 else [])])
 
 
 def run(command: Callable[[Config], None], kind: type[Config], description: str) -> None:

@@ -1,7 +1,9 @@
 """How good is a policy: accuracy, F1 and the share of GOOD steps on whole trajectories, with bootstrap intervals.
 
 Every question is answered once, greedily, with at most the paper's number of queries (5 with search, 10 with the
-calculator); the official rule of each data set scores the answer.
+calculator). The official rule of each data set scores the answer, and beside it, with --answer-judge, a model that
+compares it with the golden one, as in the paper. A question whose request got no answer is unanswered: it is counted
+beside the scores, which are over the others, and never taken for a wrong answer.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ import numpy as np
 from swirl import cli, tasks
 from swirl.environment.client import Client
 from swirl.environment.policy import EndpointLimits
-from swirl.environment.rollout import RolloutLimits, rollouts
-from swirl.errors import ConfigError
-from swirl.filter import judge_steps
-from swirl.open import answers_beside, open_judge, open_policy
+from swirl.environment.rollout import RolloutLimits, Unanswered
+from swirl.errors import ConfigError, EndpointError
+from swirl.filter import judge_steps, with_outcome
+from swirl.generate import collect, tokens_in_an_action
+from swirl.open import answers_beside, open_judge, open_policy, open_retriever
 from swirl.progress import progress
 from swirl.trajectory import Question, Trajectory, write_trajectories
 
@@ -30,32 +33,58 @@ from swirl.trajectory import Question, Trajectory, write_trajectories
 @dataclass(frozen=True)
 class EvaluateConfig:
     policy: str = "almanac"
-    """`almanac` (ships with swirl), a checkpoint folder, or a server's URL."""
+    """`almanac` (ships with swirl), a checkpoint folder, or a server's URL such as http://127.0.0.1:8000/v1#model."""
     tasks: tuple[str, ...] = tasks.ALMANAC_FAMILIES
-    """Almanac families, or one data set by name with --questions."""
+    """Almanac families, or one data set (gsm8k, hotpotqa, musique, cofca, beerqa, own) with --questions."""
     questions: Path | None = None
+    """The data set's file; Almanac needs none."""
     corpus: Path | None = None
+    """Pages to search: JSONL of {title, text}, or a folder of its index; default: those of the questions' own file."""
+    retriever: str = "bm25"
+    """What searches them: `bm25`; `dense+http://host/v1#model`, by embeddings of that server, indexed once beside the
+    file; or http://host:port/retrieve, a server of Search-R1's form with pages of its own."""
     top_k: int = 1
+    """Pages returned for a query (the paper's 1)."""
     split: str = "test"
+    """Almanac's split: train, validation or test."""
     limit: int | None = 200
-    """Questions per task."""
+    """Questions per task, from the first; None for all."""
     judge: str | None = "rule"
-    """Who says which steps are GOOD: `rule`, a URL, or None for accuracy alone."""
+    """Who says which steps are GOOD: `rule` (Almanac's own, for no other task), a URL, a checkpoint folder, or None."""
+    judge_prompt: Path | None = None
+    """File of another template for that model: text with {question}, {context} and {action}."""
+    answer_judge: str | None = None
+    """Who says, beside the official rule, whether answers are correct: a URL or a checkpoint folder."""
+    answer_judge_prompt: Path | None = None
+    """File of another template for that model: text with {question}, {answer} and {prediction}."""
     temperature: float = 0.0
-    max_new_tokens: int = 48
+    """Sampling temperature; 0 is greedy."""
+    max_new_tokens: int | None = None
+    """Tokens in an action at most; default: 48, enough for `almanac`, or 512 for a model behind a URL."""
     in_flight: int = 1024
+    """Trajectories in flight at a time."""
     out: Path | None = None
-    """Where to keep the trajectories, JSONL."""
+    """Where to write the trajectories, JSONL."""
     seed: int = 0
+    """Of the draws, where the temperature is above 0."""
     device: str = "cpu"
+    """Where a checkpoint runs: cpu or cuda."""
     cache: Path | None = None
     """File that keeps the answers of servers, so that none is paid for twice; default: <out>.answers.sqlite. Without
-    --out none is kept, for the model behind an address may have changed since."""
+    --out none is kept. Give each checkpoint that is served under one name its own."""
     endpoint: EndpointLimits = EndpointLimits()
+
+    def __post_init__(self):
+        cli.require_at_least(1, self, "top_k", "limit", "max_new_tokens", "in_flight")
+        cli.require_at_least(0, self, "temperature")
 
 
 class Score(msgspec.Struct, frozen=True):
-    """Scores of one task. Arrays are per question, in question order; `interval` is the 95% bootstrap of the mean."""
+    """Scores of one task. An `interval` is the 95% bootstrap of the mean.
+
+    Of `questions`, those `unanswered` are left out of all scores. `correct` is per question, in question order, None
+    where unanswered. `judged_accuracy` is over the answers with a verdict; `unjudged_answers` had none.
+    """
 
     task: str
     accuracy: float
@@ -64,8 +93,12 @@ class Score(msgspec.Struct, frozen=True):
     good_steps: float | None
     unjudged_steps: int
     questions: int
+    unanswered: int
+    judged_accuracy: float | None
+    judged_interval: tuple[float, float] | None
+    unjudged_answers: int
     accuracy_by_hops: dict[str, float]
-    correct: tuple[bool, ...]
+    correct: tuple[bool | None, ...]
 
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -91,24 +124,38 @@ def good_step_share(trajectories: Sequence[Trajectory]) -> tuple[float | None, i
     return (float(np.mean(shares)) if shares else None), unjudged
 
 
-def score_trajectories(task: str, trajectories: Sequence[Trajectory]) -> Score:
-    """Scores of one trajectory a question, every question of it present."""
-    correct = tuple(tasks.is_correct(t.question, t.prediction) for t in trajectories)
-    f1 = [0.0 if t.prediction is None else tasks.score(t.question, t.prediction)["f1"] for t in trajectories]
+def score_trajectories(
+    task: str, trajectories: Sequence[Trajectory | Unanswered], *, answers_judged: bool = False
+) -> Score:
+    """Scores of one trajectory a question, every question of it present; `answers_judged`: by their `outcome` too.
+
+    Raises EndpointError where none was answered.
+    """
+    answered = [t for t in trajectories if isinstance(t, Trajectory)]
+    if not answered:
+        reasons = cli.first_reasons(t.reason for t in trajectories)
+        raise EndpointError(task, f"none of {len(trajectories)} questions was answered ({reasons})")
+    right = {t.id: tasks.is_correct(t.question, t.prediction) for t in answered}
+    f1 = [0.0 if t.prediction is None else tasks.score(t.question, t.prediction)["f1"] for t in answered]
+    judged = [t.outcome for t in answered if t.outcome is not None] if answers_judged else []
     by_hops: dict[str, list[bool]] = defaultdict(list)
-    for trajectory, right in zip(trajectories, correct, strict=True):
-        by_hops[str(trajectory.question.hops)].append(right)
-    good, unjudged = good_step_share(trajectories)
+    for t in answered:
+        by_hops[str(t.question.hops)].append(right[t.id])
+    good, unjudged = good_step_share(answered)
     return Score(
         task=task,
-        accuracy=float(np.mean(correct)),
-        interval=bootstrap_interval(correct),
+        accuracy=float(np.mean(list(right.values()))),
+        interval=bootstrap_interval(list(right.values())),
         f1=float(np.mean(f1)),
         good_steps=good,
         unjudged_steps=unjudged,
-        questions=len(correct),
-        accuracy_by_hops={hops: float(np.mean(right)) for hops, right in sorted(by_hops.items())},
-        correct=correct,
+        questions=len(trajectories),
+        unanswered=len(trajectories) - len(answered),
+        judged_accuracy=float(np.mean(judged)) if judged else None,
+        judged_interval=bootstrap_interval(judged) if judged else None,
+        unjudged_answers=len(answered) - len(judged) if answers_judged else 0,
+        accuracy_by_hops={hops: float(np.mean(of_hops)) for hops, of_hops in sorted(by_hops.items())},
+        correct=tuple(right.get(t.id) for t in trajectories),
     )
 
 
@@ -124,66 +171,105 @@ async def answer(
     in_flight: int,
     seed: int,
     advance,
-) -> list[Trajectory]:
-    """One judged trajectory a question, in question order. `judge` None leaves steps without verdicts."""
+    answer_judge=None,
+) -> list[Trajectory | Unanswered]:
+    """One trajectory a question, in question order. `judge` gives the steps their verdicts, `answer_judge` the
+    trajectory its outcome; None gives none.
+    """
     limits = RolloutLimits(
         max_queries=task.max_queries,
         max_steps=task.max_queries + 1,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
-    asked = [(question, 0) for question in questions]
-    made = {}
-    playing = rollouts(
-        asked,
+
+    async def judged(trajectory: Trajectory) -> Trajectory:
+        if judge is not None:
+            trajectory = await judge_steps(trajectory, judge)
+        return trajectory if answer_judge is None else await with_outcome(trajectory, answer_judge)
+
+    return await collect(
+        [(question, 0) for question in questions],
+        task=task,
         policy=policy,
-        tool=task.open_tool(),
-        limits=limits,
         coder=coder,
+        limits=limits,
         seed=seed,
         in_flight=in_flight,
+        advance=advance,
+        finish=judged,
     )
-    async for trajectory in playing:
-        made[trajectory.question.id] = await judge_steps(trajectory, judge) if judge else trajectory
-        advance()
-    return [made[question.id] for question in questions]
 
 
-async def _evaluate(config: EvaluateConfig) -> list[Score]:
-    opened = [
-        tasks.open_task(name, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
-        for name in config.tasks
-    ]
-    asked = {task.name: task.questions(config.split, config.limit) for task in opened}
-    for name, questions in asked.items():
+def _open_tasks(config: EvaluateConfig) -> list[tuple[tasks.Task, list[Question]]]:
+    """Each task with its questions. Raises ConfigError where there is nothing to ask, or to score against."""
+    opened = []
+    for name in config.tasks:
+        task = tasks.open_task(name, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
+        questions = task.questions(config.split, config.limit)
         if not questions:
             raise ConfigError(f"task '{name}' has no questions to ask")
         if any(question.answer is None for question in questions):
             raise ConfigError(f"task '{name}' has questions without golden answers: nothing to score against")
-    scores, kept = [], []
+        opened.append((task, questions))
+    return opened
+
+
+async def _evaluate(config: EvaluateConfig) -> list[Score]:
+    opened = _open_tasks(config)
     cache = config.cache or (answers_beside(config.out) if config.out else None)
+    made = []
     async with Client(cache) as client:
-        policy, coder = open_policy(config.policy, device=config.device, client=client, limits=config.endpoint)
-        judge = open_judge(config.judge, client=client, limits=config.endpoint) if config.judge else None
-        with progress("evaluate", sum(map(len, asked.values()))) as advance:
-            for task in opened:
-                made = await answer(
-                    asked[task.name],
-                    task=task,
-                    policy=policy,
-                    coder=coder,
-                    judge=judge,
-                    temperature=config.temperature,
-                    max_new_tokens=config.max_new_tokens,
-                    in_flight=config.in_flight,
-                    seed=config.seed,
-                    advance=advance,
+        limits = config.endpoint
+        policy, coder = open_policy(config.policy, device=config.device, client=client, limits=limits)
+        judge = answer_judge = None
+        if config.judge:
+            judge = open_judge(config.judge, prompt=config.judge_prompt, client=client, limits=limits)
+        if config.answer_judge:
+            template = config.answer_judge_prompt
+            answer_judge = open_judge(
+                config.answer_judge, kind="outcome", prompt=template, client=client, limits=limits
+            )
+        for place, (task, questions) in enumerate(opened):
+            task = await open_retriever(task, config.retriever, top_k=config.top_k, client=client, limits=limits)
+            opened[place] = (task, questions)
+        total = sum(len(questions) for _, questions in opened)
+        with progress("evaluate", total, note=client.progress.note) as advance:
+            for task, questions in opened:
+                knows = config.judge != "rule" or task.name in tasks.ALMANAC_FAMILIES
+                made.append(
+                    await answer(
+                        questions,
+                        task=task,
+                        policy=policy,
+                        coder=coder,
+                        judge=judge if knows else None,
+                        answer_judge=answer_judge,
+                        temperature=config.temperature,
+                        max_new_tokens=tokens_in_an_action(config.max_new_tokens, config.policy),
+                        in_flight=config.in_flight,
+                        seed=config.seed,
+                        advance=advance,
+                    )
                 )
-                scores.append(score_trajectories(task.name, made))
-                kept += made
     if config.out:
-        write_trajectories(config.out, kept)
-    return scores
+        write_trajectories(config.out, [t for of_task in made for t in of_task if isinstance(t, Trajectory)])
+    if client.progress.cached:
+        cli.warn(
+            f"{client.progress.cached} of {client.progress.done} answers were paid for before and come from {cache}: "
+            "if another model answers at that address now, name another --cache"
+        )
+    for (task, _), of_task in zip(opened, made, strict=True):
+        reasons = [t.reason for t in of_task if isinstance(t, Unanswered)]
+        if reasons:
+            cli.warn(
+                f"{task.name}: {len(reasons)} of {len(of_task)} questions unanswered, scores are over the others "
+                f"({cli.first_reasons(reasons)})"
+            )
+    return [
+        score_trajectories(task.name, of_task, answers_judged=answer_judge is not None)
+        for (task, _), of_task in zip(opened, made, strict=True)
+    ]
 
 
 def main(config: EvaluateConfig) -> None:
@@ -192,6 +278,13 @@ def main(config: EvaluateConfig) -> None:
     scores = asyncio.run(_evaluate(config))
     if sys.stdout.isatty():
         print_scores(scores)
+        for score in scores:
+            if score.judged_interval:
+                low, high = score.judged_interval
+                print(
+                    f"{score.task}: {score.judged_accuracy:.1%} [{low:.0%}, {high:.0%}] of answers judged correct, "
+                    f"{score.unjudged_answers} without a verdict"
+                )
     else:
         for score in scores:
             sys.stdout.write(msgspec.json.encode(score).decode() + "\n")

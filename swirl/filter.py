@@ -2,13 +2,16 @@
 
   none      keep all                      process   every step GOOD
   outcome   the final answer is correct   both      process and outcome
+
 A step without a verdict (the judge failed twice) is never taken for GOOD or BAD: its trajectory is dropped as
-unjudged, counted apart, and judged again by the next run into fresh files.
+unjudged, counted apart, and judged again by the next run of the same command. With --reward-judge a model also grades
+every step of what is kept, for training on recorded actions; a step without a grade makes its trajectory unjudged.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -31,6 +34,7 @@ from swirl.tasks import is_correct, tool_name
 from swirl.trajectory import Trajectory, TrajectoryLog, iter_trajectories
 
 Mode = Literal["none", "process", "outcome", "both"]
+_UNJUDGED = b'"dropped":"unjudged'  # as the encoder writes it; within a text its quotes would be escaped
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,34 @@ class FilterConfig:
     data: Path = Path("trajectories.jsonl")
     """Trajectories to judge, JSONL."""
     kept: Path = Path("kept.jsonl")
+    """Where those go that pass."""
     dropped: Path = Path("dropped.jsonl")
-    """Dropped trajectories, each with the reason in `dropped`; both files are appended to and resumed."""
+    """Where the others go, each with the reason in `dropped`. Both files are appended to and resumed."""
     mode: Mode = "process"
+    """none, process (every step GOOD), outcome (the final answer correct), or both."""
     judge: str = "rule"
-    """`rule` (Almanac's own), the URL of a server whose model judges, or a checkpoint folder that does."""
+    """Who says which steps are GOOD: `rule` (Almanac's own), the URL of a server's model, or a checkpoint folder."""
+    judge_prompt: Path | None = None
+    """File of another template for that model: text with {question}, {context} and {action}. The built-in ones:
+    python -m swirl.environment.judge_prompts NAME."""
     outcome_judge: str | None = None
     """Who says whether an answer is correct: a URL or a checkpoint folder; default: the data set's official rule."""
+    outcome_judge_prompt: Path | None = None
+    """File of another template for that model: text with {question}, {answer} and {prediction}."""
+    reward_judge: str | None = None
+    """Who grades each step of what is kept, as `reward` from 0 to 1: a URL or a checkpoint folder."""
+    reward_judge_prompt: Path | None = None
+    """File of another template for that model: text with {question}, {context} and {action}."""
+    votes: int = 4
+    """Draws that a reward is the mean of, where the model gives no log-probs to take the expected score from."""
     in_flight: int = 256
     """Trajectories being judged at a time."""
     cache: Path | None = None
     """File that keeps the answers of servers, so that none is paid for twice; default: <kept>.answers.sqlite."""
     endpoint: EndpointLimits = EndpointLimits()
+
+    def __post_init__(self):
+        cli.require_at_least(1, self, "votes", "in_flight")
 
 
 def step_to_judge(trajectory: Trajectory, k: int, action: str) -> StepToJudge:
@@ -69,10 +89,29 @@ async def judge_steps(trajectory: Trajectory, judge) -> Trajectory:
         if step.verdict is not None:
             return step
         judgement = await judge.judge(step_to_judge(trajectory, k, step.action))
-        return replace(step, verdict=judgement.verdict, reason=judgement.reason, reward=judgement.reward)
+        reward = step.reward if judgement.reward is None else judgement.reward
+        return replace(step, verdict=judgement.verdict, reason=judgement.reason, reward=reward)
 
     steps = await asyncio.gather(*(judged(k, step) for k, step in enumerate(trajectory.steps)))
     return replace(trajectory, steps=tuple(steps))
+
+
+async def reward_steps(trajectory: Trajectory, judge) -> tuple[Trajectory, str | None]:
+    """(the trajectory with a reward on every step, why it must be dropped or None); rewards it carries are kept."""
+
+    async def graded(k, step):
+        if step.reward is not None:
+            return step, ""
+        judgement = await judge.judge(step_to_judge(trajectory, k, step.action))
+        return replace(step, reward=judgement.reward), judgement.reason
+
+    graded_steps = await asyncio.gather(*(graded(k, step) for k, step in enumerate(trajectory.steps)))
+    missing = [
+        f"unjudged: step {k} has no reward ({why})"
+        for k, (step, why) in enumerate(graded_steps, 1)
+        if step.reward is None
+    ]
+    return replace(trajectory, steps=tuple(step for step, _ in graded_steps)), missing[0] if missing else None
 
 
 def why_dropped(trajectory: Trajectory, mode: Mode) -> str | None:
@@ -80,12 +119,14 @@ def why_dropped(trajectory: Trajectory, mode: Mode) -> str | None:
     if mode in ("process", "both"):
         verdicts = [step.verdict for step in trajectory.steps]
         if None in verdicts:
-            return f"unjudged: step {verdicts.index(None) + 1} has no verdict"
+            unjudged = verdicts.index(None)
+            return f"unjudged: step {unjudged + 1} has no verdict ({trajectory.steps[unjudged].reason})"
         if "BAD" in verdicts:
             bad = verdicts.index("BAD")
             return f"process: step {bad + 1} is BAD ({trajectory.steps[bad].reason or 'no reason given'})"
     if mode in ("outcome", "both") and trajectory.outcome is None:
-        return "unjudged: the final answer has no golden one, or no verdict"
+        why = "no golden one" if trajectory.question.answer is None else "no verdict"
+        return f"unjudged: the final answer has {why}"
     if mode in ("outcome", "both") and not trajectory.outcome:
         return "outcome: the final answer is not correct"
     return None
@@ -102,7 +143,7 @@ async def with_outcome(trajectory: Trajectory, judge=None) -> Trajectory:
 
 
 def judged_trajectories(
-    trajectories: Iterable[Trajectory], *, judge, mode: Mode, in_flight: int, outcome_judge=None
+    trajectories: Iterable[Trajectory], *, judge, mode: Mode, in_flight: int, outcome_judge=None, reward_judge=None
 ) -> AsyncIterator[tuple[Trajectory, str | None]]:
     """(trajectory with verdicts, reason it is dropped or None) as they are done; the input is read lazily."""
 
@@ -111,7 +152,10 @@ def judged_trajectories(
             trajectory = await judge_steps(trajectory, judge)
         if mode in ("outcome", "both"):
             trajectory = await with_outcome(trajectory, outcome_judge)
-        return trajectory, why_dropped(trajectory, mode)
+        reason = why_dropped(trajectory, mode)
+        if reason is None and reward_judge is not None:  # grades cost: only what is kept has them
+            trajectory, reason = await reward_steps(trajectory, reward_judge)
+        return trajectory, reason
 
     return as_done((work(trajectory) for trajectory in trajectories), in_flight)
 
@@ -130,43 +174,82 @@ async def filter_in_memory(
     return kept, dropped
 
 
+def _take_back_unjudged(dropped: Path) -> None:
+    """Leave what no judge has judged out of the file, so that this run judges it again."""
+    if not dropped.exists():
+        return
+    aside = dropped.with_name(dropped.name + ".partial")
+    with open(dropped, "rb") as old, open(aside, "wb") as new:
+        new.writelines(line for line in old if _UNJUDGED not in line)
+        new.flush()
+        os.fsync(new.fileno())
+    if aside.stat().st_size == dropped.stat().st_size:
+        aside.unlink()
+    else:
+        aside.replace(dropped)
+
+
+def _open_judges(config: FilterConfig, client: Client) -> dict:
+    """Of the steps, the outcome and the rewards; None where nobody is asked."""
+    shared = {"client": client, "limits": config.endpoint}
+    judge = open_judge(config.judge, prompt=config.judge_prompt, **shared)
+    outcome_judge = reward_judge = None
+    if config.outcome_judge:
+        prompt = config.outcome_judge_prompt
+        outcome_judge = open_judge(config.outcome_judge, kind="outcome", prompt=prompt, **shared)
+    if config.reward_judge:
+        prompt = config.reward_judge_prompt
+        reward_judge = open_judge(config.reward_judge, kind="reward", prompt=prompt, votes=config.votes, **shared)
+    return {"judge": judge, "outcome_judge": outcome_judge, "reward_judge": reward_judge}
+
+
 async def _filter(config: FilterConfig) -> dict:
     if len({config.data.resolve(), config.kept.resolve(), config.dropped.resolve()}) < 3:
         raise ConfigError("--data, --kept and --dropped must be three different files")
     if not config.data.exists():
         raise InputError(config.data, "cannot be read (no such file)")
+    reasons: list[str] = []
     async with Client(config.cache or answers_beside(config.kept)) as client:
-        judge = open_judge(config.judge, client=client, limits=config.endpoint)
-        outcome_judge = None
-        if config.outcome_judge:
-            outcome_judge = open_judge(config.outcome_judge, kind="outcome", client=client, limits=config.endpoint)
-        counts, reasons = await _filter_file(config, judge, outcome_judge)
+        judges = _open_judges(config, client)
+        _take_back_unjudged(config.dropped)
+        with TrajectoryLog(config.kept) as kept, TrajectoryLog(config.dropped) as dropped:
+            finished = kept.done | dropped.done
+            decisions = judged_trajectories(
+                (t for t in iter_trajectories(config.data) if t.id not in finished),
+                mode=config.mode,
+                in_flight=config.in_flight,
+                **judges,
+            )
+            total = _count_lines(config.data)
+            with progress("filter", total, completed=len(finished), note=client.progress.note) as advance:
+                async for trajectory, reason in decisions:
+                    if reason is None:
+                        kept.append(trajectory)
+                    else:
+                        dropped.append(replace(trajectory, dropped=reason))
+                        reasons.append(reason)
+                    advance()
+            counts = {"kept": len(kept.done), "dropped": len(dropped.done)}
     if not sum(counts.values()):
         raise InputError(config.data, "expected at least one trajectory, the file is empty")
-    return {"mode": config.mode, "judge": judge.name, **counts, "dropped_now": dict(reasons)}
-
-
-async def _filter_file(config: FilterConfig, judge, outcome_judge) -> tuple[dict[str, int], Counter[str]]:
-    """(how many are kept and dropped in all, why those of this call were dropped)."""
-    reasons: Counter[str] = Counter()
-    with (
-        TrajectoryLog(config.kept) as kept,
-        TrajectoryLog(config.dropped) as dropped,
-        progress("filter", None) as advance,
-    ):
-        finished = kept.done | dropped.done
-        unfinished = (t for t in iter_trajectories(config.data) if t.id not in finished)
-        decisions = judged_trajectories(
-            unfinished, judge=judge, mode=config.mode, in_flight=config.in_flight, outcome_judge=outcome_judge
+    unjudged = [reason.partition(": ")[2] for reason in reasons if reason.startswith("unjudged")]
+    if unjudged:
+        cli.warn(
+            f"{len(unjudged)} trajectories unjudged, the same command asks for them again "
+            f"({cli.first_reasons(unjudged)})"
         )
-        async for trajectory, reason in decisions:
-            if reason is None:
-                kept.append(trajectory)
-            else:
-                dropped.append(replace(trajectory, dropped=reason))
-                reasons[reason.partition(":")[0]] += 1
-            advance()
-        return {"kept": len(kept.done), "dropped": len(dropped.done)}, reasons
+    return {
+        "mode": config.mode,
+        **{name: judge.name for name, judge in judges.items() if judge is not None},
+        **counts,
+        "unjudged": len(unjudged),
+        "dropped_now": Counter(reason.partition(":")[0] for reason in reasons),
+    }
+
+
+def _count_lines(path: Path) -> int:
+    with open(path, "rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
 def main(config: FilterConfig) -> None:

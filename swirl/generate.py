@@ -1,12 +1,16 @@
 """Stage 1: questions -> trajectories.jsonl. A policy and a tool answer each question several times, step by step.
 
-The file grows line by line and survives being killed; the same command again goes on where it stopped.
+The file grows line by line and survives being killed; the same command again goes on where it stopped. So it does
+after a server failed: a trajectory whose request got no answer is not written, is counted as unanswered, and is asked
+for again by the next run. Nothing that a server has answered is asked, or paid for, twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,9 +19,9 @@ import msgspec
 from swirl import cli
 from swirl.environment.client import Client
 from swirl.environment.policy import EndpointLimits
-from swirl.environment.rollout import RolloutLimits, rollouts, trajectory_id
-from swirl.errors import ConfigError
-from swirl.open import answers_beside, open_policy
+from swirl.environment.rollout import RolloutLimits, Unanswered, rollouts, trajectory_id
+from swirl.errors import ConfigError, EndpointError
+from swirl.open import answers_beside, is_url, open_policy, open_retriever
 from swirl.progress import progress
 from swirl.tasks import Task, open_task
 from swirl.trajectory import Question, Trajectory, TrajectoryLog
@@ -34,12 +38,15 @@ class GenerateConfig:
     """The data set's file; Almanac needs none."""
     corpus: Path | None = None
     """Pages to search: JSONL of {title, text}, or a folder of its index; default: those of the questions' own file."""
+    retriever: str = "bm25"
+    """What searches them: `bm25`; `dense+http://host/v1#model`, by embeddings of that server, indexed once beside the
+    file; or http://host:port/retrieve, a server of Search-R1's form with pages of its own."""
     top_k: int = 1
     """Pages returned for a query (the paper's 1)."""
     split: str = "train"
     """Almanac's split: train, validation or test."""
     limit: int | None = 400
-    """Questions to take, from the first."""
+    """Questions to take, from the first; None for all."""
     samples: int = 5
     """Trajectories per question (the paper's 5)."""
     policy: str = "almanac"
@@ -48,15 +55,24 @@ class GenerateConfig:
     """Sampling temperature; 0 is greedy. Ours, not the paper's."""
     max_steps: int | None = None
     """Steps in a trajectory at most; default: the paper's 5 with search, 10 with the calculator."""
-    max_new_tokens: int = 48
-    """Tokens in an action at most; raise it for models that think aloud."""
+    max_new_tokens: int | None = None
+    """Tokens in an action at most; default: 48, enough for `almanac`, or 512 for a model behind a URL."""
     in_flight: int = 1024
     """Trajectories in flight at a time."""
     seed: int = 0
+    """Of all draws: a trajectory's depend on it, its question and its sample alone."""
     device: str = "cpu"
+    """Where a checkpoint runs: cpu or cuda."""
     cache: Path | None = None
     """File that keeps the answers of servers, so that none is paid for twice; default: <out>.answers.sqlite."""
     endpoint: EndpointLimits = EndpointLimits()
+
+    def __post_init__(self):
+        cli.require_at_least(1, self, "top_k", "limit", "samples", "max_steps", "max_new_tokens", "in_flight")
+        cli.require_at_least(0, self, "temperature")
+
+
+_MAY_CHANGE = ("out", "limit", "in_flight", "device", "cache", "endpoint")  # no line depends on these
 
 
 def limits_for(task: Task, *, max_steps: int | None, max_new_tokens: int, temperature: float) -> RolloutLimits:
@@ -69,8 +85,13 @@ def limits_for(task: Task, *, max_steps: int | None, max_new_tokens: int, temper
     )
 
 
+def tokens_in_an_action(asked: int | None, policy: str) -> int:
+    """What was asked for, else what suits the policy: a model behind a URL is taken to think aloud."""
+    return asked or (512 if is_url(policy) else 48)
+
+
 async def collect(
-    asked: list[tuple[Question, int]],
+    asked: Sequence[tuple[Question, int]],
     *,
     task: Task,
     policy,
@@ -78,20 +99,25 @@ async def collect(
     limits: RolloutLimits,
     seed: int,
     in_flight: int,
-    advance,
-) -> list[Trajectory]:
-    """All trajectories of (question, sample) pairs, in the order asked, in memory."""
-    tool = task.open_tool()
-    order = {trajectory_id(question, sample): place for place, (question, sample) in enumerate(asked)}
-    made: list[Trajectory] = []
-    playing = rollouts(asked, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed, in_flight=in_flight)
-    async for trajectory in playing:
-        made.append(trajectory)
+    advance: Callable[[], None],
+    finish: Callable[[Trajectory], Awaitable[Trajectory]] | None = None,
+) -> list[Trajectory | Unanswered]:
+    """One for each (question, sample) pair, in the order asked, in memory; `finish` as for rollouts."""
+    playing = rollouts(
+        asked,
+        policy=policy,
+        tool=task.open_tool(),
+        limits=limits,
+        coder=coder,
+        seed=seed,
+        in_flight=in_flight,
+        finish=finish,
+    )
+    made = {}
+    async for one in playing:
+        made[one.id] = one
         advance()
-    return sorted(made, key=lambda trajectory: order[trajectory.id])
-
-
-_MAY_CHANGE = ("out", "limit", "in_flight", "device", "cache", "endpoint")  # no line depends on these
+    return [made[trajectory_id(*pair)] for pair in asked]
 
 
 def _refuse_other_settings(config: GenerateConfig) -> None:
@@ -117,15 +143,20 @@ async def _generate(config: GenerateConfig) -> dict:
     if not questions:
         raise ConfigError(f"task '{config.task}' has no questions to ask")
     limits = limits_for(
-        task, max_steps=config.max_steps, max_new_tokens=config.max_new_tokens, temperature=config.temperature
+        task,
+        max_steps=config.max_steps,
+        max_new_tokens=tokens_in_an_action(config.max_new_tokens, config.policy),
+        temperature=config.temperature,
     )
-    stops: dict[str, int] = {}
     async with Client(config.cache or answers_beside(config.out)) as client:
         policy, coder = open_policy(config.policy, device=config.device, client=client, limits=config.endpoint)
+        task = await open_retriever(
+            task, config.retriever, top_k=config.top_k, client=client, limits=config.endpoint
+        )
         _refuse_other_settings(config)
-        with TrajectoryLog(config.out) as log, progress("generate", len(questions) * config.samples) as advance:
-            asked = [(q, s) for q in questions for s in range(config.samples) if trajectory_id(q, s) not in log.done]
-            advance(len(questions) * config.samples - len(asked))
+        with TrajectoryLog(config.out) as log:
+            wanted = [(question, sample) for question in questions for sample in range(config.samples)]
+            asked = [pair for pair in wanted if trajectory_id(*pair) not in log.done]
             playing = rollouts(
                 asked,
                 policy=policy,
@@ -135,12 +166,30 @@ async def _generate(config: GenerateConfig) -> dict:
                 seed=config.seed,
                 in_flight=config.in_flight,
             )
-            async for trajectory in playing:
-                log.append(trajectory)
-                stops[trajectory.stop] = stops.get(trajectory.stop, 0) + 1
-                advance()
+            stops: Counter[str] = Counter()
+            unanswered: list[Unanswered] = []
+            done = len(wanted) - len(asked)
+            with progress("generate", len(wanted), completed=done, note=client.progress.note) as advance:
+                async for made in playing:
+                    if isinstance(made, Unanswered):
+                        unanswered.append(made)
+                    else:
+                        log.append(made)
+                        stops[made.stop] += 1
+                    advance()
             total = len(log.done)
-    return {"out": str(config.out), "trajectories": total, "new": len(asked), "stops": stops}
+    if unanswered:
+        reasons = cli.first_reasons(one.reason for one in unanswered)
+        if not total:
+            raise EndpointError(policy.name, f"none of {len(unanswered)} trajectories was answered ({reasons})")
+        cli.warn(f"{len(unanswered)} trajectories unanswered, the same command asks for them again ({reasons})")
+    return {
+        "out": str(config.out),
+        "trajectories": total,
+        "new": len(asked) - len(unanswered),
+        "unanswered": len(unanswered),
+        "stops": stops,
+    }
 
 
 def main(config: GenerateConfig) -> None:

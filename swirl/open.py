@@ -1,14 +1,19 @@
-"""From what a user names on the command line to the thing itself: policies and judges."""
+"""From what a user names on the command line to the thing itself: policies, judges, search tools."""
 
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
 from swirl.environment.client import Client
-from swirl.environment.policy import EndpointLimits
-from swirl.errors import CheckpointError, ConfigError
+from swirl.environment.policy import EndpointLimits, endpoint_for, parse_spec
+from swirl.errors import CheckpointError, ConfigError, InputError
+from swirl.progress import progress
+from swirl.tasks import Task
 
 ALMANAC_BASE = Path(__file__).parent / "tasks" / "almanac_base"
 
@@ -80,6 +85,60 @@ def open_judge(
         raise ConfigError(f"judge '{spec}' is unknown: expected 'rule', a URL or a checkpoint folder")
     policy, _ = open_policy(spec)
     return judge.judge_with(policy, kind, prompt=prompt, votes=votes)
+
+
+async def open_retriever(
+    task: Task, spec: str, *, top_k: int, client: Client, limits: EndpointLimits | None = None
+) -> Task:
+    """The task with its search done by `spec`: `bm25`, `dense+http://host/v1#model`, or a URL of Search-R1's form.
+
+    Dense: the task's pages are embedded once, into a folder beside the file they come from; a later run opens that.
+    Raises ConfigError where the task searches nothing that could be embedded, InputError where the folder is of other
+    pages, EndpointError as the server does.
+    """
+    if spec == "bm25":
+        return task
+    if not is_url(spec):
+        raise ConfigError(
+            f"retriever '{spec}' is unknown: expected bm25, dense+http://host/v1#model or http://host:port/retrieve"
+        )
+    if task.tool_name != "search":
+        raise ConfigError(f"--retriever {spec}: task '{task.name}' calculates, and searches nothing")
+    if spec.startswith("dense+"):
+        tool = await _open_dense(task, spec.removeprefix("dense+"), top_k, client, limits)
+    else:
+        from swirl.environment.batcher import retriever
+        from swirl.environment.retrieval import RetrievalServerTool
+
+        endpoint = replace(endpoint_for(spec, limits=limits), key_env=None)  # that form knows no key
+        tool = RetrievalServerTool(spec, retriever(client, endpoint), top_k)
+    return replace(task, open_tool=lambda: tool)
+
+
+async def _open_dense(task: Task, spec: str, top_k: int, client: Client, limits: EndpointLimits | None):
+    from swirl.environment.batcher import embedder
+    from swirl.environment.retrieval import DenseSearchTool, build_dense_index
+
+    _, url, model = parse_spec(spec)
+    endpoint = endpoint_for(url, limits=limits)
+    embed = embedder(client, endpoint, model)
+    if task.corpus is None:
+        raise ConfigError(f"--retriever dense+{spec}: task '{task.name}' has no file of pages to index")
+    folder = task.corpus.with_name(f"{task.corpus.name}.dense-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}")
+    if not folder.exists():
+        with progress("embed pages", None, note=client.progress.note) as advance:
+
+            async def embed_pages(texts: list[str]) -> list[list[float]]:
+                vectors = await embed(texts)
+                advance(len(texts))
+                return vectors
+
+            at_a_time = endpoint.batch_size * endpoint.concurrency
+            await build_dense_index(task.pages(), folder, embed_pages, pages_per_request=at_a_time)
+    tool = DenseSearchTool(folder, embed, top_k)
+    if any(old != new for old, new in zip_longest(tool.pages, task.pages())):
+        raise InputError(folder, f"expected an index of {task.corpus} as it is now: remove the folder to build it anew")
+    return tool
 
 
 def answers_beside(out: Path) -> Path:

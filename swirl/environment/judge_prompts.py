@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 
 import msgspec
@@ -164,3 +165,21 @@ def read_prompt(given: str | os.PathLike, built_in: JudgePrompt) -> JudgePrompt:
         raise ConfigError(f"judge template '{name}': expected the placeholder {{{missing[0]}}}")
     version = hashlib.sha256(text.encode()).hexdigest()[:8]
     return JudgePrompt(name=name, version=version, text=text, reminder=built_in.reminder)
+
+
+def main() -> int:
+    """`python -m swirl.environment.judge_prompts [NAME]`: the names of the built-in templates, or the text of one."""
+    built_in = {prompt.name: prompt for prompt in (SEARCH_PROCESS, CALCULATOR_PROCESS, OUTCOME, REWARD)}
+    match sys.argv[1:]:
+        case []:
+            print("\n".join(built_in))
+        case [name] if name in built_in:
+            print(built_in[name].text)
+        case _:
+            print(f"usage: python -m swirl.environment.judge_prompts [{' | '.join(built_in)}]", file=sys.stderr)
+            return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -7,15 +7,17 @@ that is neither (nothing can follow it), or when the state no longer fits the po
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 from msgspec.structs import replace
 
 from swirl.environment.concurrency import as_done
 from swirl.environment.policy import PolicyState
 from swirl.environment.prompts import observation_text, parse_action, question_prompt
+from swirl.errors import EndpointError, EndpointUnusable
 from swirl.trajectory import Question, Step, Trajectory
 
 
@@ -57,6 +59,20 @@ def trajectory_id(question: Question, sample: int) -> str:
     return f"{question.id}#{sample}"
 
 
+class Unanswered(msgspec.Struct, frozen=True):
+    """A trajectory that could not be made: one request of it failed for good. It is counted, shown and asked again by
+    the next run, and never taken for a wrong answer.
+    """
+
+    question: Question
+    sample: int
+    reason: str
+
+    @property
+    def id(self) -> str:
+        return trajectory_id(self.question, self.sample)
+
+
 async def rollout(
     question: Question,
     sample: int,
@@ -67,7 +83,10 @@ async def rollout(
     coder: TokenCoder | None,
     seed: int,
 ) -> Trajectory:
-    """One trajectory. With a `coder`, token ids travel along; ids the policy gives are kept as they are."""
+    """One trajectory. With a `coder`, token ids travel along; ids the policy gives are kept as they are.
+
+    Raises EndpointError as the policy does.
+    """
     prompt = question_prompt(question.question, tool.name, limits.max_queries)
     prompt_ids = tuple(coder.prompt_ids(prompt)) if coder else None
     state = list(prompt_ids or ())
@@ -164,9 +183,22 @@ def rollouts(
     coder,
     seed: int,
     in_flight: int,
-) -> AsyncIterator[Trajectory]:
-    """Trajectories of (question, sample) pairs as they end, at most `in_flight` at a time; the input is read lazily."""
-    plays = (
-        rollout(*pair, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed) for pair in asked
-    )
-    return as_done(plays, in_flight)
+    finish: Callable[[Trajectory], Awaitable[Trajectory]] | None = None,
+) -> AsyncIterator[Trajectory | Unanswered]:
+    """Trajectories of (question, sample) pairs as they end, at most `in_flight` at a time; the input is read lazily.
+
+    `finish` adds to a trajectory (its verdicts, say) while others are still played. Raises EndpointUnusable.
+    """
+
+    async def play(question: Question, sample: int) -> Trajectory | Unanswered:
+        try:
+            made = await rollout(
+                question, sample, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed
+            )
+        except EndpointUnusable:
+            raise
+        except EndpointError as error:
+            return Unanswered(question, sample, str(error))
+        return await finish(made) if finish else made
+
+    return as_done((play(*pair) for pair in asked), in_flight)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from swirl.errors import ConfigError
 from swirl.trajectory import Question
+
+if TYPE_CHECKING:
+    from swirl.environment.search import Page
 
 ALMANAC_FAMILIES = ("bridge", "deep", "counterfactual", "mixed", "arithmetic")
 _CALCULATOR_TASKS = ("arithmetic", "gsm8k")
@@ -17,13 +22,18 @@ _DATA_SETS = ("gsm8k", "hotpotqa", "musique", "cofca", "beerqa", "own")
 
 @dataclass(frozen=True)
 class Task:
-    """One family of questions. `max_queries` is the paper's: 5 with search, 10 with the calculator."""
+    """One family of questions. `max_queries` is the paper's: 5 with search, 10 with the calculator.
+
+    `pages` are what a search looks through, and `corpus` the file they come from, None where there is none.
+    """
 
     name: str
     tool_name: str
     max_queries: int
     questions: Callable[[str, int | None], list[Question]]
     open_tool: Callable[[], object]
+    pages: Callable[[], Iterable[Page]]
+    corpus: Path | None
 
 
 def open_task(
@@ -59,6 +69,8 @@ def _almanac_task(name: str) -> Task:
         max_queries=almanac.max_queries(name),
         questions=lambda split, num: almanac.questions(name, split, num),
         open_tool=lambda: almanac.tool(name),
+        pages=lambda: almanac.pages(name),
+        corpus=None,
     )
 
 
@@ -68,6 +80,13 @@ def _data_set_task(name: str, path, corpus, top_k: int) -> Task:
 
     def questions(split: str, num: int | None) -> list[Question]:
         return module.load(path)[:num]
+
+    def pages() -> Iterable[Page]:
+        if corpus is None:
+            return module.corpus(path)
+        from swirl.environment.search import read_pages
+
+        return read_pages(Path(corpus, "pages.jsonl") if os.path.isdir(corpus) else corpus)
 
     def open_tool():
         if uses_calculator:
@@ -86,6 +105,8 @@ def _data_set_task(name: str, path, corpus, top_k: int) -> Task:
         max_queries=10 if uses_calculator else 5,
         questions=questions,
         open_tool=open_tool,
+        pages=pages,
+        corpus=Path(path if corpus is None else corpus),
     )
 
 
