@@ -389,7 +389,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local", action="store_true", help="generate with the base that ships instead")
     parser.add_argument("--json", action="store_true", help="one row a command on stdout, nothing else")
     parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.trajectories < SAMPLES or options.trajectories % SAMPLES or options.kills < 1:
+        parser.error(f"expected a multiple of {SAMPLES} trajectories, {SAMPLES} for each question, and a kill or more")
+    return options
 
 
 def show(row: dict) -> None:

@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kill_drill
-from benchmarks.kill_drill import broken_promises, compare, draw_moments, generate_job, kept_answers
+from benchmarks.fault_server import FaultServer
+from benchmarks.kill_drill import (
+    KillDrillError,
+    Model,
+    broken_promises,
+    compare,
+    draw_moments,
+    filter_job,
+    generate_job,
+    kept_answers,
+)
 from swirl.trajectory import Question, Step, Trajectory, TrajectoryLog, encode_trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -57,13 +67,10 @@ def test_the_same_command_beside_one_at_work_is_refused(tmp_path):
     assert (tmp_path / "kept.jsonl").read_bytes().count(b"\n") == 2
 
 
-def test_a_command_that_fails_is_one_clear_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kill_drill", "--trajectories", "0", "--kills", "1"])
-    with pytest.raises(SystemExit) as left:
-        kill_drill.main()
-    said = capsys.readouterr().err.splitlines()
-    assert left.value.code == 1 and len(said) == 1
-    assert said[0].startswith("BROKEN: generate: exit code 1: error: ")
+def test_a_command_that_fails_is_one_clear_line(tmp_path):
+    job, model = filter_job(Path("absent.jsonl"), "rule", 1), Model(1)
+    with pytest.raises(KillDrillError, match="^filter: exit code 1: error: absent.jsonl: cannot be read"):
+        asyncio.run(kill_drill.drill(job, tmp_path, 1, random.Random(0), FaultServer(model), model))
 
 
 def trajectory(name):
