@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     crossover = "--crossover" in arguments
     how = settings(__doc__.splitlines()[0], [word for word in arguments if word != "--crossover"])
-    report = Report("attention", how)
+    report = Report("crossover" if crossover else "attention", how)
     if crossover:
         _crossover(report)
     else:

@@ -13,9 +13,11 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 
+from benchmarks.harness import append
 from benchmarks.train_step import cpu_name
 from swirl.learning.packing import _flatten, pack, pack_flat, pack_micro_batches
 from swirl.learning.usage import commit
@@ -53,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--json", action="store_true", help="one JSON row a workload instead of the table")
+    parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
     args = parser.parse_args()
     for name in SHAPES:
         pairs = sub_trajectories(name, args.tokens)
@@ -70,6 +73,7 @@ def main() -> None:
             "hardware": cpu_name(),
             "commit": commit(),
         }
+        append(args.out, [row])
         if args.json:
             print(json.dumps(row), flush=True)
         else:

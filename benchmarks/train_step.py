@@ -18,12 +18,16 @@ import platform
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.harness import append
+from benchmarks.workloads import Workload
 from swirl.config import TrainConfig
 from swirl.learning.learner import Learner, ScoredAction
+from swirl.learning.packing import pack
 from swirl.learning.usage import commit
 from swirl.model.gemma import Gemma, GemmaConfig
 
@@ -56,6 +60,12 @@ def workload(name: str, num_trees: int, vocab_size: int, seed: int = 0) -> list[
             scored += [ScoredAction(tree, list(state), tuple(draw), float(rng.normal())) for draw in draws]
             state += (ids(ACTION) if name == "comb" else draws[0]) + ids(OBSERVATION)
     return scored
+
+
+def merged_tokens(scored: list[ScoredAction]) -> int:
+    """Tokens of a trainer of whole conversations with loss masks: a row a leaf (benchmarks.workloads.Workload)."""
+    batch = pack([(action.state_ids, action.action_ids) for action in scored])
+    return sum(Workload("", batch.subtree_end, batch.position_ids).merged)
 
 
 def measure(learner: Learner, scored: list[ScoredAction], repeats: int) -> tuple[list[float], dict]:
@@ -135,6 +145,7 @@ def compare(name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | 
         "sub_trajectories": len(scored),
         "packed_tokens": int(a["computed_tokens"]),
         "separate_tokens": int(b["computed_tokens"]),
+        "merged_tokens": merged_tokens(scored),
         "ideal_ratio": b["computed_tokens"] / a["computed_tokens"],
         "measured_ratio": separate_s / packed_s,
         "packed_s": packed_s,
@@ -165,14 +176,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peer", action="store_true", help="beside transformers too")
     parser.add_argument("--json", action="store_true", help="one JSON row a workload instead of the table")
+    parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
     args = parser.parse_args()
     if args.model:
         model = Gemma.from_pretrained(args.model, device=args.device)
     else:
         model = Gemma(DEFAULT_SHAPE).init_weights(0).to(args.device)
     peer = Peer(model) if args.peer else None
-    rows = [compare(name, model, args.trees, args.repeats, peer) for name in ("chain", "comb")]
-    for row in rows:
+    for name in ("chain", "comb"):
+        row = compare(name, model, args.trees, args.repeats, peer)
+        append(args.out, [row])
         if args.json:
             print(json.dumps(row))
         else:

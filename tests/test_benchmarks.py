@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, attention_peers, decode, harness, linear_log_prob, pointwise, workloads
+from benchmarks import (
+    attention,
+    attention_peers,
+    client,
+    decode,
+    harness,
+    linear_log_prob,
+    packing,
+    plot,
+    pointwise,
+    retrieval,
+    tables,
+    train_step,
+    workloads,
+)
 from benchmarks.__main__ import benchmarks
 from swirl.kernels.tree_attention import tree_mask
 
@@ -29,6 +46,9 @@ def test_rows(name, tmp_path, capsys):
         assert "median_ms" in row or row["note"]
     ours = [row for row in rows if row["provider"] == "swirl"]
     assert ours and all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in ours)
+    assert tables.newest(name, rows) == []  # tiny rows say nothing
+    table = tables.TABLES[name](tables.newest(name, [row | {"tiny": False} for row in rows]))
+    assert "swirl" in table and "reference" in table
 
 
 def test_crossover(capsys):
@@ -39,6 +59,68 @@ def test_crossover(capsys):
     ratios = [row["token_ratio"] for row in rows if row["form"] == "separate"]
     assert ratios == [1, round(160 / 144, 3), 1, round(320 / 272, 3)]
     assert all(row["time_ratio"] > 0 for row in rows if row["form"] == "separate")
+    rows = [row | {"tiny": False} for row in rows]
+    picture = ElementTree.fromstring(plot.svg(rows))
+    assert sum(element.tag.endswith("polyline") for element in picture) == 4
+    lines = [line.split(" | ") for line in tables.crossover(rows).splitlines() if "branches |" in line]
+    assert [line[0] for line in lines] == ["| 2 branches", "| 4 branches"] and lines[1][2].endswith("(1.18) |")
+
+
+def test_no_rows_no_picture(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no rows"):
+        plot.svg([])
+    monkeypatch.setattr(sys, "argv", ["plot", "--rows", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "x.svg")])
+    with pytest.raises(SystemExit, match="none.jsonl: no rows"):
+        plot.main()
+    assert not (tmp_path / "x.svg").exists()
+
+
+def test_the_committed_picture_is_that_of_the_rows():
+    assert plot.svg(tables.read(harness.RESULTS / "crossover.jsonl")) == (harness.RESULTS / "crossover.svg").read_text()
+
+
+@pytest.mark.parametrize("readme", tables.READMES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_tables_in_the_readmes_are_those_of_the_rows(readme):
+    text = readme.read_text()
+    assert tables.filled(text, tables.tables()) == text
+    marks = [len(re.findall(mark, text, re.MULTILINE)) for mark in ("^<!-- table: ", "^<!-- end -->$")]
+    assert marks == [len(tables.MARKED.findall(text))] * 2
+
+
+def test_marked_tables_are_filled_and_nothing_else_is_touched():
+    text = "before\n<!-- table: packing -->\nold\n<!-- end -->\nbetween\n<!-- table: client -->\n<!-- end -->\nafter\n"
+    new = tables.filled(text, {"packing": "| a |", "client": "| b |"})
+    assert new == text.replace("old", "| a |").replace("client -->\n", "client -->\n| b |\n")
+    assert tables.filled(new, {"packing": "| a |", "client": "| b |"}) == new
+    with pytest.raises(ValueError, match="no rows for the table client; there are some for packing"):
+        tables.filled(text, {"packing": "| a |"})
+
+
+def test_a_later_row_replaces_an_earlier_one(tmp_path):
+    rows = [{"workload": w, "hardware": h, "packed_tokens": n} for n, (w, h) in enumerate(["ab", "cb", "ab", "aa"])]
+    assert [row["packed_tokens"] for row in tables.newest("packing", rows)] == [2, 1, 3]
+    harness.append(tmp_path / "packing.jsonl", rows[:2])
+    harness.append(tmp_path / "packing.jsonl", rows[2:])
+    tables.prune(tmp_path)
+    assert tables.read(tmp_path / "packing.jsonl") == [rows[2], rows[1], rows[3]]
+
+
+def test_tables_of_the_benchmarks_that_time_themselves(tmp_path, monkeypatch):
+    for module, arguments in ((packing, ["--tokens", "3000"]), (train_step, ["--trees", "1", "--repeats", "1"])):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(sys, "argv", [name, "--json", "--out", str(tmp_path / f"{name}.jsonl"), *arguments])
+        module.main()
+    harness.append(tmp_path / "client.jsonl", [client.run(calls=8, latency_ms=1, in_flight=4, faults=0.0)])
+    found = retrieval.measure("slice", "bm25", lambda question, k: ["a", "b"], [("?", ["a", "c"])], pages=1234)
+    harness.append(tmp_path / "retrieval.jsonl", [asyncio.run(found)])
+    made = tables.tables(tmp_path)
+    assert list(made) == ["train_step", "packing", "client", "retrieval"]
+    chain, comb = (line.split(" | ") for line in made["train_step"].splitlines()[4:])
+    assert chain[:3] == ["| chain", "3,600 → 730", "730"] and comb[:3] == ["| comb", "14,400 → 1,350", "14,400"]
+    shapes = [line.split(" | ")[0] for line in made["packing"].splitlines()[4:]]
+    assert shapes == [f"| {name}" for name in packing.SHAPES]
+    assert "| 8 of 1 ms, 4 in flight | 0% |" in made["client"]
+    assert "| slice | bm25 | 1 | 1,234 | 50.0% | 50.0% |" in made["retrieval"]
 
 
 def test_a_run_cut_short_leaves_the_rows_it_has(tmp_path):

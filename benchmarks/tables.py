@@ -1,0 +1,325 @@
+"""The tables of the READMEs, made from the rows in benchmarks/results alone.
+
+    python -m benchmarks.tables             prints every table there are rows for
+    python -m benchmarks.tables --write     puts them into README.md and benchmarks/README.md, between the lines
+                                            `<!-- table: NAME -->` and `<!-- end -->`
+    python -m benchmarks.tables --prune     drops each row that a later one replaces
+
+Of rows that measure the same on the same hardware the last one counts; tiny ones never do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks.harness import RESULTS
+
+READMES = (RESULTS.parent / "README.md", RESULTS.parents[1] / "README.md")
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# What tells one measurement from another, by file; all else in a row is its outcome, or how it was come by.
+IDENTITY = {
+    "attention": ("workload", "window", "heads", "head_dim", "provider", "phase", "dtype", "hardware"),
+    "crossover": ("form", "trunk", "branches", "heads", "head_dim", "provider", "dtype", "hardware"),
+    "linear_log_prob": ("rows", "d", "vocabulary", "provider", "phase", "dtype", "hardware"),
+    "pointwise": ("op", "provider", "phase", "dtype", "hardware"),
+    "decode": ("branches", "trunk", "own", "provider", "dtype", "hardware"),
+    "train_step": ("workload", "trees", "hardware"),
+    "packing": ("workload", "hardware"),
+    "client": ("calls", "latency_ms", "in_flight", "faults", "hardware"),
+    "retrieval": ("slice", "method"),
+    "kill_drill": ("job", "trajectories", "kills", "local", "hardware"),
+}
+
+
+def read(file: Path) -> list[dict]:
+    """The rows of a JSONL file; none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def newest(name: str, rows: Iterable[dict]) -> list[dict]:
+    """The last row of each measurement, in the order in which they were first made."""
+    found = {}
+    for row in rows:
+        if not row.get("tiny"):
+            found[tuple(row.get(key) for key in IDENTITY[name])] = row
+    return list(found.values())
+
+
+def grid(headers: list[str], lines: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    cells = [headers, ["---"] * len(headers), *([str(cell) for cell in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _ms(row: dict | None) -> str:
+    if row is None or "median_ms" not in row:
+        return "–"
+    return f"{row['median_ms']:.{0 if row['median_ms'] >= 100 else 1 if row['median_ms'] >= 10 else 2}f}"
+
+
+def _groups(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return found
+
+
+def _source(rows: list[dict]) -> str:
+    """One line on where rows come from."""
+    commits = ", ".join(dict.fromkeys(str(row["commit"])[:7] for row in rows if row.get("commit")))
+    row = rows[-1]
+    parts = [row.get("hardware"), f"{row['threads']} threads" if row.get("threads") else None, row.get("dtype")]
+    parts.append(f"torch {row['torch']}" if row.get("torch") else None)
+    parts.append(f"commit {commits}" if commits else None)
+    return ", ".join(part for part in parts if part)
+
+
+def _pivot(rows: list[dict], label: Callable[[dict], str], first: str, phases=("both", "forward")) -> str:
+    """A line a workload, a column a provider that was measured: milliseconds of `phases`, the second in brackets."""
+    providers = dict.fromkeys(row["provider"] for row in rows if "median_ms" in row)
+    lines = []
+    for name, members in _groups([{**row, "_label": label(row)} for row in rows], "_label").items():
+        found = {(row["provider"], row.get("phase")): row for row in members}
+        cells = []
+        for provider in providers:
+            main, other = (found.get((provider, phase)) for phase in phases)
+            cells.append(f"{_ms(main)} ({_ms(other)})" if other and "median_ms" in other else _ms(main))
+        lines.append([*name, *cells])
+    return grid([first, *providers], lines)
+
+
+def attention(rows: list[dict]) -> str:
+    def label(row):
+        window = f", window {row['window']:,}" if row["window"] else ""
+        size = f"{sizes[row['workload']]:,} tokens, {row['heads']} heads of {row['head_dim']}"
+        return f"{row['workload']}: {size}{window}"
+
+    tables = []
+    for members in _groups(rows, "hardware", "dtype").values():
+        sizes = {row["workload"]: row["tokens"] for row in members if row["provider"] == "swirl"}
+        title = f"{_source(members)}; forward and backward (forward alone), in milliseconds"
+        tables.append(f"{title}\n\n{_pivot(members, label, 'workload')}")
+    return "\n\n".join(tables)
+
+
+def crossover_curves(rows: list[dict]) -> dict[str, dict[int, list[dict]]]:
+    """By machine and type: by branches: {trunk, time_ratio, token_ratio} of each trunk, shortest first."""
+    panels = {}
+    for row in newest("crossover", rows):
+        if row.get("form") == "separate":
+            title = f"{row['hardware']}, {row['dtype']}, {row['heads']} heads of {row['head_dim']}"
+            panels.setdefault(title, {}).setdefault(row["branches"], []).append(row)
+    for curves in panels.values():
+        for points in curves.values():
+            points.sort(key=lambda point: point["trunk"])
+    return panels
+
+
+def crossover(rows: list[dict]) -> str:
+    tables = []
+    for title, curves in crossover_curves(rows).items():
+        trunks = sorted({point["trunk"] for points in curves.values() for point in points})
+        lines, pays = [], []
+        for branches, points in sorted(curves.items()):
+            at = {point["trunk"]: f"{point['time_ratio']:.2f} ({point['token_ratio']:.2f})" for point in points}
+            lines.append([f"{branches} branches", *(at.get(trunk, "–") for trunk in trunks)])
+            paying = [point["trunk"] for point in points if point["time_ratio"] >= 1.1]
+            pays.append(f"{branches} branches: {f'{paying[0]:,}' if paying else 'never'}")
+        words = f"The tree saves a tenth or more from a trunk of so many tokens on: {'; '.join(pays)}."
+        tables.append(f"{title}\n\n{grid(['trunk', *(f'{trunk:,}' for trunk in trunks)], lines)}\n\n{words}")
+    return "\n\n".join(tables)
+
+
+def linear_log_prob(rows: list[dict]) -> str:
+    tables = []
+    for members in _groups(rows, "hardware", "dtype", "rows", "d", "vocabulary").values():
+        lines = []
+        for (provider,), measured in _groups(members, "provider").items():
+            by_phase = {row["phase"]: row for row in measured}
+            forward, both = by_phase.get("forward"), by_phase.get("both")
+            if both and "median_ms" in both:
+                extra = both.get("extra_bytes")
+                memory = "–" if extra is None else f"{extra / 2**20:.0f}"
+                share = f"{both['share_of_floor']:.0%}"
+                lines.append([provider, _ms(forward), _ms(both), f"{both['tflops']:.3g}", share, memory])
+        row = members[-1]
+        title = f"{_source(members)}; {row['rows']:,} rows, d {row['d']:,}, {row['vocabulary']:,} words"
+        headers = ["", "forward, ms", "with backward, ms", "TFLOP/s", "of a matrix product", "extra MiB"]
+        tables.append(f"{title}\n\n{grid(headers, lines)}")
+    return "\n\n".join(tables)
+
+
+def pointwise(rows: list[dict]) -> str:
+    tables = []
+    for members in _groups(rows, "hardware", "dtype").values():
+        lines = [
+            [row["op"], row["phase"], row["provider"], _ms(row), f"{row['share_of_floor']:.0%}"]
+            for row in members
+            if "median_ms" in row
+        ]
+        tables.append(f"{_source(members)}\n\n{grid(['op', 'phase', '', 'ms', 'of copy bandwidth'], lines)}")
+    return "\n\n".join(tables)
+
+
+def decode(rows: list[dict]) -> str:
+    tables = []
+    for members in _groups(rows, "hardware", "dtype").values():
+        shown = _pivot(members, lambda row: f"{row['branches']} of {row['trunk']:,}", "branches, trunk", (None, None))
+        tables.append(f"{_source(members)}; milliseconds a token\n\n{shown}")
+    return "\n\n".join(tables)
+
+
+def train_step(rows: list[dict]) -> str:
+    def peer(row):
+        return f"{1e3 * row['transformers_s']:,.0f} ms ({row['transformers_ratio']:.0f}x)"
+
+    lines = [
+        [
+            row["workload"],
+            f"{row['separate_tokens']:,} → {row['packed_tokens']:,}",
+            f"{row['merged_tokens']:,}" if "merged_tokens" in row else "–",
+            f"{1e3 * row['separate_s']:,.0f} ms",
+            f"{1e3 * row['packed_s']:,.0f} ms",
+            f"{row['measured_ratio']:.1f}x",
+            f"{row['ideal_ratio']:.1f}x",
+            peer(row) if "transformers_s" in row else "–",
+        ]
+        for row in rows
+    ]
+    headers = ["workload", "tokens, separate → packed", "tokens of merged rows", "separate", "packed", "faster"]
+    return f"{_source(rows)}\n\n{grid([*headers, 'token ratio (ideal)', 'transformers, eager, a row each'], lines)}"
+
+
+def packing(rows: list[dict]) -> str:
+    ways = ("pack", "pack_flat", "pack_micro_batches")
+    lines = [
+        [
+            row["workload"],
+            f"{row['input_tokens']:,} → {row['packed_tokens']:,}",
+            f"{row['sub_trajectories']:,}",
+            *(f"{row[f'{way}_tokens_per_s'] / 1e6:,.0f}" for way in ways),
+        ]
+        for row in rows
+    ]
+    headers = ["workload", "tokens", "pairs", *(f"`{way}`, M tokens/s" for way in ways)]
+    return f"{_source(rows)}, one core\n\n{grid(headers, lines)}"
+
+
+def client(rows: list[dict]) -> str:
+    lines = [
+        [
+            f"{row['calls']:,} of {row['latency_ms']:g} ms, {row['in_flight']} in flight",
+            f"{row['faults']:.0%}",
+            f"{row['wall_s']:.2f} s",
+            f"{row['times_ideal']:.3f}",
+            f"{row['cpu_s']:.2f} s",
+            f"{row['peak_rss_bytes'] / 2**20:.0f}",
+            f"{row['masked']:,}",
+            row["wrong"],
+            row["server"]["answered_twice"],
+        ]
+        for row in rows
+    ]
+    headers = ["calls", "faults", "time", "times ideal", "CPU", "peak MiB", "masked", "wrong", "answered twice"]
+    return grid(headers, lines)
+
+
+def retrieval(rows: list[dict]) -> str:
+    lines = [
+        [
+            row["slice"],
+            row["method"],
+            f"{row['questions']:,}",
+            f"{row['pages']:,}",
+            f"{row['recall_at_1']:.1%}",
+            f"{row['recall_at_5']:.1%}",
+            f"{row['query_ms']:.2f}",
+        ]
+        for row in rows
+    ]
+    return grid(["slice", "method", "questions", "pages", "recall@1", "recall@5", "ms a query"], lines)
+
+
+def kill_drill(rows: list[dict]) -> str:
+    lines = [
+        [
+            row["job"],
+            f"{row['lines']:,}",
+            f"{row['hits']:,}",
+            row["torn"],
+            row["lines_missing"],
+            row["lines_extra"],
+            row["trajectories_twice"],
+            row["cached_asked_again"],
+        ]
+        for row in rows
+    ]
+    headers = ["command", "lines", "kills", "left half a line", "lines missing", "changed", "twice"]
+    return grid([*headers, "cached answers asked again"], lines)
+
+
+TABLES: dict[str, Callable[[list[dict]], str]] = {
+    table.__name__: table
+    for table in (
+        attention,
+        crossover,
+        linear_log_prob,
+        pointwise,
+        decode,
+        train_step,
+        packing,
+        client,
+        retrieval,
+        kill_drill,
+    )
+}
+
+
+def tables(folder: Path = RESULTS) -> dict[str, str]:
+    """Every table there are rows for, by name."""
+    rows = {name: newest(name, read(folder / f"{name}.jsonl")) for name in TABLES}
+    return {name: TABLES[name](found) for name, found in rows.items() if found}
+
+
+def filled(text: str, found: dict[str, str]) -> str:
+    """`text` with its marked tables replaced. Raises ValueError where there are no rows for one."""
+    for _, name, _ in MARKED.findall(text):
+        if name not in found:
+            raise ValueError(f"no rows for the table {name}; there are some for {', '.join(found) or 'none'}")
+    return MARKED.sub(lambda match: f"{match[1]}{found[match[2]]}\n{match[3]}", text)
+
+
+def prune(folder: Path = RESULTS) -> None:
+    """Keep of each file the rows that tables are made from."""
+    for name in IDENTITY:
+        file = folder / f"{name}.jsonl"
+        if file.exists():
+            file.write_text("".join(json.dumps(row) + "\n" for row in newest(name, read(file))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="fill the marked tables of the READMEs")
+    parser.add_argument("--prune", action="store_true", help="drop rows that later ones replace")
+    given = parser.parse_args()
+    if given.prune:
+        prune()
+    found = tables()
+    if given.write:
+        try:
+            texts = [filled(readme.read_text(), found) for readme in READMES]
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        for readme, text in zip(READMES, texts):
+            readme.write_text(text)
+    else:
+        print("\n\n".join(f"## {name}\n\n{table}" for name, table in found.items()))
+
+
+if __name__ == "__main__":
+    main()
