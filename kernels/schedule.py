@@ -71,26 +71,55 @@ def build(subtree_end, position_ids, block_q, block_k, window, rows) -> BlockSch
     )
 
 
-_schedules = WeakIdKeyDictionary()  # subtree_end -> {settings: schedule}; gone with the batch
+@dataclass(frozen=True)
+class LiveBlocks:
+    """Numbers for the live blocks, from 0: row of queries by row, each in the order of its schedule. All int32.
+
+    first (query blocks,): the number of a row's first block. by_keys (key blocks, query blocks): the numbers in the
+    order of the schedule by keys. count: how many there are; the host waits for it.
+    """
+
+    first: torch.Tensor
+    by_keys: torch.Tensor
+    count: int
+
+
+def number_live_blocks(subtree_end, position_ids, block_q, block_k, window) -> LiveBlocks:
+    mask = (subtree_end, position_ids, block_q, block_k, window)
+    by_queries, by_keys = schedule_of(*mask, "queries"), schedule_of(*mask, "keys")
+    ends = by_queries.num_live.cumsum(0, dtype=torch.int32)
+    first = ends - by_queries.num_live
+    numbers = first[:, None] + by_queries.columns.argsort(1).to(torch.int32)
+    return LiveBlocks(first, numbers.T.gather(1, by_keys.columns.long()), int(ends[-1]))
+
+
+_kept = WeakIdKeyDictionary()  # subtree_end -> {what was made of it: the thing}; gone with the batch
 
 
 def _version(x):
     return None if x.is_inference() else x._version
 
 
-def schedule_of(subtree_end, position_ids, block_q, block_k, window, rows) -> BlockSchedule:
-    """`build`, once a batch: kept as long as subtree_end lives and neither tensor is written to."""
+def _once_a_batch(make, subtree_end, position_ids, block_q, block_k, window, *more):
+    """`make` of all these, kept as long as subtree_end lives and neither tensor is written to."""
     if window is not None and window >= subtree_end.numel():
-        window = None  # no two tokens are that far apart, so all layers share one schedule
-    kept = _schedules.setdefault(subtree_end, {})
+        window = None  # no two tokens are that far apart, so all layers share one
+    kept = _kept.setdefault(subtree_end, {})
     stamp = (id(position_ids), _version(subtree_end), _version(position_ids))
-    key = (block_q, block_k, window, rows)
+    key = (make.__name__, block_q, block_k, window, *more)
     found = kept.get(key)
     if found is None or found[0] != stamp:
+        made = make(subtree_end, position_ids, block_q, block_k, window, *more)
         # position_ids is held, so that its id cannot come to mean another tensor
-        found = kept[key] = (
-            stamp,
-            position_ids,
-            build(subtree_end, position_ids, block_q, block_k, window, rows),
-        )
+        found = kept[key] = (stamp, position_ids, made)
     return found[2]
+
+
+def schedule_of(subtree_end, position_ids, block_q, block_k, window, rows) -> BlockSchedule:
+    """`build`, once a batch."""
+    return _once_a_batch(build, subtree_end, position_ids, block_q, block_k, window, rows)
+
+
+def live_blocks_of(subtree_end, position_ids, block_q, block_k, window) -> LiveBlocks:
+    """`number_live_blocks`, once a batch."""
+    return _once_a_batch(number_live_blocks, subtree_end, position_ids, block_q, block_k, window)

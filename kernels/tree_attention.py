@@ -3,7 +3,8 @@
 q (T, Hq, D), k and v (T, Hkv, D), Hq a multiple of Hkv; subtree_end, position_ids (T,) int32 -> as q.
 Query i sees key j  <=>  j <= i < subtree_end[j]  and  position_ids[i] - position_ids[j] < window.
 Numerics: scores and softmax in float32 (float64 for float64 inputs), one cast at the end. The kernels sum
-every gradient in a fixed order, without atomics. A softcap bounds the scores, so exp needs no running maximum
+every gradient in a fixed order, without atomics; at head_dim 256 the backward stores p and ds of the live blocks
+(at most SCRATCH_BYTES at a time), so that dK and dV are plain products. A softcap bounds the scores, so exp needs no running maximum
 (float16, whose range is too short for that, keeps one); float32 dots run as three tf32 ones.
 Floor: 4 * Hq * D * (visible pairs) FLOPs forward, 2.5 times that backward.
 Source: softcap and window as in Gemma 2 (arXiv:2408.00118); the mask is docs/structure.md, "The packed tree".
@@ -11,13 +12,13 @@ Source: softcap and window as in Gemma 2 (arXiv:2408.00118); the mask is docs/st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from . import _triton, cpu
 from ._triton import jit, softcap_slope, softcapped, tile, tl
-from .schedule import schedule_of
+from .schedule import live_blocks_of, schedule_of
 
 
 def tree_mask(
@@ -104,15 +105,16 @@ def _tree_attention_fwd_kernel(
     tl.store(p_o + o_out, (o / total[:, None]).to(p_o.dtype.element_ty), mask=m_q[:, None])
 
 
-@jit(do_not_specialize=["T", "num_columns"])
+@jit(do_not_specialize=["T", "num_columns", "num_blocks", "first_head"])
 def _tree_attention_dq_kernel(
-    q_rows, k_rows, v_rows, o_rows, do_rows, p_dq, p_lse, p_delta, p_end, p_position,
-    p_columns, p_num_full, p_num_live, p_order, T, num_columns,
+    q_rows, k_rows, v_rows, o_rows, do_rows, p_dq, p_lse, p_delta, p_p, p_ds, p_first, p_end, p_position,
+    p_columns, p_num_full, p_num_live, p_order, T, num_columns, num_blocks, first_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    """dQ, and delta. A column is PARTS times BLOCK_K keys. STORE: p and ds of each live block are kept, too."""
+    head = first_head + tl.program_id(0)
     b_q = tl.load(p_order + tl.program_id(1))
     o_q, o_head = b_q * BLOCK_Q, head // GROUP * D
     p_columns += b_q.to(tl.int64) * num_columns
@@ -127,11 +129,12 @@ def _tree_attention_dq_kernel(
     lse = tl.load(p_lse + o_stat, mask=m_q, other=0.0)
     q = tile(q_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
     dq = tl.zeros([BLOCK_Q, D], tl.float32)
+    first_block = tl.program_id(0) * num_blocks + tl.load(p_first + b_q) if STORE else 0
     start = 0
     for MASKED in tl.static_range(2):
-        stop = tl.load((p_num_live if MASKED else p_num_full) + b_q)
+        stop = tl.load((p_num_live if MASKED else p_num_full) + b_q) * PARTS
         for n in range(start, stop):
-            o_k = tl.load(p_columns + n) * BLOCK_K
+            o_k = (tl.load(p_columns + n // PARTS) * PARTS + n % PARTS) * BLOCK_K
             k = tile(k_rows, o_k, o_head, T, HEADS // GROUP * D, BLOCK_K, D, TMA)
             scores = softcapped(tl.dot(q, k.T, input_precision=PRECISION), SCALE, SOFTCAP)
             p = tl.exp2(scores - lse[:, None])
@@ -143,10 +146,43 @@ def _tree_attention_dq_kernel(
             dp = tl.dot(do, v.T, input_precision=PRECISION)
             ds = p * (dp - delta[:, None]) * softcap_slope(scores, SOFTCAP)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            if STORE:
+                block = first_block + n // PARTS
+                o_tile = (tl.cast(block, tl.int64) * BLOCK_Q * PARTS + n % PARTS) * BLOCK_K
+                o = tl.arange(0, BLOCK_Q)[:, None] * (PARTS * BLOCK_K) + tl.arange(0, BLOCK_K)[None, :]
+                tl.store(p_p + o_tile + o, p.to(p_p.dtype.element_ty))
+                tl.store(p_ds + o_tile + o, ds.to(p_ds.dtype.element_ty))
         start = stop
     p_dq += (tl.cast(o_q, tl.int64) * HEADS + head) * D
     o_out = tl.arange(0, BLOCK_Q)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
     tl.store(p_dq + o_out, (dq * SCALE).to(p_dq.dtype.element_ty), mask=m_q[:, None])
+
+
+@jit(do_not_specialize=["T", "num_columns", "num_blocks", "first_kv_head"])
+def _stored_dkv_kernel(
+    s_rows, x_rows, p_out, p_blocks, p_columns, p_num_live, p_order, T, num_columns, num_blocks, first_kv_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dK from what is stored of dS, and Q; or dV from P and dO. A column is PARTS times BLOCK_Q queries."""
+    local, b_k = tl.program_id(0), tl.load(p_order + tl.program_id(1))
+    kv_head = first_kv_head + local
+    p_columns += b_k.to(tl.int64) * num_columns
+    p_blocks += b_k.to(tl.int64) * num_columns
+    num_parts = tl.load(p_num_live + b_k) * PARTS
+    total = tl.zeros([BLOCK_K, D], tl.float32)
+    for member in range(GROUP):
+        head, o_block = kv_head * GROUP + member, (local * GROUP + member) * num_blocks
+        for n in range(num_parts):
+            o_s = ((o_block + tl.load(p_blocks + n // PARTS)) * PARTS + n % PARTS) * BLOCK_Q
+            s = tile(s_rows, o_s, 0, o_s + BLOCK_Q, BLOCK_K, BLOCK_Q, BLOCK_K, TMA)
+            o_q = (tl.load(p_columns + n // PARTS) * PARTS + n % PARTS) * BLOCK_Q
+            x = tile(x_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
+            total = tl.dot(s.T, x, total, input_precision=PRECISION)
+    m_k = b_k * BLOCK_K + tl.arange(0, BLOCK_K) < T
+    p_out += (tl.cast(b_k * BLOCK_K, tl.int64) * (HEADS // GROUP) + kv_head) * D
+    o_out = tl.arange(0, BLOCK_K)[:, None] * (HEADS // GROUP * D) + tl.arange(0, D)[None, :]
+    tl.store(p_out + o_out, (total * SCALE).to(p_out.dtype.element_ty), mask=m_k[:, None])
 
 
 @jit(do_not_specialize=["T", "num_columns"])
@@ -201,62 +237,101 @@ def _tree_attention_dkv_kernel(
         tl.store(p_dv + o_tile + o_out, dv.to(p_dv.dtype.element_ty), mask=m_k[:, None])
 
 
-@dataclass(frozen=True)
-class _Config:
+class _Config(NamedTuple):
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
 
 
-# By architecture, bytes an element and head_dim: forward, dQ, dK, dV; no dV: one kernel makes both. Found by
-# compiling, not by timing: the largest tiles that keep to the spill budget of tests/test_triton_compile.py.
-# At head_dim 256 dK and dV apart cost an eighth dot, but their accumulators fit beside 128 keys.
+class _Configs(NamedTuple):
+    """dv None: dK and dV in one kernel. stored None: they are not made from a stored p and ds."""
+
+    forward: _Config
+    dq: _Config
+    dk: _Config
+    dv: _Config | None = None
+    stored: _Config | None = None
+
+
+# By architecture, bytes an element and head_dim. Found by compiling, not by timing: the largest tiles that keep
+# to the spill budget of tests/test_triton_compile.py. At head_dim 256 on Hopper dK and dV, made anew, are two kernels:
+# that costs an eighth dot, but their accumulators fit beside 128 keys.
 _FLOAT32 = {  # tf32x3 wants six registers where bfloat16 wants one: small tiles, plain loads
-    256: (_Config(16, 16, 8, 1), _Config(16, 16, 8, 1), _Config(16, 16, 8, 1), None),
-    128: (_Config(32, 32, 8, 1), _Config(32, 32, 8, 1), _Config(32, 32, 8, 1), None),
-    64: (_Config(32, 32, 4, 1), _Config(32, 32, 4, 1), _Config(32, 32, 4, 1), None),
+    256: _Configs(_Config(16, 16, 8, 1), _Config(16, 16, 8, 1), _Config(16, 16, 8, 1)),
+    128: _Configs(_Config(32, 32, 8, 1), _Config(32, 32, 8, 1), _Config(32, 32, 8, 1)),
+    64: _Configs(_Config(32, 32, 4, 1), _Config(32, 32, 4, 1), _Config(32, 32, 4, 1)),
 }
 _CONFIGS = {
     (80, 4): _FLOAT32,
     (90, 4): _FLOAT32,
     (100, 4): _FLOAT32,
     (80, 2): {
-        256: (_Config(64, 32, 4, 2), _Config(64, 32, 8, 1), _Config(32, 32, 8, 2), None),
-        128: (_Config(64, 64, 4, 2), _Config(64, 64, 4, 2), _Config(32, 64, 8, 2), None),
-        64: (_Config(128, 64, 8, 2), _Config(128, 64, 8, 2), _Config(32, 64, 4, 2), None),
+        256: _Configs(
+            _Config(64, 32, 4, 2), _Config(64, 32, 8, 1), _Config(32, 32, 8, 2), stored=_Config(32, 64, 8, 5)
+        ),
+        128: _Configs(_Config(64, 64, 4, 2), _Config(64, 64, 4, 2), _Config(32, 64, 8, 2)),
+        64: _Configs(_Config(128, 64, 8, 2), _Config(128, 64, 8, 2), _Config(32, 64, 4, 2)),
     },
     (90, 2): {
-        256: (_Config(128, 64, 8, 2), _Config(128, 32, 8, 2), _Config(32, 128, 8, 2), _Config(32, 128, 8, 3)),
-        128: (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2), None),
-        64: (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 128, 8, 2), None),
+        256: _Configs(
+            _Config(128, 64, 8, 2),
+            _Config(128, 32, 8, 2),
+            _Config(32, 128, 8, 2),
+            _Config(32, 128, 8, 3),
+            stored=_Config(64, 128, 8, 5),
+        ),
+        128: _Configs(_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2)),
+        64: _Configs(_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 128, 8, 2)),
     },
     (100, 2): {
-        256: (_Config(128, 64, 8, 2), _Config(128, 32, 8, 2), _Config(64, 64, 8, 1), None),
-        128: (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2), None),
-        64: (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2), None),
+        256: _Configs(
+            _Config(128, 64, 8, 2), _Config(128, 32, 8, 2), _Config(64, 64, 8, 1), stored=_Config(64, 128, 8, 5)
+        ),
+        128: _Configs(_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2)),
+        64: _Configs(_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 64, 8, 2)),
     },
 }
+SCRATCH_BYTES = 4 << 30  # what the backward may store of p and ds at a time; where one head needs more: recomputed
 
 
-def _configs(q):
+def _configs(q) -> _Configs:
     return _CONFIGS[_triton.architecture(q.device), q.element_size()][max(q.shape[2], 64)]
 
 
+def _settings(q, k, config):
+    """What every launch has in common."""
+    (T, Hq, D), Hkv = q.shape, k.shape[1]
+    return {
+        "T": T,
+        "HEADS": Hq,
+        "GROUP": Hq // Hkv,
+        "D": D,
+        "BLOCK_Q": config.block_q,
+        "BLOCK_K": config.block_k,
+        "PRECISION": "tf32x3" if q.element_size() == 4 else "tf32",
+        "TMA": q.element_size() == 2 and _triton.architecture(q.device) >= 90,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
 def _launch(
-    kernel, config, rows, queries, keys, p, subtree_end, position_ids, scale, softcap, window, **constants
-):
-    """One launch over all heads: `queries` and `keys` are read in tiles, `p` are pointers by name."""
-    T, Hq, D = queries["q"].shape
-    Hkv = keys["k"].shape[1]
-    schedule = schedule_of(subtree_end, position_ids, config.block_q, config.block_k, window, rows)
-    tma = queries["q"].element_size() == 2 and _triton.architecture(queries["q"].device) >= 90
+    kernel, config, rows, queries, keys, p, subtree_end, position_ids, scale, softcap, window,
+    *, num_heads=None, column_keys=None, **more,
+):  # fmt: skip
+    """One launch over `num_heads` (all): `queries` and `keys` are read in tiles, `p` are pointers by name."""
+    settings = _settings(queries["q"], keys["k"], config)
+    T, D = settings["T"], settings["D"]
+    column_keys = column_keys or config.block_k
+    schedule = schedule_of(subtree_end, position_ids, config.block_q, column_keys, window, rows)
     tiles = {}
     for tensors, block in ((queries, config.block_q), (keys, config.block_k)):
         for name, x in tensors.items():
-            tiles[f"{name}_rows"] = _triton.describe(x.view(T, -1), [block, D], tma)
+            tiles[f"{name}_rows"] = _triton.describe(x.view(T, -1), [block, D], settings["TMA"])
     num_rows, num_columns = schedule.columns.shape
-    kernel[(Hq if rows == "queries" else Hkv, num_rows)](
+    all_heads = (queries["q"] if rows == "queries" else keys["k"]).shape[1]
+    kernel[(num_heads or all_heads, num_rows)](
         **tiles,
         **{f"p_{name}": x for name, x in p.items()},
         p_end=subtree_end,
@@ -265,21 +340,12 @@ def _launch(
         p_num_full=schedule.num_full,
         p_num_live=schedule.num_live,
         p_order=schedule.order,
-        T=T,
         num_columns=num_columns,
-        HEADS=Hq,
-        GROUP=Hq // Hkv,
-        D=D,
         SCALE=scale,
         SOFTCAP=softcap,
         WINDOW=window if window is None or window < T else None,
-        BLOCK_Q=config.block_q,
-        BLOCK_K=config.block_k,
-        PRECISION="tf32x3" if queries["q"].element_size() == 4 else "tf32",
-        TMA=tma,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **constants,
+        **settings,
+        **more,
     )
 
 
@@ -287,48 +353,71 @@ def _tree_attention_fwd(q, k, v, *mask):
     o, softcap = torch.empty_like(q), mask[3]
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)  # (Hq, T), in log2
     fixed = softcap is not None and softcap <= 80 and q.dtype != torch.float16  # exp(80) T is finite
-    config = _configs(q)[0]
-    queries, keys = {"q": q}, {"k": k, "v": v}
+    p, keys = {"o": o, "lse": lse}, {"k": k, "v": v}
     _launch(
-        _tree_attention_fwd_kernel,
-        config,
-        "queries",
-        queries,
-        keys,
-        {"o": o, "lse": lse},
-        *mask,
-        FIXED_MAXIMUM=fixed,
+        _tree_attention_fwd_kernel, _configs(q).forward, "queries", {"q": q}, keys, p, *mask, FIXED_MAXIMUM=fixed
     )
     return o, lse
 
 
 def _tree_attention_bwd(do, q, k, v, o, lse, *mask):
-    _, for_dq, for_dk, for_dv = _configs(q)
+    """dK and dV from stored p and ds: 5 dots, one softmax; or anew from q and k: 7 or 8 dots, two or three."""
+    configs = _configs(q)
+    if configs.stored is not None:
+        block_q, block_k = configs.dq.block_q, configs.stored.block_k
+        blocks = live_blocks_of(*mask[:2], block_q, block_k, mask[4])
+        elements = q.shape[1] // k.shape[1] * blocks.count * block_q * block_k  # of p, for one key head
+        num_heads = min(k.shape[1], SCRATCH_BYTES // (2 * q.element_size() * elements))
+        if num_heads:
+            p, ds = torch.empty(2, num_heads * elements, dtype=q.dtype, device=q.device)
+            return _bwd_stored(do, q, k, v, o, lse, mask, p, ds, blocks, num_heads)
+    return _bwd_anew(do, q, k, v, o, lse, mask)
+
+
+def _bwd_anew(do, q, k, v, o, lse, mask):
+    configs = _configs(q)
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
-    queries, keys = {"q": q, "do": do}, {"k": k, "v": v}
-    statistics = {"lse": lse, "delta": delta}
-    _launch(
-        _tree_attention_dq_kernel,
-        for_dq,
-        "queries",
-        {**queries, "o": o},
-        keys,
-        {"dq": dq, **statistics},
-        *mask,
-    )
-    statistics |= {"dk": dk, "dv": dv}
-    for config, dk_too, dv_too in ((for_dk, True, for_dv is None), (for_dv, False, True)):
+    queries, keys, statistics = {"q": q, "do": do}, {"k": k, "v": v}, {"lse": lse, "delta": delta}
+    p = {"dq": dq, **statistics, "p": None, "ds": None, "first": None}
+    nothing_stored = dict(num_blocks=0, first_head=0, PARTS=1, STORE=False)
+    _launch(_tree_attention_dq_kernel, configs.dq, "queries", {**queries, "o": o}, keys, p, *mask, **nothing_stored)
+    p = {"dk": dk, "dv": dv, **statistics}
+    for config, dk_too, dv_too in ((configs.dk, True, configs.dv is None), (configs.dv, False, True)):
         if config is not None:
-            _launch(
-                _tree_attention_dkv_kernel,
-                config,
-                "keys",
-                queries,
-                keys,
-                statistics,
-                *mask,
-                DK=dk_too,
-                DV=dv_too,
+            _launch(_tree_attention_dkv_kernel, config, "keys", queries, keys, p, *mask, DK=dk_too, DV=dv_too)
+    return dq, dk, dv
+
+
+def _bwd_stored(do, q, k, v, o, lse, mask, p, ds, blocks, num_heads):
+    """`num_heads` key heads at a time, whose p and ds, block by block, are what the two of that name hold."""
+    configs, group = _configs(q), q.shape[1] // k.shape[1]
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    pointers = {"dq": dq, "lse": lse, "delta": delta, "p": p, "ds": ds, "first": blocks.first}
+    config, settings = configs.stored, _settings(q, k, configs.stored)
+    schedule = schedule_of(*mask[:2], configs.dq.block_q, config.block_k, mask[4], "keys")
+    for first in range(0, k.shape[1], num_heads):
+        heads = min(num_heads, k.shape[1] - first)
+        _launch(
+            _tree_attention_dq_kernel, configs.dq, "queries", {"q": q, "do": do, "o": o}, {"k": k, "v": v}, pointers,
+            *mask, num_heads=heads * group, column_keys=config.block_k, num_blocks=blocks.count,
+            first_head=first * group, PARTS=config.block_k // configs.dq.block_k, STORE=True,
+        )  # fmt: skip
+        for out, stored, x, scale in ((dv, p, do, 1.0), (dk, ds, q, mask[2])):
+            stored, x = stored.view(-1, config.block_k), x.view(x.shape[0], -1)
+            _stored_dkv_kernel[(heads, schedule.columns.shape[0])](
+                s_rows=_triton.describe(stored, [config.block_q, config.block_k], settings["TMA"]),
+                x_rows=_triton.describe(x, [config.block_q, q.shape[2]], settings["TMA"]),
+                p_out=out,
+                p_blocks=blocks.by_keys,
+                p_columns=schedule.columns,
+                p_num_live=schedule.num_live,
+                p_order=schedule.order,
+                num_columns=schedule.columns.shape[1],
+                num_blocks=blocks.count,
+                first_kv_head=first,
+                SCALE=scale,
+                PARTS=configs.dq.block_q // config.block_q,
+                **settings,
             )
     return dq, dk, dv
 

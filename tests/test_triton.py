@@ -20,7 +20,7 @@ from swirl.kernels.geglu import geglu, geglu_reference
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
 from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
 from swirl.kernels.rope import rope, rope_reference
-from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
+from swirl.kernels.tree_attention import _CONFIGS, tree_attention, tree_attention_reference, tree_mask
 from swirl.kernels.tree_decode import tree_decode, tree_decode_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -71,6 +71,22 @@ def test_schedule_visits_every_visible_pair_and_masks_where_it_must(T, window, r
     assert bool((mask <= visited).all()) and bool((unmasked <= mask).all())
     assert sorted(blocks.order.tolist()) == list(range(blocks.columns.shape[0]))
     assert bool((blocks.num_live[blocks.order.long()].diff() <= 0).all())
+
+
+@pytest.mark.parametrize("T", [1, 63, 1000])
+def test_live_blocks_are_numbered_once_alike_from_both_sides(T):
+    mask = (*forest(T, seed=T), 16, 32, 7)
+    by_queries, by_keys = schedule.build(*mask, "queries"), schedule.build(*mask, "keys")
+    blocks = schedule.number_live_blocks(*mask)
+    numbers = {}
+    for row, num_live in enumerate(by_queries.num_live.tolist()):
+        for n, column in enumerate(by_queries.columns[row, :num_live].tolist()):
+            numbers[row, column] = int(blocks.first[row]) + n
+    assert sorted(numbers.values()) == list(range(blocks.count))
+    for row, num_live in enumerate(by_keys.num_live.tolist()):
+        for n, column in enumerate(by_keys.columns[row, :num_live].tolist()):
+            assert int(blocks.by_keys[row, n]) == numbers.pop((column, row))
+    assert not numbers
 
 
 def test_schedule_of_separate_trees_is_block_diagonal():
@@ -156,20 +172,40 @@ def case_tree_attention_in_every_tile_shape(poisoned, monkeypatch, architecture)
         )
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("key_heads_at_a_time", [0, 1, 2])
+def case_key_gradients_from_what_is_stored_and_anew(poisoned, monkeypatch, architecture, key_heads_at_a_time):
+    """Three key heads: all anew, one by one, or two and then one; 0 finds no room for any."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
+    mask = forest(300, seed=1)
+    configs = _CONFIGS[architecture, 2][256]
+    num_blocks = schedule.live_blocks_of(*mask, configs.dq.block_q, configs.stored.block_k, 100).count
+    room = key_heads_at_a_time * 2 * 2 * 2 * num_blocks * configs.dq.block_q * configs.stored.block_k
+    monkeypatch.setattr("swirl.kernels.tree_attention.SCRATCH_BYTES", room + 1)
+    settings = dict(scale=256**-0.5, softcap=5.0, window=100)
+    hold(
+        lambda *x: tree_attention(*x, *mask, **settings),
+        lambda *x: tree_attention_reference(*x, *mask, **settings),
+        [torch.randn(300, heads, 256).half() for heads in (6, 3, 3)],
+        TOLERANCE[torch.float16],
+    )
+
+
 def case_layers_share_a_schedule_that_goes_with_the_batch(monkeypatch):
     built, build = [], schedule.build
     monkeypatch.setattr(schedule, "build", lambda *x: built.append(x[2:]) or build(*x))
-    before, (subtree_end, position_ids) = len(schedule._schedules), forest(50, seed=0)
+    before, (subtree_end, position_ids) = len(schedule._kept), forest(50, seed=0)
     x = [torch.randn(50, 1, 32).half().requires_grad_() for _ in range(3)]
     for layer in range(4):
         window = 10 if layer % 2 == 0 else None
         tree_attention(*x, subtree_end, position_ids, scale=0.1, window=window).sum().backward()
     assert len(built) == len(set(built)) == 4  # by queries and by keys, with the window and without
-    assert len(schedule._schedules) == before + 1
+    assert len(schedule._kept) == before + 1
     built.clear()
     del subtree_end
     gc.collect()
-    assert len(schedule._schedules) == before
+    assert len(schedule._kept) == before
 
 
 def case_tree_attention_repeats_bitwise_and_ignores_other_branches(poisoned):
