@@ -2,10 +2,10 @@
 
 q (T, Hq, D), k and v (T, Hkv, D), Hq a multiple of Hkv; subtree_end, position_ids (T,) int32 -> as q.
 Query i sees key j  <=>  j <= i < subtree_end[j]  and  position_ids[i] - position_ids[j] < window.
-Numerics: scores and softmax in float32 (float64 for float64 inputs), one cast at the end. The kernels sum
-every gradient in a fixed order, without atomics; at head_dim 256 the backward stores p and ds of the live blocks
-(at most SCRATCH_BYTES at a time), so that dK and dV are plain products. A softcap bounds the scores, so exp needs no running maximum
-(float16, whose range is too short for that, keeps one); float32 dots run as three tf32 ones.
+Numerics: scores and softmax in float32 (float64 for float64 inputs), one cast at the end. The kernels sum every
+gradient in a fixed order, without atomics. A softcap bounds the scores, so exp needs no running maximum (float16,
+whose range is too short for that, keeps one); float32 dots run as three tf32 ones. At head_dim 256 the backward
+stores p and ds of the live blocks, SCRATCH_BYTES at most, so that dK and dV are plain products.
 Floor: 4 * Hq * D * (visible pairs) FLOPs forward, 2.5 times that backward.
 Source: softcap and window as in Gemma 2 (arXiv:2408.00118); the mask is docs/structure.md, "The packed tree".
 """

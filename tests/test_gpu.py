@@ -102,6 +102,12 @@ def test_tree_attention(dtype, Hq, Hkv, D, softcap, window):
     attention_case(dtype, 1000, Hq, Hkv, D, softcap, window)
 
 
+@pytest.mark.parametrize("scratch_bytes", [0, 3 << 20])
+def test_key_gradients_anew_and_one_head_at_a_time(scratch_bytes, monkeypatch):
+    monkeypatch.setattr("swirl.kernels.tree_attention.SCRATCH_BYTES", scratch_bytes)
+    attention_case(torch.bfloat16, 1000, 6, 3, 256, 50.0, 300)
+
+
 def test_tree_attention_of_one_token_small():
     """Not `hold`: with one token the softmax is 1, and the gradients of q and k are 0."""
     mask = tuple(x.cuda() for x in forest(1, seed=0))
