@@ -9,7 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,15 +31,21 @@ def config_from_json(path: str, kind: type[Config]) -> Config:
         raise ConfigError(f"{path}: expected a JSON object ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object")
-    known = {field.name for field in fields(kind)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{path}: key '{key}' is unknown: expected one of {', '.join(sorted(known))}")
+    _refuse_unknown_keys(values, kind, path)
     try:
         return msgspec.convert(values, kind, strict=True, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$.")
         raise ConfigError(f"{path}: key '{where.rstrip('`')}': {message}") from None
+
+
+def _refuse_unknown_keys(values: dict, kind: type, path: str, inside: str = "") -> None:
+    known = {field.name: field.default for field in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{path}: key '{inside}{key}' is unknown: expected one of {', '.join(sorted(known))}")
+        if is_dataclass(known[key]) and isinstance(value, dict):
+            _refuse_unknown_keys(value, type(known[key]), path, f"{inside}{key}.")
 
 
 def config_to_json(config: object) -> bytes:
@@ -98,4 +104,7 @@ def run(command: Callable[[Config], None], kind: type[Config], description: str)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder that is not ours
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

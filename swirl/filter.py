@@ -176,16 +176,11 @@ async def filter_in_memory(
 
 def _take_back_unjudged(dropped: Path) -> None:
     """Leave what no judge has judged out of the file, so that this run judges it again."""
-    if not dropped.exists():
-        return
     aside = dropped.with_name(dropped.name + ".partial")
-    with open(dropped, "rb") as old, open(aside, "wb") as new:
+    with TrajectoryLog(dropped), open(dropped, "rb") as old, open(aside, "wb") as new:  # which nobody else writes to
         new.writelines(line for line in old if _UNJUDGED not in line)
         new.flush()
         os.fsync(new.fileno())
-    if aside.stat().st_size == dropped.stat().st_size:
-        aside.unlink()
-    else:
         aside.replace(dropped)
 
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
-import signal
-import sqlite3
-import sys
 import time
-from pathlib import Path
+from collections import Counter
 
 import pytest
 from aiohttp import web
@@ -20,13 +16,11 @@ from hypothesis import strategies as st
 from benchmarks.client import items
 from benchmarks.fault_server import FAULTS, FaultServer, verdict_of
 from swirl.environment import client as client_module
-from swirl.environment.batcher import Batcher, embedder, retriever
-from swirl.environment.cache import AnswerCache, default_cache_path
-from swirl.environment.client import Client, Endpoint, retry_after_s
+from swirl.environment.client import Client, Endpoint, Progress, retry_after_s
 from swirl.environment.judge import GenerativeJudge, judge_all
 from swirl.environment.lane import Rate
 from swirl.environment.policy import ChatPolicy
-from swirl.errors import ConfigError, EndpointError, EndpointUnusable, InputError
+from swirl.errors import ConfigError, EndpointError, EndpointUnusable
 
 CHAT = "/v1/chat/completions"
 
@@ -174,26 +168,6 @@ def test_cancellation_is_clean():
     assert asyncio.run(run()) == []
 
 
-def test_answers_outlive_the_client(tmp_path):
-    server, path = FaultServer(), tmp_path / "deep" / "answers.sqlite"
-
-    async def run(client, where):
-        async with client:
-            return await client.post(where, CHAT, prompt())
-
-    async def all_of_it():
-        async with server:
-            where = endpoint(server.url)
-            first = await run(Client(path), where)
-            again = Client(path)
-            assert await run(again, where) == first
-            assert (again.progress.cached, again.progress.done) == (1, 1)
-            assert await run(again, where) == first  # opened anew after it was closed
-
-    asyncio.run(all_of_it())
-    assert len(server.log) == 1
-
-
 def test_one_client_in_two_event_loops(tmp_path):
     client, threshold = Client(tmp_path / "answers.sqlite"), gc.get_threshold()
 
@@ -203,142 +177,6 @@ def test_one_client_in_two_event_loops(tmp_path):
 
     assert asyncio.run(run("a")) and asyncio.run(run("b"))
     assert gc.get_threshold() == threshold
-
-
-def test_an_answer_is_on_disk_before_it_is_used(tmp_path):
-    path = tmp_path / "answers.sqlite"
-
-    async def run():
-        async with FaultServer() as server, Client(path) as client:
-            where = endpoint(server.url)
-
-            async def used(k):
-                await client.post(where, CHAT, prompt(str(k)))
-                with sqlite3.connect(path) as other:
-                    return other.execute("SELECT count(*) FROM answers").fetchone()[0]
-
-            for expected in range(1, 4):
-                assert await used(expected) == expected
-            assert min(await asyncio.gather(*(used(k) for k in range(10, 60)))) >= 4
-
-    asyncio.run(run())
-
-
-def test_failures_are_not_kept(tmp_path):
-    made = iter([{"error": {"message": "overloaded"}}, "ok"])
-
-    def answer(path, payload):
-        return next(made)
-
-    server = FaultServer(answer, script=["not_json"])
-
-    async def run():
-        async with server, Client(tmp_path / "answers.sqlite") as client:
-            where = endpoint(server.url)
-            for _ in range(2):
-                with pytest.raises(EndpointError, match="JSON|overloaded"):
-                    await client.post(where, CHAT, prompt())
-            return await client.post(where, CHAT, prompt())
-
-    assert asyncio.run(run()) == "ok"
-
-
-@pytest.mark.parametrize("damage", ["garbage", "version", "table", "folder"])
-def test_a_cache_that_is_none_of_ours_is_refused(tmp_path, damage):
-    path = tmp_path / "answers.sqlite"
-    if damage == "garbage":
-        path.write_bytes(b"not a database, but long enough to be looked at" * 50)
-    elif damage == "folder":
-        path.mkdir()
-    else:
-        database = sqlite3.connect(path)
-        database.execute("PRAGMA user_version=99" if damage == "version" else "CREATE TABLE notes (text)")
-        database.close()
-    before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(InputError, match="answer cache"):
-        AnswerCache(path)
-    assert before is None or path.read_bytes() == before
-
-
-def test_default_cache_path(monkeypatch, tmp_path):
-    monkeypatch.setenv("SWIRL_CACHE", str(tmp_path / "mine"))
-    assert default_cache_path() == tmp_path / "mine"
-    monkeypatch.delenv("SWIRL_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_path() == tmp_path / "swirl" / "answers.sqlite"
-
-
-def test_a_cache_that_cannot_be_written_says_so(tmp_path):
-    async def run():
-        cache = AnswerCache(tmp_path / "answers.sqlite")
-        try:
-            await cache.put(b"k", b"first")
-            await asyncio.gather(cache.put(b"k", b"second"), cache.put(b"l", b"third"))
-            assert cache.get(b"k") == b"first" and len(cache) == 2
-            cache._writer_connection.execute("PRAGMA query_only=1")
-            with pytest.raises(InputError, match="cannot be written"):
-                await cache.put(b"m", b"fourth")
-        finally:
-            await cache.close()
-
-    asyncio.run(run())
-
-
-KILLED = """
-import asyncio, sys
-from benchmarks.client import items
-from swirl.environment.client import Client, Endpoint
-from swirl.environment.judge import GenerativeJudge
-from swirl.environment.policy import ChatPolicy
-
-async def main(url, cache):
-    async with Client(cache) as client:
-        judge = GenerativeJudge(ChatPolicy(Endpoint(url, concurrency=16), "judge", client, details=False))
-        async def one(item):
-            await judge.judge(item)
-            print("used", flush=True)
-        await asyncio.gather(*(one(item) for item in items(300)))
-
-asyncio.run(main(*sys.argv[1:]))
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
-def test_nothing_is_paid_twice_across_kill_9(tmp_path):
-    path = tmp_path / "answers.sqlite"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-
-    def rows():
-        with sqlite3.connect(path) as database:
-            return {key for (key,) in database.execute("SELECT key FROM answers")}
-
-    async def start(url):
-        command = [sys.executable, "-c", KILLED, url, str(path)]
-        return await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
-
-    async def run():
-        async with FaultServer(latency_s=0.02) as server:
-            kept = set()
-            for used_before_kill in (20, 90):
-                child = await start(server.url)
-                used = 0
-                while used < used_before_kill:
-                    assert (await child.stdout.readline()).strip() == b"used"
-                    used += 1
-                child.kill()
-                used += (await child.stdout.read()).count(b"used")
-                await child.wait()
-                assert kept <= rows() and len(rows()) >= used
-                kept = rows()
-            assert len(kept) < 300
-            asked = len(server.log)
-            child = await start(server.url)
-            used = (await child.stdout.read()).count(b"used")
-            assert await child.wait() == 0 and used == 300
-            assert len(server.log) - asked == 300 - len(kept)  # what was kept was not asked again
-            return len(rows())
-
-    assert asyncio.run(run()) == 300
 
 
 @pytest.mark.parametrize("latency_s", [0.0, 0.01])
@@ -466,6 +304,20 @@ def test_a_server_that_never_answered_is_given_up_soon():
     assert all(isinstance(error, EndpointUnusable) and "cannot connect" in error.reason for error in errors)
 
 
+def test_a_server_that_hangs_is_given_up_and_one_that_is_slow_at_times_is_not():
+    async def run(script, **changes):
+        async with FaultServer(script=script) as server, Client() as client:
+            where = endpoint(server.url, concurrency=2, read_s=0.1, patience_s=0.25, **changes)
+            asked = [client.post(where, CHAT, prompt(str(k))) for k in range(40)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            return [type(answer) for answer in answers], len(server.log)
+
+    hung, asked = asyncio.run(run(["ok"] + ["stall"] * 99))
+    assert hung[0] is dict and hung[-1] is EndpointUnusable and asked <= 10
+    slow, asked = asyncio.run(run(["ok", "stall"] * 20))
+    assert Counter(slow) == {dict: 20, EndpointError: 20} and asked == 40
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refused_key_or_model_ends_the_job(status):
     server = FaultServer(script=[str(status)] * 9)
@@ -587,77 +439,10 @@ def test_redirects_are_not_followed():
 def test_progress_in_one_line():
     _, progress = ask_once(FaultServer(script=["500", "ok"]))
     assert (progress.prompt_tokens, progress.completion_tokens) == (1, 12)
-    assert progress.text() == "1 done · 0 in flight · 1 retried · 0 failed · 13 tokens"
+    assert progress.text() == "1 done · 0 in flight · 1 retried · 0 failed · 13 tokens" == progress.note()
+    assert Progress().note() == ""
     assert progress.text(1).endswith("0:00 left") and progress.text(1).startswith("1/1 done")
     assert progress.eta_s(101) > progress.eta_s(2) > 0
-
-
-def embeddings(path, payload):
-    texts = payload["input"]
-    if "bad" in texts:
-        return web.Response(status=400, text="an item is bad")
-    data = [{"index": k, "embedding": [float(len(text)), 1.0]} for k, text in enumerate(texts)]
-    return {"data": data[::-1]}
-
-
-def test_micro_batches(tmp_path):
-    server = FaultServer(embeddings)
-    server.keep_requests = True
-
-    async def run():
-        async with server, Client(tmp_path / "answers.sqlite") as client:
-            embed = embedder(client, endpoint(server.url, batch_size=16), "model")
-            texts = ["x" * k for k in range(1, 51)]
-            assert await embed(texts) == [[float(k), 1.0] for k in range(1, 51)]
-            assert [len(body["input"]) for body in server.bodies] == [16, 16, 16, 2]
-            assert await embed(texts[::-1] + ["new"]) == [[float(k), 1.0] for k in range(50, 0, -1)] + [[3.0, 1.0]]
-            assert server.bodies[4:] == [{"model": "model", "input": ["new"]}]
-            answers = await asyncio.gather(*(embed([text]) for text in ("good", "bad", "fine")), return_exceptions=True)
-            assert answers[0] == [[4.0, 1.0]] and answers[2] == answers[0]
-            assert isinstance(answers[1], EndpointError) and answers[1].status == 400
-            cancelled = asyncio.create_task(embed(["never sent"]))
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            cancelled.cancel()
-            await asyncio.sleep(0.05)
-            assert not any("never sent" in body["input"] for body in server.bodies)
-
-    asyncio.run(run())
-
-
-def test_retrieval_queries_share_a_request():
-    def found(path, payload):
-        return {"result": [[f"{query} {payload['topk']}"] for query in payload["queries"]]}
-
-    server = FaultServer(found)
-
-    async def run():
-        async with server, Client() as client:
-            post_json = retriever(client, endpoint(f"{server.url}/retrieve"))
-            asked = [{"queries": [f"q{k}"], "topk": 1 + k % 2} for k in range(10)]
-            answers = await asyncio.gather(*(post_json(f"{server.url}/retrieve", payload) for payload in asked))
-            assert answers == [{"result": [[f"q{k} {1 + k % 2}"]]} for k in range(10)]
-            with pytest.raises(ConfigError):
-                await post_json("http://elsewhere/", asked[0])
-
-    asyncio.run(run())
-    assert len(server.log) == 2
-
-
-def test_an_answer_with_too_few_parts_is_refused():
-    async def run():
-        async with FaultServer(lambda path, payload: {"parts": [1]}) as server, Client() as client:
-            batcher = Batcher(
-                client,
-                endpoint(server.url),
-                "",
-                join=lambda all_of, _: all_of,
-                split=lambda answer: answer["parts"],
-            )
-            return await asyncio.gather(*(batcher.ask(k) for k in range(3)), return_exceptions=True)
-
-    errors = asyncio.run(run())
-    assert all(isinstance(error, EndpointError) and "expected 3 parts" in error.reason for error in errors)
 
 
 def test_an_answer_that_drips_in_is_cut_at_the_total_deadline():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from swirl import progress
 from swirl.trajectory import encode_trajectory, iter_trajectories, read_trajectories
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,44 @@ def test_help_is_for_strangers_and_wrong_usage_exits_2(name, tmp_path):
     assert "usage" in command(name, "--help", cwd=tmp_path, check=0).stdout
     assert command(name, "--no-such-flag", cwd=tmp_path).returncode == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, flag, value",
+    [
+        ("generate", "--in-flight", 0),
+        ("generate", "--samples", 0),
+        ("evaluate", "--limit", 0),
+        ("filter", "--votes", 0),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_wrong_usage(name, flag, value, tmp_path):
+    done = command(name, flag, value, cwd=tmp_path, check=2)
+    assert f"{flag} {value}: expected at least 1" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    assert "file" in one_line(command("generate", "--limit", 1, "--out", "file/t.jsonl", cwd=tmp_path))
+
+
+def test_progress_in_a_log_file(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
+    said = iter(["one in flight", "none in flight"])
+    with progress.progress("count", 5, completed=2, note=lambda: next(said)) as advance:
+        advance(2)
+        advance(note="as told")
+    shown = capsys.readouterr()
+    middle, told, end = shown.err.splitlines()
+    assert shown.out == "" and middle.split()[:2] == ["count", "4/5"] and middle.endswith("left  one in flight")
+    assert told.split()[1] == "5/5" and "left" not in told and told.endswith("as told")
+    assert end == told
+    with progress.progress("count", None) as advance:
+        advance(3)
+    assert capsys.readouterr().err.splitlines()[-1].split() == ["count", "3", "0:00:00"]
+    with progress.progress("count", 5, show=False) as advance:
+        advance(5)
+    assert capsys.readouterr().err == ""
 
 
 def test_filter_help_loads_no_torch(tmp_path):
@@ -151,6 +190,8 @@ def test_an_unknown_config_key_is_named(tmp_path):
     assert "learning_rat" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
     (tmp_path / "c.json").write_text('{"updates": "many"}')
     assert "updates" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
+    (tmp_path / "c.json").write_text('{"limit": 2, "endpoint": {"concurency": 1}}')
+    assert "endpoint.concurency" in one_line(command("generate", "--config", "c.json", cwd=tmp_path))
 
 
 def test_a_truncated_checkpoint_and_a_foreign_tokenizer_are_refused(tiny_folder, tmp_path):
