@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "linear_log_prob.h"
 #include "pointwise.h"
 #include "tree_attention.h"
 
@@ -24,6 +25,7 @@ namespace {
 using swirl::Dtype;
 using swirl::Geglu;
 using swirl::Linear;
+using swirl::LinearLogProb;
 using swirl::Problem;
 using swirl::RmsNorm;
 using swirl::Rope;
@@ -36,6 +38,8 @@ struct Isa {
     bool (*linear_fwd)(const Linear&);
     bool (*linear_dx)(const Linear&);
     bool (*linear_dw)(const Linear&);
+    bool (*linear_log_prob_fwd)(const LinearLogProb&);
+    bool (*linear_log_prob_bwd)(const LinearLogProb&);
     void (*rms_norm_fwd)(const RmsNorm&);
     bool (*rms_norm_bwd)(const RmsNorm&);
     void (*geglu_fwd)(const Geglu&);
@@ -46,7 +50,8 @@ struct Isa {
 
 #define SWIRL_OPS(isa)                                                                                    \
     #isa, swirl::isa::tree_attention_fwd, swirl::isa::tree_attention_bwd, swirl::isa::linear_fwd,         \
-        swirl::isa::linear_dx, swirl::isa::linear_dw, swirl::isa::rms_norm_fwd, swirl::isa::rms_norm_bwd, \
+        swirl::isa::linear_dx, swirl::isa::linear_dw, swirl::isa::linear_log_prob_fwd,                    \
+        swirl::isa::linear_log_prob_bwd, swirl::isa::rms_norm_fwd, swirl::isa::rms_norm_bwd,              \
         swirl::isa::geglu_fwd, swirl::isa::geglu_bwd, swirl::isa::rope
 
 #if defined(SWIRL_X86)
@@ -92,7 +97,12 @@ Dtype dtype_of(const Tensor& x) {
 void expect(const Tensor& x, nb::dlpack::dtype dtype, std::initializer_list<size_t> shape, const char* name) {
     bool fits = x.dtype() == dtype && x.ndim() == shape.size();
     for (size_t i = 0; fits && i < shape.size(); i++) fits = x.shape(i) == shape.begin()[i];
-    if (!fits) throw std::invalid_argument(std::string(name) + " has not the shape or dtype that q asks for");
+    if (!fits) throw std::invalid_argument(std::string(name) + " has not the shape or dtype that goes with the rest");
+}
+
+float* float_data(const Tensor& x, std::initializer_list<size_t> shape, const char* name) {
+    expect(x, nb::dtype<float>(), shape, name);
+    return (float*)x.data();
 }
 
 // The mask by block, padded to whole blocks, and the live tiles. Owns what the Problem points to.
@@ -236,12 +246,51 @@ void linear_bwd(Tensor x, Tensor w, Tensor dy, std::optional<Tensor> dx, std::op
     if (p.dw && !set.linear_dw(p)) throw std::bad_alloc();
 }
 
-constexpr size_t LANES = 16;  // rows of the pointwise ops come in whole vectors of any set
-
-float* float_data(const Tensor& x, std::initializer_list<size_t> shape, const char* name) {
-    expect(x, nb::dtype<float>(), shape, name);
-    return (float*)x.data();
+LinearLogProb linear_log_prob_of(const Tensor& hidden, const Tensor& weight, const Tensor& target_ids,
+                                 const Tensor& log_z, const std::optional<Tensor>& entropy, double softcap,
+                                 int threads) {
+    if (hidden.ndim() != 2 || weight.ndim() != 2) throw std::invalid_argument("hidden and weight must be (M, d), (V, d)");
+    LinearLogProb p = {};
+    p.dtype = dtype_of(hidden), p.softcap = softcap, p.threads = threads, p.with_entropy = entropy.has_value();
+    p.M = hidden.shape(0), p.d = hidden.shape(1), p.V = weight.shape(0);
+    size_t M = p.M, d = p.d, V = p.V;
+    if (p.dtype == Dtype::float64 || softcap < 0 || threads < 1 || M * d * V == 0 || p.V > std::numeric_limits<int32_t>::max())
+        throw std::invalid_argument("softcap, threads or sizes out of range, or a dtype not served");
+    expect(weight, hidden.dtype(), {V, d}, "weight");
+    expect(target_ids, nb::dtype<int64_t>(), {M}, "target_ids");
+    p.hidden = hidden.data(), p.weight = weight.data(), p.target = (const int64_t*)target_ids.data();
+    for (size_t i = 0; i < M; i++)
+        if (p.target[i] < 0 || p.target[i] >= p.V) throw std::invalid_argument("target_ids must lie in [0, V)");
+    p.log_z = float_data(log_z, {M}, "log_z");
+    p.entropy = entropy ? float_data(*entropy, {M}, "entropy") : nullptr;
+    return p;
 }
+
+void linear_log_prob_fwd(Tensor hidden, Tensor weight, Tensor target_ids, Tensor log_prob, Tensor log_z,
+                         std::optional<Tensor> entropy, double softcap, int threads, const std::string& isa) {
+    LinearLogProb p = linear_log_prob_of(hidden, weight, target_ids, log_z, entropy, softcap, threads);
+    p.log_prob = float_data(log_prob, {hidden.shape(0)}, "log_prob");
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    if (!set.linear_log_prob_fwd(p)) throw std::bad_alloc();
+}
+
+void linear_log_prob_bwd(Tensor hidden, Tensor weight, Tensor target_ids, Tensor log_z, std::optional<Tensor> entropy,
+                         Tensor d_log_prob, std::optional<Tensor> d_entropy, std::optional<Tensor> d_hidden,
+                         std::optional<Tensor> d_weight, double softcap, int threads, const std::string& isa) {
+    LinearLogProb p = linear_log_prob_of(hidden, weight, target_ids, log_z, entropy, softcap, threads);
+    if (entropy.has_value() != d_entropy.has_value()) throw std::invalid_argument("entropy and d_entropy go together");
+    p.d_log_prob = float_data(d_log_prob, {hidden.shape(0)}, "d_log_prob");
+    p.d_entropy = d_entropy ? float_data(*d_entropy, {hidden.shape(0)}, "d_entropy") : nullptr;
+    if (d_hidden) expect(*d_hidden, hidden.dtype(), {hidden.shape(0), hidden.shape(1)}, "d_hidden");
+    if (d_weight) expect(*d_weight, weight.dtype(), {weight.shape(0), weight.shape(1)}, "d_weight");
+    p.d_hidden = d_hidden ? d_hidden->data() : nullptr, p.d_weight = d_weight ? d_weight->data() : nullptr;
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    if (!set.linear_log_prob_bwd(p)) throw std::bad_alloc();
+}
+
+constexpr size_t LANES = 16;  // rows of the pointwise ops come in whole vectors of any set
 
 RmsNorm rms_norm_of(const Tensor& x, const Tensor& weight, const Tensor& rstd, double eps, int threads) {
     if (x.ndim() != 2 || x.shape(1) % LANES || threads < 1)
@@ -330,6 +379,13 @@ NB_MODULE(_cpu, m) {
           "Fills y (M, N) = x (M, K) w (N, K)^T, float32.");
     m.def("linear_bwd", linear_bwd, nb::arg("x"), nb::arg("w"), nb::arg("dy"), nb::arg("dx").none(),
           nb::arg("dw").none(), nb::arg("threads"), nb::arg("isa"), "Fills dx and dw, where given.");
+    m.def("linear_log_prob_fwd", linear_log_prob_fwd, nb::arg("hidden"), nb::arg("weight"), nb::arg("target_ids"),
+          nb::arg("log_prob"), nb::arg("log_z"), nb::arg("entropy").none(), nb::arg("softcap"), nb::arg("threads"),
+          nb::arg("isa"), "Fills log_prob, log_z and, if given, entropy, (M,) float32. softcap 0: none.");
+    m.def("linear_log_prob_bwd", linear_log_prob_bwd, nb::arg("hidden"), nb::arg("weight"), nb::arg("target_ids"),
+          nb::arg("log_z"), nb::arg("entropy").none(), nb::arg("d_log_prob"), nb::arg("d_entropy").none(),
+          nb::arg("d_hidden").none(), nb::arg("d_weight").none(), nb::arg("softcap"), nb::arg("threads"),
+          nb::arg("isa"), "Fills d_hidden (M, d) and d_weight (V, d), where given.");
     m.def("rms_norm_fwd", rms_norm_fwd, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("rstd"),
           nb::arg("eps"), nb::arg("threads"), nb::arg("isa"), "Fills y (M, d) and rstd (M,), float32.");
     m.def("rms_norm_bwd", rms_norm_bwd, nb::arg("x"), nb::arg("weight"), nb::arg("rstd"), nb::arg("dy"), nb::arg("dx"),

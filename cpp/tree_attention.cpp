@@ -8,39 +8,11 @@
 // Summation order is fixed by the tiles, never by the threads.
 #include "tree_attention.h"
 
-#include <sched.h>
-
-#include "simd.h"
+#include "pack.h"
 #include "workspace.h"
 
 namespace swirl::SWIRL_ISA {
 namespace {
-
-template <class T> SWIRL_INLINE T widen(T x) { return x; }
-SWIRL_INLINE float widen(Bfloat16 x) {
-    uint32_t bits = (uint32_t)x.bits << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-SWIRL_INLINE void narrow(float x, float& to) { to = x; }
-SWIRL_INLINE void narrow(double x, double& to) { to = x; }
-SWIRL_INLINE void narrow(float x, Bfloat16& to) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    to.bits = x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
-}
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Score operands: the inputs themselves, widened, or as pairs.
-template <class E> constexpr int PER_ELEMENT = 1;
-template <> constexpr int PER_ELEMENT<Pair> = 2;
-
-template <class I, class E> SWIRL_INLINE void element(const I* from, int64_t left, E& to) { to = widen(*from); }
-SWIRL_INLINE void element(const Bfloat16* from, int64_t left, Pair& to) {
-    to.bits = from[0].bits | (left > 1 ? (uint32_t)from[1].bits << 16 : 0);
-}
 
 // I input, E score operand, T weights and sums; BLOCK is the problem's.
 template <class I, class E, class T, int BLOCK> struct Attention {
@@ -53,36 +25,19 @@ template <class I, class E, class T, int BLOCK> struct Attention {
     const int64_t groups;
 
     explicit Attention(const Problem& p)
-        : p(p), steps((p.D + PER_ELEMENT<E> - 1) / PER_ELEMENT<E>), columns(round_up(p.D, PANEL<T>)),
-          groups(p.Hq / p.Hkv) {}
+        : p(p), steps(steps_of<E>(p.D)), columns(round_up(p.D, PANEL<T>)), groups(p.Hq / p.Hkv) {}
 
     // One block of one head as rows of score operands, [BLOCK][steps]; rows past T are zero.
     void pack_rows(const void* tensor, int64_t H, int64_t head, int64_t block, E* to) const {
-        for (int row = 0; row < BLOCK; row++, to += steps) {
-            int64_t token = block * BLOCK + row;
-            if (token >= p.T) {
-                memset((void*)to, 0, steps * sizeof(E));
-                continue;
-            }
-            const I* from = (const I*)tensor + (token * H + head) * p.D;
-            for (int64_t i = 0; i < steps; i++) element(from + i * PER_ELEMENT<E>, p.D - i * PER_ELEMENT<E>, to[i]);
-        }
+        const I* from = (const I*)tensor + (block * BLOCK * H + head) * p.D;
+        SWIRL_ISA::pack_rows(from, H * p.D, p.T - block * BLOCK, BLOCK, p.D, to);
     }
     // Those rows turned, as the right-hand side of a product: [BLOCK / PANEL][steps][PANEL].
-    void pack_turned(const E* rows, E* to) const {
-        for (int start = 0; start < BLOCK; start += PANEL<T>)
-            for (int64_t i = 0; i < steps; i++)
-                for (int lane = 0; lane < PANEL<T>; lane++) *to++ = rows[(start + lane) * steps + i];
-    }
+    void pack_turned(const E* rows, E* to) const { SWIRL_ISA::pack_turned<T>(rows, BLOCK, steps, to); }
     // One block of one head as the right-hand side of a product over tokens: [columns / PANEL][BLOCK][PANEL].
     void pack_panels(const void* tensor, int64_t H, int64_t head, int64_t block, T* to) const {
-        for (int64_t start = 0; start < columns; start += PANEL<T>)
-            for (int row = 0; row < BLOCK; row++, to += PANEL<T>) {
-                int64_t token = block * BLOCK + row;
-                const I* from = (const I*)tensor + (token * H + head) * p.D + start;
-                int64_t live = token < p.T ? p.D - start : 0;
-                for (int lane = 0; lane < PANEL<T>; lane++) to[lane] = lane < live ? widen(from[lane]) : T(0);
-            }
+        const I* from = (const I*)tensor + (block * BLOCK * H + head) * p.D;
+        SWIRL_ISA::pack_panels(from, H * p.D, p.T - block * BLOCK, BLOCK, p.D, to);
     }
     // Rows of sums, times a factor each, into the output tensor's dtype.
     template <class O>
@@ -379,11 +334,6 @@ template <class I, class E, class T, int BLOCK> struct Attention {
         }
         release(memory);
         return true;
-    }
-
-    static void wait_for(const int32_t* turn, int32_t mine) {
-        for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine; spins++)
-            if (spins > 1000) sched_yield();  // more threads than free cores: let the other one run
     }
 };
 

@@ -4,13 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace swirl {
-
-enum class Dtype { float32, float64, bfloat16 };
-
-struct Bfloat16 {
-    uint16_t bits;
-};
 
 // One block of pairs: a whole tile that no mask touches (full), or one to be masked. Dead ones are not listed.
 struct Tile {

@@ -1,5 +1,7 @@
 #include "workspace.h"
 
+#include <sched.h>
+
 #include <atomic>
 #include <cstdlib>
 
@@ -29,6 +31,11 @@ void release(char* memory) {
     char* block = memory - PAGE;
     if (size_of(block) <= KEPT_BYTES) block = kept.exchange(block);
     std::free(block);
+}
+
+void wait_for(const int32_t* turn, int32_t mine) {
+    for (int spins = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != mine; spins++)
+        if (spins > 1000) sched_yield();  // more threads than free cores: let the other one run
 }
 
 }  // namespace swirl

@@ -48,6 +48,11 @@ def _machine() -> tuple[int, str]:
     return torch.get_num_threads(), os.environ.get("SWIRL_CPU_ISA", "")
 
 
+def _gradients(ctx, *inputs):
+    """Memory for the gradients of the first inputs of an autograd function; None for those not needed."""
+    return [torch.empty_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad)]
+
+
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, subtree_end, position_ids, scale, softcap, window):
@@ -126,15 +131,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return linear_backward(*ctx.saved_tensors, dy, needed=ctx.needs_input_grad)
-
-
-def linear_backward(x, weight, dy, *, needed=(True, True)):
-    """(dx, dweight) of linear for x (M, K), weight (N, K), dy (M, N), where supported; None where not needed."""
-    x, weight = x.detach(), weight.detach()
-    dx, dweight = (torch.empty_like(of) if need else None for of, need in zip((x, weight), needed))
-    _extension().linear_bwd(x, weight, dy.contiguous(), dx, dweight, *_machine())
-    return dx, dweight
+        x, weight = (saved.detach() for saved in ctx.saved_tensors)
+        dx, dweight = _gradients(ctx, x, weight)
+        _extension().linear_bwd(x, weight, dy.contiguous(), dx, dweight, *ctx.machine)
+        return dx, dweight
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -143,6 +143,56 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     A row of the result depends on its own row of x alone; no sum's order depends on the threads.
     """
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+def supports_linear_log_prob(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether linear_log_prob here is built, takes these, and is the faster: one dtype, float32 or bfloat16."""
+    return (
+        hidden.device.type == weight.device.type == "cpu"
+        and hidden.dtype == weight.dtype
+        and hidden.dtype in (torch.float32, torch.bfloat16)
+        and hidden.numel() * weight.numel() > 0
+        and any("avx" in isa for isa in isas())
+    )
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target_ids, softcap, return_entropy):
+        hidden, weight = hidden.detach().contiguous(), weight.detach().contiguous()
+        target_ids = target_ids.contiguous()
+        log_probs, log_z = (torch.empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
+        entropy = torch.empty_like(log_z) if return_entropy else None
+        ctx.options = (softcap or 0.0, *_machine())
+        _extension().linear_log_prob_fwd(hidden, weight, target_ids, log_probs, log_z, entropy, *ctx.options)
+        ctx.save_for_backward(hidden, weight, target_ids, log_z, entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_log_probs, d_entropy):
+        hidden, weight, *rest = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        gradients = _gradients(ctx, hidden, weight)
+        d_entropy = None if d_entropy is None else d_entropy.contiguous()
+        _extension().linear_log_prob_bwd(
+            hidden, weight, *rest, d_log_probs.contiguous(), d_entropy, *gradients, *ctx.options
+        )
+        return *gradients, None, None, None
+
+
+def linear_log_prob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    softcap: float | None,
+    return_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The op of linear_log_prob.py where supported: log-probs, and entropies where asked for, (M,) float32.
+
+    A row depends on its own row of hidden alone, not on M; no sum's order depends on the threads.
+    Raises ValueError on target_ids outside [0, V) or not int64.
+    """
+    return _LinearLogProb.apply(hidden, weight, target_ids, softcap, return_entropy)
 
 
 def supports_pointwise(x: torch.Tensor, *others: torch.Tensor) -> bool:

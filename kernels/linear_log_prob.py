@@ -2,7 +2,9 @@
 
 hidden (M, d), weight (V, d), target_ids (M,) int64 -> (M,) float32 (float64 for float64 inputs), and on
 request the entropy of each row's whole distribution, (M,), from the same pass.
-Never more than a chunk of logits is alive, forward or backward; the backward recomputes them.
+Never more than a chunk of logits is alive, forward or backward; the backward recomputes them. On CPUs, C++ makes them
+tile by tile in the cache (cpp/linear_log_prob.cpp) and torch, where that is not built or float64 or float16 comes in,
+some rows at a time.
 Numerics: logits, log-sum-exp and gradients in float32, summed in a fixed order. The Triton backward keeps
 d_hidden in float32 as two 16-bit halves, the upper of which lives in the result, so that beside the gradients
 it takes `EXTRA_BYTES` (for at most 8k rows of Gemma-2 2b; from there on M * d * 2 bytes more).
@@ -19,7 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from . import _triton, cpu
 from ._triton import LOG2E, jit, softcap_slope, softcapped, tile, tl
-from .linear import linear
 
 CHUNK_BYTES = 32 << 20
 EXTRA_BYTES = 64 << 20
@@ -48,7 +49,7 @@ def _vocabulary_parts(weight):
 
 def _logits(hidden, weight, softcap, dtype):
     if weight.dtype == dtype:
-        logits = linear(hidden, weight)
+        logits = hidden @ weight.T
     else:  # a product in float16 or bfloat16 would round the logits
         logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
         for part in _vocabulary_parts(weight):
@@ -98,15 +99,11 @@ class _ChunkedLinearLogProb(torch.autograd.Function):
             d_logits.scatter_add_(1, target_ids[part, None], d_part)
             if softcap is not None:
                 d_logits.mul_(1 - (logits / softcap).square_())
-            if cpu.supports_linear(hidden[part], weight):
-                d_hidden[part], d_weight_part = cpu.linear_backward(hidden[part], weight, d_logits)
-                d_weight += d_weight_part
-            else:
-                d_rows = torch.zeros(d_logits.shape[0], hidden.shape[1], dtype=dtype, device=hidden.device)
-                for words in _vocabulary_parts(weight):
-                    d_rows.addmm_(d_logits[:, words], weight[words].to(dtype))
-                d_hidden[part] = d_rows
-                d_weight.addmm_(d_logits.T, hidden[part].to(dtype))
+            d_rows = torch.zeros(d_logits.shape[0], hidden.shape[1], dtype=dtype, device=hidden.device)
+            for words in _vocabulary_parts(weight):
+                d_rows.addmm_(d_logits[:, words], weight[words].to(dtype))
+            d_hidden[part] = d_rows
+            d_weight.addmm_(d_logits.T, hidden[part].to(dtype))
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
@@ -387,7 +384,8 @@ def linear_log_prob(
     hidden (M, d) and weight (V, d) float, target_ids (M,) int64 in [0, V). Returns (M,) float32
     (float64 for float64 inputs), differentiable in hidden and weight. With return_entropy: (log_probs,
     entropy), the entropy (M,) in nats of each row's distribution, differentiable too.
-    Raises ValueError on shapes that do not fit.
+    On CPUs a row of the result depends on its own row of hidden alone, not on M.
+    Raises ValueError on shapes that do not fit and, on CPUs, on target_ids outside [0, V).
     """
     M, d = hidden.shape
     if weight.shape[1] != d or target_ids.shape != (M,):
@@ -395,8 +393,15 @@ def linear_log_prob(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and "
             f"target_ids {tuple(target_ids.shape)} do not fit (M, d), (V, d), (M,)"
         )
+    if target_ids.device.type == "cpu" and M > 0:
+        low, high = (x.item() for x in target_ids.aminmax())
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(f"target_ids must lie in [0, {weight.shape[0]}), got {low} to {high}")
     # rows of 16 bytes are what TMA can read, and the kernels are written for
     kernels = _triton.takes(hidden, weight) and M > 0 and d * hidden.element_size() % 16 == 0
-    function = _LinearLogProb if kernels else _ChunkedLinearLogProb
-    log_probs, entropy = function.apply(hidden, weight, target_ids, softcap, return_entropy)
+    if cpu.supports_linear_log_prob(hidden, weight):
+        op = cpu.linear_log_prob
+    else:
+        op = _LinearLogProb.apply if kernels else _ChunkedLinearLogProb.apply
+    log_probs, entropy = op(hidden, weight, target_ids, softcap, return_entropy)
     return (log_probs, entropy) if return_entropy else log_probs

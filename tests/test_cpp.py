@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from swirl.kernels import cpu
 from swirl.kernels.geglu import geglu_reference
+from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
 from swirl.kernels.rms_norm import rms_norm_reference
 from swirl.kernels.rope import rope_reference
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference
@@ -168,14 +171,18 @@ def test_tokens_out_of_sight_change_no_bit(softcap):
     assert torch.equal(before[:97], after[:97]) and torch.equal(before[150:], after[150:])
 
 
-def test_nothing_is_left_from_uninitialised_memory(monkeypatch):
-    """Outputs are allocated empty; here they come poisoned."""
+def poison(monkeypatch):
+    """Outputs are allocated empty; from here on they come full of NaN."""
 
     def poisoned(allocate):
         return lambda *args, **options: allocate(*args, **options).fill_(float("nan"))
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+def test_nothing_is_left_from_uninitialised_memory(monkeypatch):
+    poison(monkeypatch)
     mask = forest(70, seed=8)
     *inputs, d_out = tensors(70, 2, 1, 20)
     results = run(tree_attention, *inputs, d_out, mask, scale=0.2, softcap=50.0)
@@ -276,6 +283,172 @@ def test_linear_is_offered_where_it_is_the_faster():
     assert not cpu.supports_linear(torch.randn(5, 48), w)
     assert not cpu.supports_linear(torch.randn(100, 48).bfloat16(), w.bfloat16())
     assert not cpu.supports_linear(torch.randn(100, 2), torch.empty(1 << 21, 2))
+
+
+def head(M, d, V, seed=0, dtype=torch.float32):
+    """hidden, weight, target_ids and the gradients of log-probs and entropies; logits of some units."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = [torch.randn(shape, generator=generator) for shape in ((M, d), (V, d), (M,), (M,))]
+    target_ids = torch.randint(0, V, (M,), generator=generator)
+    return normal[0].to(dtype), (normal[1] * 2 * d**-0.5).to(dtype), target_ids, *normal[2:]
+
+
+def run_head(op, hidden, weight, target_ids, d_log_probs, d_entropies, softcap, entropy):
+    """Log-probs, entropies where wanted, and the gradients of hidden and weight."""
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+    out = op(*leaves, target_ids, softcap=softcap, return_entropy=entropy)
+    out = out if entropy else (out,)
+    loss = sum((x * dx.to(x)).sum() for x, dx in zip(out, (d_log_probs, d_entropies)))
+    return [x.detach() for x in out] + list(torch.autograd.grad(loss, leaves))
+
+
+def true_head(hidden, weight, *rest):
+    return run_head(linear_log_prob_reference, hidden.double(), weight.double(), *rest)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0, 30.0, 500.0])
+def test_log_probs_agree_with_the_reference(monkeypatch, isa, softcap, entropy):
+    monkeypatch.setenv("SWIRL_CPU_ISA", isa)
+    monkeypatch.setattr(cpu, "isas", lambda: ["avx2"])  # offered whatever this machine has
+    problem = *head(130, 33, 1100), softcap, entropy
+    assert share_of_largest(run_head(linear_log_prob, *problem), true_head(*problem)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "M, d, V",
+    [(1, 1, 1), (1, 63, 63), (63, 128, 1000), (65, 1, 2048), (64, 2304, 63), (1000, 5, 64), (3, 16, 256_000)],
+)
+def test_log_probs_at_odd_sizes(M, d, V):
+    for softcap, entropy in (30.0, True), (None, False):
+        problem = *head(M, d, V), softcap, entropy
+        assert share_of_largest(run_head(linear_log_prob, *problem), true_head(*problem)) < 2e-6
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("M, d, V, softcap", [(100, 64, 1500, 30.0), (70, 7, 300, None)])
+def test_log_probs_of_bfloat16_are_no_worse_than_the_reference(monkeypatch, isa, M, d, V, softcap):
+    """The reference computes in float32 and rounds gradients once: nothing but the order of its sums may differ."""
+    monkeypatch.setenv("SWIRL_CPU_ISA", isa)
+    monkeypatch.setattr(cpu, "isas", lambda: ["avx2"])
+    problem = *head(M, d, V, dtype=torch.bfloat16), softcap, True
+    expected = true_head(*problem)
+    ours, theirs = run_head(linear_log_prob, *problem), run_head(linear_log_prob_reference, *problem)
+    for mine, reference, exact in zip(ours, theirs, expected):
+        assert mine.dtype == reference.dtype
+        rounding = 1e-6 * exact.abs().max()  # of float32
+        assert (mine - exact).abs().max() <= (reference - exact).abs().max() + rounding
+        assert (mine - exact).square().mean() <= (reference - exact).square().mean() * 1.001 + rounding**2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_a_log_prob_depends_on_its_own_row_alone(dtype, softcap):
+    """Not on other rows, on how many there are, on where it stands, or on the threads; nor do its gradients."""
+    hidden, weight, *rest = head(200, 40, 1300, dtype=dtype)
+    results = run_head(linear_log_prob, hidden, weight, *rest, softcap, True)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 5):
+            torch.set_num_threads(threads)
+            again = run_head(linear_log_prob, hidden, weight, *rest, softcap, True)
+            assert all(torch.equal(x, y) for x, y in zip(results, again))
+    finally:
+        torch.set_num_threads(before)
+    part = run_head(linear_log_prob, hidden[67:150], weight, *(x[67:150] for x in rest), softcap, True)
+    assert all(torch.equal(x[67:150], y) for x, y in zip(results[:3], part))
+    alone = run_head(linear_log_prob, hidden[9:10], weight, *(x[9:10] for x in rest), softcap, True)
+    assert all(torch.equal(x[9:10], y) for x, y in zip(results[:3], alone))
+    other = hidden.clone()
+    other[67:] = float("nan")
+    other = run_head(linear_log_prob, other, weight, *rest, softcap, True)
+    assert all(torch.equal(x[:67], y[:67]) and y[67:].isnan().all() for x, y in zip(results[:3], other))
+    without = run_head(linear_log_prob, hidden, weight, *rest, softcap, False)
+    assert torch.equal(without[0], results[0])
+
+
+@pytest.mark.parametrize("softcap", [30.0, 64.0, 65.0, None])
+def test_log_probs_of_logits_far_out(monkeypatch, softcap):
+    """Logits of thousands, where float32 holds three digits after the point: no further out than torch in chunks."""
+    hidden, weight, *rest = head(60, 9, 500)
+    problem = hidden * 1e3, weight, *rest, softcap, True
+    results, expected = run_head(linear_log_prob, *problem), true_head(*problem)
+    monkeypatch.setattr(cpu, "supports_linear_log_prob", lambda hidden, weight: False)
+    chunked = run_head(linear_log_prob, *problem)
+    for mine, theirs, exact in zip(results, chunked, expected):
+        assert (mine - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 1e-6 * exact.abs().max()
+
+
+def test_log_probs_lean_on_no_memory_left_behind(monkeypatch):
+    """Outputs come poisoned, and the scratch memory full of a larger problem's NaN."""
+    hidden, weight, *rest = head(200, 40, 1500)
+    run_head(linear_log_prob, hidden * float("nan"), weight, *rest, 30.0, True)
+    poison(monkeypatch)
+    problem = *head(70, 20, 1050), 30.0, True
+    results = run_head(linear_log_prob, *problem)
+    monkeypatch.undo()
+    assert share_of_largest(results, true_head(*problem)) < 1e-6
+
+
+def test_log_prob_gradients_that_nobody_needs_are_not_made():
+    hidden, weight, target_ids, d_log_probs, _ = problem = head(70, 20, 300)
+    both = run_head(linear_log_prob, *problem, 30.0, False)
+    for needed in (0, 1):
+        leaves = [hidden.clone(), weight.clone()]
+        leaves[needed].requires_grad_()
+        linear_log_prob(*leaves, target_ids, softcap=30.0).backward(d_log_probs)
+        assert torch.equal(leaves[needed].grad, both[1 + needed]) and leaves[1 - needed].grad is None
+
+
+def test_log_prob_inputs_that_do_not_fit():
+    from swirl.kernels import _cpu
+
+    hidden, weight, target_ids, *_ = head(5, 4, 9)
+    for wrong in (-1, 9, 2**40):
+        hostile = target_ids.clone()
+        hostile[3] = wrong
+        with pytest.raises(ValueError, match=r"target_ids must lie in \[0, 9\)"):
+            linear_log_prob(hidden, weight, hostile)
+    log_z, rest = torch.empty(5), (0.0, 1, "")
+    with pytest.raises(ValueError, match=r"must lie in \[0, V\)"):
+        _cpu.linear_log_prob_fwd(hidden, weight, hostile, torch.empty(5), log_z, None, *rest)
+    with pytest.raises(ValueError, match="target_ids has not the shape or dtype"):
+        linear_log_prob(hidden, weight, target_ids.int())
+    with pytest.raises(ValueError, match="weight has not the shape"):
+        _cpu.linear_log_prob_fwd(hidden, weight[:, :3].contiguous(), target_ids, log_z, log_z, None, *rest)
+    with pytest.raises(ValueError, match="out of range"):
+        _cpu.linear_log_prob_fwd(hidden[:0], weight, target_ids[:0], log_z[:0], log_z[:0], None, *rest)
+    with pytest.raises(ValueError, match="out of range"):
+        linear_log_prob(hidden, weight, target_ids, softcap=-1.0)
+    with pytest.raises(ValueError, match="go together"):
+        _cpu.linear_log_prob_bwd(hidden, weight, target_ids, log_z, None, log_z, log_z, None, None, *rest)
+
+
+def test_log_probs_hold_no_logits():
+    """(M, V) logits would be 512 MB, thrice over."""
+    code = """
+import resource, torch
+from swirl.kernels.linear_log_prob import linear_log_prob
+def run(M, V):
+    hidden, weight = torch.randn(M, 16).requires_grad_(), torch.randn(V, 16).requires_grad_()
+    linear_log_prob(hidden, weight, torch.arange(M), softcap=30.0).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(-run(64, 64) + run(4096, 32_768))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 << 10  # KiB
+
+
+def test_log_probs_are_offered_where_they_are_the_faster():
+    hidden, weight, *_ = head(5, 4, 9)
+    fast = any("avx" in isa for isa in cpu.isas())
+    assert cpu.supports_linear_log_prob(hidden, weight) == fast
+    assert cpu.supports_linear_log_prob(hidden.bfloat16(), weight.bfloat16()) == fast
+    for dtype in (torch.float64, torch.float16):
+        assert not cpu.supports_linear_log_prob(hidden.to(dtype), weight.to(dtype))
+    assert not cpu.supports_linear_log_prob(hidden.bfloat16(), weight)
+    assert not cpu.supports_linear_log_prob(hidden[:0], weight)
 
 
 def compare(op, reference, leaves, dy, tolerance=2e-6):

@@ -219,8 +219,8 @@ class LargestResult(TorchDispatchMode):
 
 def test_linear_log_prob_never_holds_more_than_a_chunk(monkeypatch):
     M, d, V = 1000, 2, 300
-    monkeypatch.setattr(head_op, "CHUNK_BYTES", 4 * V * 10)
-    hidden, weight = (normal(n, d, dtype=torch.float32, requires_grad=True) for n in (M, V))
+    monkeypatch.setattr(head_op, "CHUNK_BYTES", 8 * V * 10)
+    hidden, weight = (normal(n, d, requires_grad=True) for n in (M, V))
     with LargestResult() as largest:
         linear_log_prob(hidden, weight, torch.arange(M) % V, softcap=3.0).sum().backward()
     assert max(M, V) * d < largest.numel <= 10 * V
@@ -231,7 +231,10 @@ def test_linear_log_prob_never_holds_more_than_a_chunk(monkeypatch):
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_linear_log_prob_narrow_types(dtype, softcap):
+@pytest.mark.parametrize("path", ["chunked", "default"])
+def test_linear_log_prob_narrow_types(dtype, softcap, path, monkeypatch):
+    if path == "chunked":
+        monkeypatch.setattr(cpu, "supports_linear_log_prob", lambda hidden, weight: False)
     target_ids = torch.arange(63) * 5 % 101
     inputs = [normal(63, 33), normal(101, 33)]
     log_probs = linear_log_prob(*(x.to(dtype) for x in inputs), target_ids, softcap=softcap)
@@ -249,6 +252,9 @@ def test_linear_log_prob_of_nothing_and_of_shapes_that_do_not_fit():
     for M, d, num_targets in (2, 4, 2), (2, 3, 3):
         with pytest.raises(ValueError, match="do not fit"):
             linear_log_prob(torch.zeros(M, d), weight, torch.zeros(num_targets, dtype=torch.int64))
+    for target in (-1, 5):
+        with pytest.raises(ValueError, match=r"target_ids must lie in \[0, 5\)"):
+            linear_log_prob(normal(2, 3), weight, torch.tensor([0, target]))
 
 
 # tree_attention, on whichever path the CPU takes and on the reference
