@@ -134,11 +134,10 @@ def draw_moments(rng: random.Random, kills: int) -> list[Moment]:
 
 
 class Life(NamedTuple):
-    """An undisturbed run in seconds: until the first sign of work, and from the last answer to the exit."""
+    """Seconds of a run until its first sign of work, and from its last to the exit."""
 
     start_s: float
     end_s: float
-    wall_s: float
 
 
 class Kill(NamedTuple):
@@ -183,11 +182,14 @@ async def ended(job: Job, folder: Path, process: subprocess.Popen) -> bool:
     return process.returncode != 0
 
 
-async def until(happened: Callable[[], bool], longest_s: float) -> None:
-    """Return once it has, or the time is over."""
+async def until(happened: Callable[[], bool], longest_s: float) -> bool:
+    """True once it has, False when the time is over."""
     end = time.perf_counter() + longest_s
-    while not happened() and (left_s := end - time.perf_counter()) > 0:
+    while not happened():
+        if (left_s := end - time.perf_counter()) <= 0:
+            return False
         await asyncio.sleep(min(POLL_S, left_s))
+    return True
 
 
 async def run_undisturbed(job: Job, folder: Path, progress: Callable[[], int]) -> Life:
@@ -203,16 +205,24 @@ async def run_undisturbed(job: Job, folder: Path, progress: Callable[[], int]) -
                 first = first or last
         await ended(job, folder, process)
     exited = time.perf_counter()
-    return Life((first or exited) - started, exited - (last or exited), exited - started)
+    return Life((first or exited) - started, exited - (last or exited))
 
 
 async def kill_at(moment: Moment, process: subprocess.Popen, progress: Callable[[], float], life: Life) -> None:
-    """Kill the process at the moment, if it still lives."""
-    window_s = life.end_s if moment.share == 1.0 else AFTER_S
-    if progress() >= moment.share:
-        window_s = life.start_s + life.end_s
-    await until(lambda: progress() >= moment.share or process.poll() is not None, LONGEST_LIFE_S)
-    await until(lambda: process.poll() is not None, moment.delay * window_s)
+    """Kill the process at the moment, if it still lives; one that starts beyond the moment is killed in its start.
+
+    Raises KillDrillError where the moment never comes.
+    """
+    begun = progress()
+    if begun < moment.share:
+        if not await until(lambda: progress() >= moment.share or process.poll() is not None, LONGEST_LIFE_S):
+            raise KillDrillError(f"{progress():.0%} of the work are done, and no more in {LONGEST_LIFE_S:g} s")
+    else:
+        start_s = moment.delay * (life.start_s + life.end_s)
+        await until(lambda: progress() > begun or process.poll() is not None, start_s)
+    if progress() > begun:
+        after_s = life.end_s if progress() == 1.0 else AFTER_S
+        await until(lambda: process.poll() is not None, moment.delay * after_s)
     process.kill()
 
 
@@ -301,6 +311,7 @@ async def drill(job: Job, folder: Path, kills: int, rng: random.Random, server: 
     undisturbed.mkdir()
     disturbed.mkdir()
     ledger = Ledger(job, undisturbed, server, model)
+    began = time.perf_counter()
     life = await run_undisturbed(job, undisturbed, lambda: len(model.answered) if wire else job.sizes(undisturbed))
     answers, requests_undisturbed, size = len(model.answered), ledger.requests, job.sizes(undisturbed)
 
@@ -308,6 +319,7 @@ async def drill(job: Job, folder: Path, kills: int, rng: random.Random, server: 
         done = len(model.answered) / answers if wire else job.sizes(disturbed) / size
         return min(done, 1.0)
 
+    undisturbed_s = time.perf_counter() - began
     ledger = Ledger(job, disturbed, server, model)
     began = time.perf_counter()
     found: list[Kill] = []
@@ -318,14 +330,17 @@ async def drill(job: Job, folder: Path, kills: int, rng: random.Random, server: 
         with running(job, disturbed) as process:
             await kill_at(moment, process, progress, life)
             alive = await ended(job, disturbed, process)
-        found.append(ledger.look(alive, time.perf_counter() - started, progress()))
+        lived_s = time.perf_counter() - started
+        found.append(ledger.look(alive, lived_s, progress()))
+        if not alive:  # nothing was left to do: such a life is all start
+            life = Life(lived_s, 0.0)
     started = time.perf_counter()
     with running(job, disturbed) as process:
         await ended(job, disturbed, process)
     at_last = ledger.look(True, time.perf_counter() - started, progress())
     return {
         "job": job.name,
-        "undisturbed_s": life.wall_s,
+        "undisturbed_s": undisturbed_s,
         "disturbed_s": time.perf_counter() - began,
         "kills": len(found),
         "hits": sum(kill.alive for kill in found),
