@@ -73,6 +73,10 @@ class TrainConfig:
 
     tokens_per_micro_batch: int = 8192
     """Packed tokens in one backward pass at most."""
+    attention: Literal["tree", "flash", "xformers"] = "tree"
+    """Who computes attention in an update: tree (swirl's own), or flash-attn or xformers (extras `flash`, `xformers`),
+    on CUDA in bfloat16, for chains alone: recorded actions, nothing shared between trajectories. xformers has no
+    softcap, so no Gemma 2 as published. Never chosen by itself: nothing is measured that would choose."""
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     save_every: int = 0
@@ -103,6 +107,12 @@ class TrainConfig:
         for flag in ("learning_rate", "max_grad_norm", "clip", "temperature"):
             require(getattr(self, flag) > 0, flag, "more than 0")
         require(0 <= self.final_learning_rate <= 1, "final_learning_rate", "a share between 0 and 1")
+        if self.attention != "tree":
+            require(self.device != "cpu", "attention", "tree on a CPU")
+            require(self.dtype != "float32", "attention", "--dtype bfloat16 beside it, as it has no float32")
+            require(self.actions != "sampled" or not self.packed, "attention",
+                    "--actions recorded (or --no-packed) beside it, as it computes chains alone and sampled actions "
+                    "fork at every state")  # fmt: skip
         for flag in ("task", "evaluate_on"):
             for name in getattr(self, flag):
                 require(name in ALMANAC_FAMILIES, flag, f"of {', '.join(ALMANAC_FAMILIES)}")

@@ -375,7 +375,7 @@ def train(config: TrainConfig) -> dict | None:
     config = _settle(config, data)
     with distributed.process_group(device):
         model, tokenizer = opening.load_model(config.model, device=device, dtype=getattr(torch, config.dtype))
-        model.recompute = config.recompute
+        model.use_attention(config.attention).recompute = config.recompute
         if data is not None:
             data = _with_ids(data, tokenizer, config.data)
             _require_context(data, model.config.max_position_embeddings, config.data)

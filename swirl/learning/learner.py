@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from swirl.config import TrainConfig
+from swirl.errors import ConfigError
+from swirl.kernels.chain_attention import ForkError
 from swirl.learning import distributed, usage
 from swirl.learning.objective import policy_loss
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
-from swirl.learning.packing import PackedBatch, pack_micro_batches, separate
+from swirl.learning.packing import PackedBatch, pack_chains, pack_micro_batches, separate
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Learner:
         """Add this rank's part of the gradient of the update's loss to the weights' `grad`.
 
         Actions of advantage 0 have no gradient: they are not computed unless a KL is, but they count among the action
-        tokens the loss is divided by.
+        tokens the loss is divided by. Raises ConfigError where a tree forks and `attention` computes chains alone.
         """
         scored = [action for action in scored if not np.isnan(action.advantage)]
         num_action_tokens = max(1, sum(len(action.action_ids) for action in scored))
@@ -90,8 +93,15 @@ class Learner:
         pairs = [(action.state_ids, action.action_ids) for action in actions]
         if not pairs:
             return []
-        if self.config.packed:
-            return pack_micro_batches(pairs, self.config.tokens_per_micro_batch)
+        config = self.config
+        if config.packed and config.attention != "tree":
+            trees = [[(a.state_ids, a.action_ids) for a in tree] for _, tree in groupby(actions, lambda a: a.tree)]
+            try:
+                return pack_chains(trees, config.tokens_per_micro_batch)
+            except ForkError as fork:
+                raise ConfigError(f"--attention {config.attention}: {fork}; take --attention tree") from None
+        if config.packed:
+            return pack_micro_batches(pairs, config.tokens_per_micro_batch)
         return [(batch, np.array([i])) for i, batch in enumerate(separate(pairs))]
 
     def _loss(self, batch: PackedBatch, actions: list[ScoredAction]):

@@ -3,6 +3,7 @@
     pack([(state_ids, action_ids), ...])      one PackedBatch; what is shared is found, not declared
     separate(...)                             one PackedBatch a pair: the baseline and the oracle
     pack_micro_batches(..., budget)           cut into batches of at most `budget` packed tokens
+    pack_chains(trajectories, budget)         nothing shared between trajectories, so that no tree forks
 
 A radix tree of the token ids is grown pair by pair (each token is read once, each fork found by one hash
 probe), its nodes are laid out in depth-first order, children in order of first appearance, and the rows
@@ -21,6 +22,8 @@ from itertools import chain
 import numpy as np
 import torch
 from numba import njit
+
+from swirl.kernels.chain_attention import ForkError, chain_lengths
 
 _log = logging.getLogger(__name__)
 MAX_TOKEN_ID = 2**31 - 1
@@ -43,6 +46,7 @@ class PackedBatch:
     sub_trajectory: torch.Tensor  # (M,) int64: the pair it belongs to, in [0, S)
     num_sub_trajectories: int  # S
     num_separate_tokens: int  # what S separate passes would process: the sum of all pairs' lengths
+    chain_lengths: tuple[int, ...] | None = None  # tokens of each tree where known not to fork (`pack_chains`)
 
     @property
     def num_tokens(self) -> int:
@@ -131,6 +135,64 @@ def pack_micro_batches(
         _log.info("%d micro-batches: %d packed tokens, and %d repeated at cuts", bounds.size - 1, once, again)
     indices = [np.sort(part) for part in np.split(order, bounds[1:-1])]
     return [(_pack(*_take(ids, offsets, state_lengths, part)), part) for part in indices]
+
+
+def pack_chains(
+    trajectories: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], tokens_per_micro_batch: int
+) -> list[tuple[PackedBatch, np.ndarray]]:
+    """Pack each trajectory's pairs by themselves and lay them end to end, for attention that knows no forks.
+
+    The pairs of recorded actions are a chain: each state begins with the state and action before it. Two
+    trajectories of a question share their prompt, which `pack` would make a fork; here it is repeated.
+    Returns (batch, indices) as `pack_micro_batches` does, pairs counted through all trajectories; longest
+    trajectories first, each whole, into the first micro-batch with room. One beyond the limit goes alone.
+    Raises ValueError as `pack_micro_batches` does, and ForkError where a trajectory's pairs are no chain.
+    """
+    if tokens_per_micro_batch < 1:
+        raise ValueError(f"tokens_per_micro_batch must be at least 1, got {tokens_per_micro_batch}")
+    trajectories = [list(pairs) for pairs in trajectories]
+    if not trajectories:
+        return []
+    if not all(trajectories):
+        raise ValueError(f"trajectory {trajectories.index([])}: expected at least one sub-trajectory")
+    ids, offsets, state_lengths = _check(*_flatten(chain.from_iterable(trajectories)))
+    bounds = np.cumsum([0, *map(len, trajectories)])
+    owner = np.repeat(np.arange(len(trajectories)), np.diff(bounds))
+    begins, roots = ids[offsets[:-1]], ids[offsets[bounds[:-1]]]
+    if (begins != roots[owner]).any():
+        raise ForkError(0, f"trajectory {owner[np.argmax(begins != roots[owner])]}")
+    ids[offsets[:-1]] = owner  # none begins as another does, so that nothing is merged between them
+    lengths = np.maximum.reduceat(np.diff(offsets), bounds[:-1])
+
+    bins, room = [], []
+    for trajectory in np.argsort(-lengths, kind="stable"):
+        place = next((i for i, tokens in enumerate(room) if tokens >= lengths[trajectory]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(tokens_per_micro_batch)
+        bins[place].append(trajectory)
+        room[place] -= lengths[trajectory]
+    if lengths.max() > tokens_per_micro_batch:
+        _log.warning(
+            "%d trajectories exceed tokens_per_micro_batch = %d (number %d has %d): each goes alone",
+            np.count_nonzero(lengths > tokens_per_micro_batch),
+            tokens_per_micro_batch,
+            lengths.argmax(),
+            lengths.max(),
+        )
+    made = []
+    for members in map(sorted, bins):
+        indices = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in members])
+        batch = _pack(*_take(ids, offsets, state_lengths, indices))
+        starts = (batch.position_ids == 0).nonzero()[:, 0]
+        try:
+            found = chain_lengths(batch.subtree_end, batch.position_ids)
+        except ForkError as fork:
+            i = int((starts <= fork.token).sum()) - 1
+            raise ForkError(fork.token - int(starts[i]), f"trajectory {members[i]}") from None
+        batch.input_ids[starts] = torch.from_numpy(roots[members]).long()
+        made.append((replace(batch, chain_lengths=found), indices))
+    return made
 
 
 # From pairs to flat, checked arrays.

@@ -2,7 +2,8 @@
 
 One layer:  x += norm(attention(norm(x)));  x += norm(mlp(norm(x))).
 Every token sees its ancestors alone (swirl.kernels.tree_attention), so one pass serves a whole forest of
-sub-trajectories; an ordinary sequence is the tree without forks.
+sub-trajectories; an ordinary sequence is the tree without forks. Where no tree forks, other libraries' kernels
+can do the same (`attention`, swirl.kernels.chain_attention); they are never chosen by themselves.
 Modules bear the names of Hugging Face checkpoints: `state_dict()` is what the safetensors hold.
 Shapes: T packed tokens, M action tokens, S sub-trajectories, d model, Hq/Hkv heads, D head dim, V vocabulary.
 Source: Gemma 2 (arXiv:2408.00118); numerics as in google/gemma_pytorch.
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from swirl.errors import CheckpointError, ConfigError
+from swirl.kernels.chain_attention import Chains, ForkError, chain_attention, chain_lengths, refusal
 from swirl.kernels.geglu import geglu
 from swirl.kernels.linear import linear
 from swirl.kernels.linear_log_prob import linear_log_prob
@@ -160,6 +162,16 @@ def _require_positive(name, value):
         raise ConfigError(f"field '{name}': expected a positive number, got {value!r}")
 
 
+def _require_attention(backend, config: GemmaConfig, dtype, device):
+    if backend == "tree":
+        return
+    reason = refusal(
+        backend, head_dim=config.head_dim, softcap=config.attn_logit_softcapping, dtype=dtype, device=device
+    )
+    if reason:
+        raise ConfigError(f"attention '{backend}' {reason}")
+
+
 PRESETS = {
     "2b": GemmaConfig(256_000, 2304, 9_216, 26, 8, 4, head_dim=256, query_pre_attn_scalar=256),
     "9b": GemmaConfig(256_000, 3584, 14_336, 42, 16, 8, head_dim=256, query_pre_attn_scalar=256),
@@ -200,16 +212,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(d, config.num_key_value_heads * D)
         self.o_proj = Linear(config.num_attention_heads * D, d)
 
-    def forward(self, x, position_ids, subtree_end, cache=None):
+    def forward(self, x, position_ids, subtree_end, cache=None, chains=None):
         T = x.shape[0]
         q = rope(self.q_proj(x).view(T, -1, self.head_dim), position_ids, theta=self.rope_theta)
         k = rope(self.k_proj(x).view(T, -1, self.head_dim), position_ids, theta=self.rope_theta)
         v = self.v_proj(x).view(T, -1, self.head_dim)
         if cache is not None:
             cache.append((k, v))
-        mixed = tree_attention(
-            q, k, v, subtree_end, position_ids, scale=self.scale, softcap=self.softcap, window=self.window
-        )
+        options = {"scale": self.scale, "softcap": self.softcap, "window": self.window}
+        if chains is None:
+            mixed = tree_attention(q, k, v, subtree_end, position_ids, **options)
+        else:
+            mixed = chain_attention(q, k, v, chains, **options)
         return self.o_proj(mixed.flatten(1))
 
 
@@ -235,8 +249,8 @@ class Layer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(d, eps)
         self.post_feedforward_layernorm = RMSNorm(d, eps)
 
-    def forward(self, x, position_ids, subtree_end, cache=None):
-        mixed = self.self_attn(self.input_layernorm(x), position_ids, subtree_end, cache)
+    def forward(self, x, position_ids, subtree_end, cache=None, chains=None):
+        mixed = self.self_attn(self.input_layernorm(x), position_ids, subtree_end, cache, chains)
         x = x + self.post_attention_layernorm(mixed)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
@@ -254,13 +268,13 @@ class Decoder(nn.Module):
         scale = torch.tensor(weight.shape[1] ** 0.5, dtype=weight.dtype, device="cpu").item()
         return self.embed_tokens(input_ids) * scale
 
-    def forward(self, input_ids, position_ids, subtree_end, *, recompute=False, cache=None):
+    def forward(self, input_ids, position_ids, subtree_end, *, recompute=False, cache=None, chains=None):
         x = self.embed(input_ids)
         for layer in self.layers:
             if recompute and torch.is_grad_enabled():
-                x = recomputed(layer, x, position_ids, subtree_end, use_reentrant=False)
+                x = recomputed(layer, x, position_ids, subtree_end, None, chains, use_reentrant=False)
             else:
-                x = layer(x, position_ids, subtree_end, cache)
+                x = layer(x, position_ids, subtree_end, cache, chains)
         return self.norm(x)
 
 
@@ -269,13 +283,26 @@ class Gemma(nn.Module):
 
     New weights are drawn by `init_weights(seed)`; `from_pretrained` reads them from a Hugging Face folder.
     `recompute` trades a second forward of every layer, in the backward pass, for its activations.
+    `attention` says who computes the attention of a batch: see `use_attention`.
     """
 
     def __init__(self, config: GemmaConfig, *, recompute: bool = False):
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.attention = "tree"
         self.model = Decoder(config)
+
+    def use_attention(self, backend: str) -> Gemma:
+        """`tree` (swirl's own, any forest), or `flash` or `xformers`, which take batches without forks alone.
+
+        Of `hidden` and what calls it; sampling packs states into trees and always takes `tree`.
+        Raises ConfigError where the backend cannot compute this model as it is: its softcap, head_dim, dtype,
+        device, or a package that is not installed.
+        """
+        _require_attention(backend, self.config, self.dtype, self.device)
+        self.attention = backend
+        return self
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> Gemma:
@@ -297,17 +324,36 @@ class Gemma(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     def hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, subtree_end: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        subtree_end: torch.Tensor,
+        lengths: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        """After the final norm: (T, d) in the model's dtype, from the (T,) fields of a packed forest."""
-        return self.model(input_ids, position_ids, subtree_end, recompute=self.recompute)
+        """After the final norm: (T, d) in the model's dtype, from the (T,) fields of a packed forest.
+
+        `lengths` are those of its chains, read from the fields where absent. Raises ConfigError where
+        `attention` is not `tree` and the forest forks, or the model has moved where it cannot be computed.
+        """
+        chains = None
+        if self.attention != "tree":
+            _require_attention(self.attention, self.config, self.dtype, self.device)
+            try:
+                lengths = lengths or chain_lengths(subtree_end, position_ids)
+            except ForkError as fork:
+                raise ConfigError(
+                    f"attention '{self.attention}' computes chains alone, and this batch forks at token "
+                    f"{fork.token}: use attention 'tree', or pack each trajectory's recorded actions apart"
+                ) from None
+            chains = Chains(self.attention, lengths, self.device)
+        return self.model(input_ids, position_ids, subtree_end, recompute=self.recompute, chains=chains)
 
     def token_log_probs(self, batch) -> torch.Tensor:
         """(M,) log-prob of each action token of a PackedBatch, float32 (float64 for float64), differentiable.
 
         The head runs on `batch.source_rows` alone and never holds (M, V) logits.
         """
-        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.subtree_end)
+        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.subtree_end, batch.chain_lengths)
         return linear_log_prob(
             hidden[batch.source_rows],
             self.model.embed_tokens.weight,
@@ -333,18 +379,22 @@ class Gemma(nn.Module):
         device: str | torch.device = "cpu",
         *,
         recompute: bool = False,
+        attention: str = "tree",
     ) -> Gemma:
         """Read a Hugging Face folder (config.json, safetensors), never holding the weights twice.
 
-        Raises CheckpointError where the folder is missing, truncated, or not a Gemma 2.
+        Raises CheckpointError where the folder is missing, truncated, or not a Gemma 2, and ConfigError, before
+        any weight is read, where `attention` cannot compute it (`use_attention`).
         """
         content = checkpoint.read_json(os.path.join(path, "config.json"))
         try:
             config = GemmaConfig.from_json(content)
         except ConfigError as error:
             raise CheckpointError(os.path.join(path, "config.json"), str(error)) from None
+        _require_attention(attention, config, dtype, torch.device(device))
         with torch.device("meta"):
             model = cls(config, recompute=recompute)
+        model.attention = attention
         checkpoint.load_weights(model, path, dtype=dtype, device=device, tied={"lm_head.weight": EMBEDDING})
         return model
 
