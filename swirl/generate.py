@@ -51,6 +51,9 @@ class GenerateConfig:
     """Trajectories per question (the paper's 5)."""
     policy: str = "almanac"
     """`almanac` (ships with swirl), a checkpoint folder, or a server's URL such as http://127.0.0.1:8000/v1#model."""
+    tokenizer: Path | None = None
+    """For a URL, the folder of its model's tokenizer.json: token ids then travel with the text, and those that the
+    server gives are kept with their log-probs. Without it training tokenizes the text."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy. Ours, not the paper's."""
     max_steps: int | None = None
@@ -149,7 +152,13 @@ async def _generate(config: GenerateConfig) -> dict:
         temperature=config.temperature,
     )
     async with Client(config.cache or answers_beside(config.out)) as client:
-        policy, coder = open_policy(config.policy, device=config.device, client=client, limits=config.endpoint)
+        policy, coder = open_policy(
+            config.policy,
+            device=config.device,
+            client=client,
+            limits=config.endpoint,
+            tokenizer=config.tokenizer,
+        )
         task = await open_retriever(
             task, config.retriever, top_k=config.top_k, client=client, limits=config.endpoint
         )

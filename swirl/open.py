@@ -45,13 +45,28 @@ def load_model(spec: str, *, device="cpu", dtype=None):
 
 
 def open_policy(
-    spec: str, *, device: str = "cpu", client: Client | None = None, limits: EndpointLimits | None = None
+    spec: str,
+    *,
+    device: str = "cpu",
+    client: Client | None = None,
+    limits: EndpointLimits | None = None,
+    tokenizer: Path | None = None,
 ):
-    """(policy, token coder or None) from `almanac`, a checkpoint folder, or the URL of a server, asked by `client`."""
+    """(policy, token coder or None) from `almanac`, a checkpoint folder, or the URL of a server, asked by `client`.
+
+    A server's policy has a coder where the folder of its `tokenizer` is given. Raises CheckpointError, ConfigError.
+    """
     if is_url(spec):
         from swirl.environment.policy import open_policy as open_wire_policy
 
-        return open_wire_policy(spec, client=client, limits=limits), None
+        coder = None
+        if tokenizer is not None:
+            from swirl.model.tokenizer import Tokenizer
+
+            coder = Tokenizer.from_pretrained(tokenizer)
+        return open_wire_policy(spec, client=client, limits=limits, coder=coder), coder
+    if tokenizer is not None:
+        raise ConfigError(f"--tokenizer {tokenizer}: the policy '{spec}' has its own, expected a URL's")
     from swirl.model.local_policy import LocalPolicy
 
     model, tokenizer = load_model(spec, device=device)

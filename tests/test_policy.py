@@ -22,6 +22,8 @@ from swirl.environment.policy import (
     parse_spec,
 )
 from swirl.errors import ConfigError, EndpointError
+from swirl.model.tokenizer import Tokenizer
+from swirl.open import ALMANAC_BASE
 from swirl.trajectory import Step
 
 STATE = PolicyState(
@@ -100,6 +102,32 @@ def test_chat_reads_ids_beside_log_probs(token):
 def test_nothing_is_made_up(choice):
     (action,), _ = act(ChatPolicy, chat_answer(**choice))
     assert action.log_probs is None and action.ids in (None, (7, 8)) and action.text == "<answer>y</answer>"
+
+
+@pytest.fixture(scope="module")
+def coder():
+    return Tokenizer.from_pretrained(ALMANAC_BASE)
+
+
+def with_ids(coder, *, text="<answer>y</answer>", shift=0, end=(), reason="stop"):
+    """A chat answer whose token ids are those of the text, moved by `shift`, and `end`."""
+    ids = [n + shift for n in coder.encode(text)] + list(end)
+    tokens = [{"token": "?", "logprob": -0.5} for _ in ids]
+    return chat_answer(text, token_ids=ids, logprobs={"content": tokens}, finish_reason=reason)
+
+
+def test_ids_of_the_model_s_tokenizer_are_kept_in_our_form(coder):
+    text = coder.encode("<answer>y</answer>")
+    for end in (coder.end_of_turn_id, coder.eos_id):
+        (action,), _ = act(ChatPolicy, with_ids(coder, end=[end]), coder=coder)
+        assert action.ids == (*text, end) and len(action.log_probs) == len(action.ids)
+    (action,), _ = act(ChatPolicy, with_ids(coder), coder=coder)
+    assert action.ids == tuple(coder.action_ids("<answer>y</answer>")) and action.log_probs is None
+    (action,), _ = act(ChatPolicy, with_ids(coder, reason="length"), coder=coder)
+    assert action.ids == tuple(text) and len(action.log_probs) == len(text) and not action.stopped
+    for shift in (1, coder.vocab_size):
+        (action,), _ = act(ChatPolicy, with_ids(coder, shift=shift), coder=coder)
+        assert action.ids is None and action.log_probs is None and action.text == "<answer>y</answer>"
 
 
 @pytest.mark.parametrize("reason, stopped", [("stop", True), ("eos", True), (None, True), ("length", False)])

@@ -17,6 +17,8 @@ import pytest
 from aiohttp import web
 
 from benchmarks.fault_server import FaultServer, verdict_of
+from swirl.model.tokenizer import Tokenizer
+from swirl.open import ALMANAC_BASE
 from swirl.tasks import almanac
 from swirl.trajectory import read_trajectories
 
@@ -207,6 +209,36 @@ def test_a_refused_key_ends_the_job_which_goes_on_later(tmp_path):
     refused, done, kept = asyncio.run(all_of_it())
     assert "HTTP 401" in refused.errors[0] and 0 < kept < 12
     assert (done.result["trajectories"], done.result["new"]) == (12, 12 - kept)
+
+
+def test_token_ids_travel_where_the_tokenizer_is_known(tmp_path):
+    coder = Tokenizer.from_pretrained(ALMANAC_BASE)
+
+    def with_ids(path, payload):
+        answer = model(path, payload)
+        (choice,) = answer["choices"]
+        choice["token_ids"] = coder.action_ids(choice["message"]["content"])
+        choice["logprobs"] = {"content": [{"token": "?", "logprob": -0.5} for _ in choice["token_ids"]]}
+        return answer
+
+    async def all_of_it():
+        flags = ("--tokenizer", ALMANAC_BASE, "--out")
+        async with FaultServer(with_ids) as server:
+            await generate(tmp_path, server.url, *flags, "given.jsonl")
+        async with FaultServer(model) as server:
+            await generate(tmp_path, server.url, *flags, "made.jsonl")
+        absent = await generate(tmp_path, server.url, "--tokenizer", tmp_path, code=1)
+        own = await run(tmp_path, "generate", *flags, "x.jsonl", code=1)
+        assert "tokenizer.json: no such file" in absent.errors[0] and "has its own" in own.errors[0]
+
+    asyncio.run(all_of_it())
+    given, made = (
+        sorted(read_trajectories(tmp_path / name), key=lambda t: t.id) for name in ("given.jsonl", "made.jsonl")
+    )
+    assert [t.sub_trajectories() for t in given] == [t.sub_trajectories() for t in made]
+    assert not any(t.retokenized for t in given) and all(t.retokenized for t in made)
+    assert {t.tokenizer for t in given + made} == {coder.fingerprint}
+    assert all(len(step.log_probs) == len(step.action_ids) for t in given for step in t.steps)
 
 
 def test_no_answer_is_paid_for_twice(tmp_path):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -63,12 +64,33 @@ class PolicyAction(msgspec.Struct, frozen=True, kw_only=True):
     top_log_probs: TopLogProbs | None = None
 
 
+class TokenCoder(Protocol):
+    """How turns become token ids; swirl.model.tokenizer.Tokenizer is one."""
+
+    fingerprint: str
+    end_of_turn_id: int
+    eos_id: int
+
+    def prompt_ids(self, prompt: str) -> list[int]: ...
+    def action_ids(self, action: str) -> list[int]: ...
+    def observation_ids(self, observation: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 class _Wire:
     """What the protocols share: client, endpoint, and the optional fields that a server turned down."""
 
-    def __init__(self, endpoint: Endpoint, model: str, client: Client, *, owns_client: bool = False):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        client: Client,
+        *,
+        coder: TokenCoder | None = None,
+        owns_client: bool = False,
+    ):
         self.name = f"{endpoint.url}#{model}"
-        self.endpoint, self.model, self.client = endpoint, model, client
+        self.endpoint, self.model, self.client, self.coder = endpoint, model, client, coder
         self._owns_client = owns_client
         self._refused: set[str] = set()
 
@@ -99,6 +121,14 @@ class _Wire:
                     log.warning("%s: refuses '%s', going on without", self.endpoint.url, name)
                 self._refused |= named
 
+    def _action(self, text: str, ids, log_probs, top, *, stopped: bool) -> PolicyAction:
+        """Log-probs without an id each are of no use to training, and dropped."""
+        if ids is None or log_probs is None or len(ids) != len(log_probs):
+            log_probs = None
+        if ids is not None and self.coder is not None:
+            ids, log_probs = _in_our_form(ids, log_probs, text, self.coder, stopped=stopped)
+        return PolicyAction(text=text, ids=ids, log_probs=log_probs, stopped=stopped, top_log_probs=top)
+
     def _unreadable(self, expected: str) -> EndpointError:
         return EndpointError(self.endpoint.url, f"expected {expected} in the answer", status=200)
 
@@ -116,9 +146,10 @@ class ChatPolicy(_Wire):
         client: Client,
         *,
         details: bool = True,
+        coder: TokenCoder | None = None,
         owns_client: bool = False,
     ):
-        super().__init__(endpoint, model, client, owns_client=owns_client)
+        super().__init__(endpoint, model, client, coder=coder, owns_client=owns_client)
         self.details = details
 
     async def act(self, state: PolicyState) -> PolicyAction:
@@ -155,7 +186,7 @@ class ChatPolicy(_Wire):
             log_prob=lambda token: token["logprob"],
             top=lambda token: [(other["token"], other["logprob"]) for other in token.get("top_logprobs") or ()],
         )
-        return _action(
+        return self._action(
             text,
             _ids(choice.get("token_ids")) or ids,
             log_probs,
@@ -171,8 +202,16 @@ class CompletionsPolicy(_Wire):
     Draws that share seed, temperature and length share a request, as all greedy ones do.
     """
 
-    def __init__(self, endpoint: Endpoint, model: str, client: Client, *, owns_client: bool = False):
-        super().__init__(endpoint, model, client, owns_client=owns_client)
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        client: Client,
+        *,
+        coder: TokenCoder | None = None,
+        owns_client: bool = False,
+    ):
+        super().__init__(endpoint, model, client, coder=coder, owns_client=owns_client)
         self._batcher = Batcher(client, endpoint, "/completions", join=self._join, split=_choices)
 
     async def act(self, state: PolicyState) -> PolicyAction:
@@ -211,7 +250,7 @@ class CompletionsPolicy(_Wire):
             log_prob=lambda token: token[1],
             top=lambda token: list(_dict(token[2]).items()),
         )
-        return _action(
+        return self._action(
             choice["text"],
             _ids(choice.get("token_ids")) or ids,
             log_probs,
@@ -263,7 +302,7 @@ class GeminiPolicy(_Wire):
             log_prob=lambda token: token[0]["logProbability"],
             top=lambda token: [(o["token"], o["logProbability"]) for o in token[1].get("candidates") or ()],
         )
-        return _action(text, ids, log_probs, top, stopped=choice.get("finishReason", "STOP") == "STOP")
+        return self._action(text, ids, log_probs, top, stopped=choice.get("finishReason", "STOP") == "STOP")
 
 
 def chat_messages(state: PolicyState) -> list[dict[str, str]]:
@@ -307,6 +346,22 @@ def _id_of_name(name: Any) -> int | None:
     return int(digits) if not head and digits.isdecimal() and digits.isascii() else None
 
 
+def _in_our_form(ids, log_probs, text: str, coder: TokenCoder, *, stopped: bool):
+    """(ids, log_probs) with the turn's end, as the tokenizer writes an action; None where they are not this text's.
+
+    Servers leave the end out, or another text than the ids' own: then the text is what came back, and is what counts.
+    """
+    ends = (coder.end_of_turn_id, coder.eos_id)
+    ended = ids[-1] in ends
+    try:
+        same = coder.decode(ids[:-1] if ended else ids) == text
+    except ValueError:  # ids of another vocabulary
+        same = False
+    if not same:
+        return None, None
+    return (ids, log_probs) if ended or not stopped else ((*ids, coder.end_of_turn_id), None)
+
+
 def _token_details(tokens: list, *, token_id, log_prob, top):
     """(ids, log_probs, top_log_probs) of an answer's tokens, each None unless every token has it."""
     if not tokens:
@@ -318,12 +373,6 @@ def _token_details(tokens: list, *, token_id, log_prob, top):
     except (KeyError, TypeError, ValueError, AttributeError):
         return None, None, None
     return ids, log_probs, tops if any(tops) else None
-
-
-def _action(text: str, ids, log_probs, top, *, stopped: bool) -> PolicyAction:
-    """Log-probs without an id each are of no use to training, and dropped."""
-    fits = ids is not None and log_probs is not None and len(ids) == len(log_probs)
-    return PolicyAction(text=text, ids=ids, log_probs=log_probs if fits else None, stopped=stopped, top_log_probs=top)
 
 
 @dataclass(frozen=True)
@@ -398,8 +447,10 @@ def open_policy(
     key_env: str | None = None,
     limits: EndpointLimits | None = None,
     details: bool = True,
+    coder: TokenCoder | None = None,
 ):
-    """The policy that `spec` names (see parse_spec). Raises ConfigError.
+    """The policy that `spec` names (see parse_spec). Raises ConfigError. Ids that a server gives are kept as they
+    are; with a `coder`, the model's own tokenizer, only where they are the text's.
 
     Without a `client` it has its own, with the file `cache`, and `close` must be awaited. Answers are kept by
     address and model name: give each checkpoint its own cache file if several are served under one name.
@@ -408,5 +459,5 @@ def open_policy(
     endpoint = endpoint_for(url, protocol=protocol, key_env=key_env, limits=limits)
     owns_client, client = client is None, client or Client(cache)
     if protocol == "chat":
-        return ChatPolicy(endpoint, model, client, details=details, owns_client=owns_client)
-    return _PROTOCOLS[protocol](endpoint, model, client, owns_client=owns_client)
+        return ChatPolicy(endpoint, model, client, details=details, coder=coder, owns_client=owns_client)
+    return _PROTOCOLS[protocol](endpoint, model, client, coder=coder, owns_client=owns_client)

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from swirl.environment.concurrency import as_done
-from swirl.environment.policy import PolicyState
+from swirl.environment.policy import PolicyState, TokenCoder
 from swirl.environment.prompts import observation_text, parse_action, question_prompt
 from swirl.errors import EndpointError, EndpointUnusable
 from swirl.trajectory import Question, Step, Trajectory
@@ -27,16 +27,6 @@ class Tool(Protocol):
     name: str
 
     async def __call__(self, argument: str) -> str: ...
-
-
-class TokenCoder(Protocol):
-    """How turns become token ids; swirl.model.tokenizer.Tokenizer is one."""
-
-    fingerprint: str
-
-    def prompt_ids(self, prompt: str) -> list[int]: ...
-    def action_ids(self, action: str) -> list[int]: ...
-    def observation_ids(self, observation: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
