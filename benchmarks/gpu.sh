@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a CUDA machine: the GPU tests, then every kernel benchmark, in at most 8 minutes; rows go to
-# benchmarks/results/*.jsonl. Without one, `benchmarks/gpu.sh --dry-run [folder]` runs all that a CPU can.
+# benchmarks/results/*.jsonl. `benchmarks/gpu.sh --tune [minutes]` then searches launch configs, for 15 minutes more.
+# Without a GPU, `benchmarks/gpu.sh --dry-run [folder]` runs all that a CPU can.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -28,7 +29,10 @@ if [[ ${1:-} == --dry-run ]]; then
   for name in $benchmarks; do
     run 100 "$name, tiny, on CPU" "$python" -m benchmarks."$name" --tiny --device cpu --out "$out/$name.jsonl"
   done
-  run 60 "crossover, tiny, on CPU" "$python" -m benchmarks.attention --crossover --tiny --device cpu
+  run 60 "crossover, tiny, on CPU" \
+    "$python" -m benchmarks.attention --crossover --tiny --device cpu --out "$out/crossover.jsonl"
+  run 100 "tune, tiny, interpreted" env TRITON_INTERPRET=1 \
+    "$python" -m benchmarks.tune --tiny --device cpu --dtype float16 --out "$out/tune.jsonl"
   exit $failed
 fi
 
@@ -44,9 +48,14 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "gpu.sh: no compute-sanitizer here, memory is not checked" >&2
 fi
-run 40 "decode" "$python" -m benchmarks.decode --seconds 0.1 --out "$out/decode.jsonl"
-run 60 "pointwise" "$python" -m benchmarks.pointwise --seconds 0.1 --out "$out/pointwise.jsonl"
 run 60 "linear_log_prob" "$python" -m benchmarks.linear_log_prob --seconds 0.2 --out "$out/linear_log_prob.jsonl"
-run 30 "crossover" "$python" -m benchmarks.attention --crossover --seconds 0.1 --out "$out/attention.jsonl"
 run 200 "attention" "$python" -m benchmarks.attention --seconds 0.1 --out "$out/attention.jsonl"
+run 60 "pointwise" "$python" -m benchmarks.pointwise --seconds 0.1 --out "$out/pointwise.jsonl"
+run 40 "decode" "$python" -m benchmarks.decode --seconds 0.1 --out "$out/decode.jsonl"
+run 30 "crossover" "$python" -m benchmarks.attention --crossover --seconds 0.1 --out "$out/crossover.jsonl"
+if [[ ${1:-} == --tune ]]; then
+  minutes=${2:-15}
+  echo "gpu.sh: tune, $minutes minutes" >&2
+  "$python" -m benchmarks.tune --seconds 0.1 --minutes "$minutes" --out "$out/tune.jsonl" || failed=1
+fi
 exit $failed

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,8 @@ class Settings:
     out: Path | None
 
 
-def settings(description: str, arguments: list[str] | None = None) -> Settings:
-    """Command line of one benchmark."""
+def command_line(description: str) -> argparse.ArgumentParser:
+    """The flags that all kernel benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on CUDA, else float32")
@@ -41,10 +41,19 @@ def settings(description: str, arguments: list[str] | None = None) -> Settings:
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--json", action="store_true", help="one JSON row a line on stdout, no table")
     parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def settings_of(given: argparse.Namespace) -> Settings:
+    """What `command_line` read."""
     dtype = given.dtype or ("bfloat16" if given.device.startswith("cuda") else "float32")
     device = torch.device(given.device)
     return Settings(device, getattr(torch, dtype), given.seconds, given.tiny, given.json, given.out)
+
+
+def settings(description: str, arguments: list[str] | None = None) -> Settings:
+    """Command line of a benchmark that has no flags of its own."""
+    return settings_of(command_line(description).parse_args(arguments))
 
 
 def machine(device: torch.device) -> dict:
@@ -147,6 +156,12 @@ def copy_bandwidth(how: Settings) -> float:
 def reason(error: Exception) -> str:
     """An error as a note in a row."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
+def difference(results: Iterable[torch.Tensor], truth: Iterable[torch.Tensor]) -> float:
+    """The largest of |x - truth| / |truth|; NaN if any is."""
+    pairs = zip(results, truth, strict=True)
+    return float(torch.stack([(x.float() - y.float()).norm() / y.float().norm() for x, y in pairs]).max())
 
 
 def append(file: Path | None, rows: list[dict]) -> None:

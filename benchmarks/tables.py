@@ -31,7 +31,7 @@ IDENTITY = {
     "train_step": ("workload", "trees", "hardware"),
     "packing": ("workload", "hardware"),
     "client": ("calls", "latency_ms", "in_flight", "faults", "hardware"),
-    "retrieval": ("slice", "method"),
+    "retrieval": ("slice", "method", "embeddings", "hardware"),
     "kill_drill": ("job", "trajectories", "kills", "local", "hardware"),
 }
 
@@ -230,19 +230,22 @@ def client(rows: list[dict]) -> str:
 
 
 def retrieval(rows: list[dict]) -> str:
+    def seconds(value):
+        return "–" if value is None else f"{value:.2f}"
+
     lines = [
         [
-            row["slice"],
-            row["method"],
-            f"{row['questions']:,}",
+            f"{row['slice']}, {row['questions']:,} questions",
             f"{row['pages']:,}",
-            f"{row['recall_at_1']:.1%}",
-            f"{row['recall_at_5']:.1%}",
-            f"{row['query_ms']:.2f}",
+            f"{row['method']}, {row['embeddings']}" if row["embeddings"] else row["method"],
+            *(f"{row[f'recall_at_{k}']:.1%}" for k in (1, 5, 10)),
+            seconds(row["build_s"]),
+            seconds(row["query_ms"]),
         ]
         for row in rows
     ]
-    return grid(["slice", "method", "questions", "pages", "recall@1", "recall@5", "ms a query"], lines)
+    headers = ["slice", "pages", "method", "recall@1", "recall@5", "recall@10", "index, s", "ms a query"]
+    return f"{_source(rows)}\n\n{grid(headers, lines)}"
 
 
 def kill_drill(rows: list[dict]) -> str:

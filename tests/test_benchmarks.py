@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,9 +25,9 @@ from benchmarks import (
     packing,
     plot,
     pointwise,
-    retrieval,
     tables,
     train_step,
+    tune,
     workloads,
 )
 from benchmarks.__main__ import benchmarks
@@ -111,16 +112,13 @@ def test_tables_of_the_benchmarks_that_time_themselves(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [name, "--json", "--out", str(tmp_path / f"{name}.jsonl"), *arguments])
         module.main()
     harness.append(tmp_path / "client.jsonl", [client.run(calls=8, latency_ms=1, in_flight=4, faults=0.0)])
-    found = retrieval.measure("slice", "bm25", lambda question, k: ["a", "b"], [("?", ["a", "c"])], pages=1234)
-    harness.append(tmp_path / "retrieval.jsonl", [asyncio.run(found)])
     made = tables.tables(tmp_path)
-    assert list(made) == ["train_step", "packing", "client", "retrieval"]
+    assert list(made) == ["train_step", "packing", "client"]
     chain, comb = (line.split(" | ") for line in made["train_step"].splitlines()[4:])
     assert chain[:3] == ["| chain", "3,600 → 730", "730"] and comb[:3] == ["| comb", "14,400 → 1,350", "14,400"]
     shapes = [line.split(" | ")[0] for line in made["packing"].splitlines()[4:]]
     assert shapes == [f"| {name}" for name in packing.SHAPES]
     assert "| 8 of 1 ms, 4 in flight | 0% |" in made["client"]
-    assert "| slice | bm25 | 1 | 1,234 | 50.0% | 50.0% |" in made["retrieval"]
 
 
 def test_a_run_cut_short_leaves_the_rows_it_has(tmp_path):
@@ -232,8 +230,71 @@ def test_the_gpu_script_goes_as_far_as_a_cpu_can(tmp_path):
     command = ["bash", "benchmarks/gpu.sh", "--dry-run", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    for name in COMMANDS:
-        assert (tmp_path / f"{name}.jsonl").read_text().count("\n") > 2
+    for name in (*COMMANDS, "crossover"):
+        assert len(tables.read(tmp_path / f"{name}.jsonl")) > 2
+    tuned = tables.read(tmp_path / "tune.jsonl")
+    slots = {"tree_attention": tune.ATTENTION_SLOTS, "linear_log_prob": tune.HEAD_SLOTS}
+    expected = [(op, slot.name) for op in slots for slot in slots[op]]
+    assert [(row["op"], row["slot"]) for row in tuned if row["shipped"]] == expected
+    assert all("median_ms" in row for row in tuned if row["shipped"])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    size: int
+    num_warps: int
+
+
+def search(op, shipped, tmp_path, seconds=60.0):
+    """What `tune` finds for an op(config) -> result with one slot: rows, and the table afterwards."""
+    table = {"key": (Blocks(*shipped), "another slot's")}
+
+    def run():
+        return (op(table["key"][0]),)
+
+    slot = tune.Slot("only", 0, False, ((1, 2, 3), (4, 8)), (), or_none=True)
+    report = harness.Report("tune", harness.settings("", ["--device", "cpu", "--seconds", "0", "--json"]))
+    tune.tune(tune.Case("op", table, "key", (slot,), run, run), report, seconds)
+    return report.rows, table
+
+
+def test_tune_tries_the_nearest_first_and_leaves_the_table_alone(tmp_path):
+    rows, table = search(lambda config: torch.ones(3), (2, 4), tmp_path)
+    assert [row["provider"] for row in rows] == ["2 4", "none", "1 4", "2 8", "3 4", "1 8", "3 8"]
+    assert [row["shipped"] for row in rows] == [True] + [False] * 6
+    assert table == {"key": (Blocks(2, 4), "another slot's")}
+
+
+def test_tune_skips_and_says_what_fails_or_gives_another_result(tmp_path, capsys):
+    def op(config):
+        if config is None or config.size == 3:
+            raise RuntimeError("out of shared memory\nmore")
+        return torch.full((3,), float("nan") if config.num_warps == 8 else config.size * 1.0)
+
+    rows, table = search(op, (2, 4), tmp_path)
+    notes = {row["provider"]: row["note"] for row in rows}
+    assert notes["2 4"] is None and "median_ms" in rows[0]
+    assert notes["none"] == notes["3 4"] == notes["3 8"] == "RuntimeError: out of shared memory"
+    assert notes["1 4"] == notes["2 8"] == "another result"
+    assert table == {"key": (Blocks(2, 4), "another slot's")}
+    assert "nothing better (7 tried, 6 of them skipped, 0 not reached)" in capsys.readouterr().err
+
+
+def test_tune_finds_the_better_one_and_stops_in_time(tmp_path, capsys):
+    def op(config):
+        if config == Blocks(2, 4):
+            time.sleep(0.03)
+        return torch.ones(3)
+
+    search(op, (2, 4), tmp_path, seconds=0.0)
+    assert "better None" in (said := capsys.readouterr().err) and "(2 tried, 0 of them skipped, 5 not reached)" in said
+
+
+def test_tune_needs_kernels_that_run():
+    command = [sys.executable, "-m", "benchmarks.tune", "--tiny", "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 1 and run.stderr.startswith("tune: needs a CUDA GPU")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
