@@ -381,7 +381,7 @@ def broken_promises(row: dict, kills: int) -> list[str]:
 async def drill_all(options: argparse.Namespace, folder: Path, report: Callable[[dict], None]) -> None:
     """Each job in turn; `report` gets its row. `filter` judges what the undisturbed generate made."""
     num_questions = options.trajectories // SAMPLES
-    rng, model = random.Random(options.seed), Model(num_questions)
+    model = Model(num_questions)
     server = FaultServer(model, latency_s=options.latency_ms / 1000)
     server.keep_requests = True
     async with server:
@@ -391,6 +391,7 @@ async def drill_all(options: argparse.Namespace, folder: Path, report: Callable[
         if options.local:
             jobs = [generate_job("almanac", num_questions, 1)]
         for job in jobs:
+            rng = random.Random(f"{options.seed} {job.name}")
             report(await drill(job, folder, options.kills, rng, server, model))
 
 
