@@ -118,16 +118,17 @@ async def open_retriever(
             f"retriever '{spec}' is unknown: expected bm25, dense+http://host/v1#model or http://host:port/retrieve"
         )
     if task.tool_name != "search":
-        raise ConfigError(f"--retriever {spec}: task '{task.name}' calculates, and searches nothing")
+        raise ConfigError(f"--retriever: task '{task.name}' calculates, and searches nothing")
+    from swirl.environment.batcher import retriever
+    from swirl.environment.retrieval import RetrievalServerTool, StrictSearch
+
     if spec.startswith("dense+"):
         tool = await _open_dense(task, spec.removeprefix("dense+"), top_k, client, limits)
     else:
-        from swirl.environment.batcher import retriever
-        from swirl.environment.retrieval import RetrievalServerTool
-
         endpoint = replace(endpoint_for(spec, limits=limits), key_env=None)  # that form knows no key
         tool = RetrievalServerTool(spec, retriever(client, endpoint), top_k)
-    return replace(task, open_tool=lambda: tool)
+    search = StrictSearch(tool)
+    return replace(task, open_tool=lambda: search)
 
 
 async def _open_dense(task: Task, spec: str, top_k: int, client: Client, limits: EndpointLimits | None):
@@ -138,7 +139,7 @@ async def _open_dense(task: Task, spec: str, top_k: int, client: Client, limits:
     endpoint = endpoint_for(url, limits=limits)
     embed = embedder(client, endpoint, model)
     if task.corpus is None:
-        raise ConfigError(f"--retriever dense+{spec}: task '{task.name}' has no file of pages to index")
+        raise ConfigError(f"--retriever: task '{task.name}' has no file of pages to index, a server's URL would do")
     folder = task.corpus.with_name(f"{task.corpus.name}.dense-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}")
     if not folder.exists():
         with progress("embed pages", None, note=client.progress.note) as advance:

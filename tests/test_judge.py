@@ -6,6 +6,7 @@ import asyncio
 import math
 
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -221,6 +222,26 @@ def test_reward_by_votes():
     assert judged.reward is None and judged.verdict is None and model.masked == 1
     with pytest.raises(ConfigError):
         GenerativeRewardModel(Scripted(), votes=0)
+
+
+def test_votes_are_draws_of_their_own_where_seed_is_refused(tmp_path):
+    scores = iter(range(10))
+
+    def seedless(path, payload):
+        if "seed" in payload:
+            return web.Response(status=400, text="seed: unknown field")
+        return {"choices": [{"message": {"content": f"SCORE: {next(scores)}"}, "finish_reason": "stop"}]}
+
+    async def run():
+        async with FaultServer(seedless) as server:
+            rewards = []
+            for _ in range(2):
+                wire = open_judge(f"{server.url}/v1#m", kind="reward", votes=4, cache=tmp_path / "answers.sqlite")
+                rewards.append((await wire.judge(ITEM)).reward)
+                await wire.close()
+            return rewards
+
+    assert asyncio.run(run()) == [pytest.approx((0 + 1 + 2 + 3) / 4 / 9)] * 2
 
 
 @pytest.mark.parametrize("built_in", [SEARCH_PROCESS, CALCULATOR_PROCESS, OUTCOME, REWARD])

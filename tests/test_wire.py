@@ -406,6 +406,26 @@ def test_search_by_a_retrieval_server(tmp_path, own_questions):
     assert not (tmp_path / "x.jsonl").exists()
 
 
+def test_a_search_that_got_no_answer_is_not_what_the_policy_reads(tmp_path, own_questions):
+    failures = iter([web.Response(text="busy"), web.Response(status=422, text="no such query")])
+
+    def failing(path, payload):
+        return next(failures, None) or model(path, payload) if path == "/retrieve" else model(path, payload)
+
+    async def all_of_it():
+        async with FaultServer(failing) as server:
+            flags = (*own_questions, "--retriever", f"{server.url}/retrieve", "--limit", 1, "--out", "t.jsonl")
+            first = await generate(tmp_path, server.url, *flags, code=1)
+            await generate(tmp_path, server.url, *flags)
+            await generate(tmp_path, server.url, *own_questions, "--retriever", f"{server.url}/retrieve")
+            return first
+
+    assert "expected JSON" in asyncio.run(all_of_it()).errors[0]
+    (refused,) = observations(tmp_path / "t.jsonl")
+    assert "search failed: HTTP 422: no such query" in refused
+    assert not any("search failed" in said for said in observations(tmp_path / "trajectories.jsonl"))
+
+
 def test_the_key_reaches_the_server_and_nothing_else(tmp_path):
     secret = "sk-very-secret-0123456789"
     refusals = iter(range(3))

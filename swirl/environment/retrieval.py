@@ -189,6 +189,27 @@ class RetrievalServerTool:
             return _failed(error)
 
 
+class StrictSearch:
+    """One of the tools above for data that is kept: what a server failed to answer is an EndpointError, which leaves
+    the trajectory to the next run, for the policy must not learn from a server's bad moment. A query that the server
+    refuses (400, 413, 422) is the policy's own doing, and stays a result it can read.
+    """
+
+    name = "search"
+
+    def __init__(self, tool: DenseSearchTool | RetrievalServerTool):
+        self.tool = tool
+
+    async def __call__(self, query: str) -> str:
+        """Raises EndpointError."""
+        try:
+            return show_pages(await self.tool.search(query))
+        except EndpointError as error:
+            if error.status in (400, 413, 422):
+                return _failed(error)
+            raise
+
+
 def _failed(error: SwirlError) -> str:
     return f"search failed: {error.reason if isinstance(error, EndpointError) else error}"
 
