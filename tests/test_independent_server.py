@@ -19,7 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tokenizers
 
 from swirl import generate
 from swirl.generate import GenerateConfig
@@ -59,20 +58,9 @@ class Server:
 
 
 def export(folder: Path) -> None:
-    """The base in Hugging Face layout, by swirl, and two settings that this server goes by.
-
-    It draws only where generation_config.json says so, and then from the 50 likeliest words unless told otherwise;
-    and a plain prompt, as completions take it, begins with <bos> where tokenizer.json says so, as Gemma's own does.
-    """
+    """The base in Hugging Face layout, by swirl."""
     model, tokenizer = load_model("almanac")
     model.save_pretrained(folder, tokenizer=tokenizer)
-    settings = folder / "generation_config.json"
-    drawing = {"do_sample": True, "top_k": tokenizer.vocab_size}
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | drawing))
-    coder = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    bos = [("<bos>", tokenizer.bos_id)]
-    coder.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=bos)
-    coder.save(str(folder / "tokenizer.json"))
 
 
 def start(folder: Path, log: Path) -> Server:

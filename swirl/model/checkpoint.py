@@ -165,6 +165,8 @@ def _write(folder: Path, state, config, tokenizer) -> None:
         eos = generation["eos_token_id"]
         ends = [*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.end_of_turn_id]
         generation["eos_token_id"] = sorted({end for end in ends if end is not None})
+    # transformers' server draws only where this file says so, and then from 50 words unless told otherwise.
+    generation |= {"do_sample": True, "top_k": config["vocab_size"]}
     shards = _shards(state)
     names = [SINGLE] if len(shards) == 1 else []
     names = names or [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
