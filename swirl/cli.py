@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -50,6 +50,23 @@ def _refuse_unknown_keys(values: dict, kind: type, path: str, inside: str = "") 
 
 def config_to_json(config: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(asdict(config), enc_hook=os.fspath), indent=2)
+
+
+def refuse_other_settings(config: object, outputs: Sequence[Path], *, may_change: Collection[str]) -> None:
+    """Files are resumed only with the settings that began them; they lie beside the first. Raises ConfigError."""
+    settings = {name: str(value) for name, value in asdict(config).items() if name not in may_change}
+    beside = outputs[0].with_name(outputs[0].name + ".settings.json")
+    if beside.exists() and any(out.exists() and out.stat().st_size for out in outputs):
+        for name, value in msgspec.json.decode(beside.read_bytes()).items():
+            if settings.get(name) != value:
+                raise ConfigError(
+                    f"{outputs[0]} was begun with --{name.replace('_', '-')} {value}, not {settings.get(name)}: "
+                    "take another file, or the same settings"
+                )
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    aside = beside.with_name(beside.name + ".partial")
+    aside.write_bytes(msgspec.json.encode(settings))
+    aside.replace(beside)
 
 
 def require_at_least(least: float, config: object, *flags: str) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from swirl import cli
 from swirl.environment.client import Client
 from swirl.environment.concurrency import as_done
-from swirl.environment.judge import OutcomeToJudge, StepToJudge
+from swirl.environment.judge import Kind, OutcomeToJudge, StepToJudge
 from swirl.environment.policy import EndpointLimits
 from swirl.errors import ConfigError, InputError
 from swirl.open import answers_beside, open_judge
@@ -44,7 +44,8 @@ class FilterConfig:
     kept: Path = Path("kept.jsonl")
     """Where those go that pass."""
     dropped: Path = Path("dropped.jsonl")
-    """Where the others go, each with the reason in `dropped`. Both files are appended to and resumed."""
+    """Where the others go, each with the reason in `dropped`. Both files are appended to, and resumed by the same
+    command."""
     mode: Mode = "process"
     """none, process (every step GOOD), outcome (the final answer correct), or both."""
     judge: str = "rule"
@@ -70,6 +71,19 @@ class FilterConfig:
 
     def __post_init__(self):
         cli.require_at_least(1, self, "votes", "in_flight")
+
+
+_MAY_CHANGE = ("data", "kept", "dropped", "in_flight", "cache", "endpoint")  # no verdict depends on these
+
+
+class Judges(NamedTuple):
+    """Who is asked about the steps, the final answer and the rewards. Without one, the official rule says whether an
+    answer is correct, and nobody gives rewards.
+    """
+
+    steps: object
+    outcome: object | None = None
+    reward: object | None = None
 
 
 def step_to_judge(trajectory: Trajectory, k: int, action: str) -> StepToJudge:
@@ -143,18 +157,18 @@ async def with_outcome(trajectory: Trajectory, judge=None) -> Trajectory:
 
 
 def judged_trajectories(
-    trajectories: Iterable[Trajectory], *, judge, mode: Mode, in_flight: int, outcome_judge=None, reward_judge=None
+    trajectories: Iterable[Trajectory], judges: Judges, *, mode: Mode, in_flight: int
 ) -> AsyncIterator[tuple[Trajectory, str | None]]:
     """(trajectory with verdicts, reason it is dropped or None) as they are done; the input is read lazily."""
 
     async def work(trajectory):
         if mode in ("process", "both"):
-            trajectory = await judge_steps(trajectory, judge)
+            trajectory = await judge_steps(trajectory, judges.steps)
         if mode in ("outcome", "both"):
-            trajectory = await with_outcome(trajectory, outcome_judge)
+            trajectory = await with_outcome(trajectory, judges.outcome)
         reason = why_dropped(trajectory, mode)
-        if reason is None and reward_judge is not None:  # grades cost: only what is kept has them
-            trajectory, reason = await reward_steps(trajectory, reward_judge)
+        if reason is None and judges.reward is not None:  # grades cost: only what is kept has them
+            trajectory, reason = await reward_steps(trajectory, judges.reward)
         return trajectory, reason
 
     return as_done((work(trajectory) for trajectory in trajectories), in_flight)
@@ -166,7 +180,7 @@ async def filter_in_memory(
     """(kept, dropped), each in the order given, every judged step carrying its verdict."""
     order = {trajectory.id: place for place, trajectory in enumerate(trajectories)}
     kept, dropped = [], []
-    async for trajectory, reason in judged_trajectories(trajectories, judge=judge, mode=mode, in_flight=1024):
+    async for trajectory, reason in judged_trajectories(trajectories, Judges(judge), mode=mode, in_flight=1024):
         (kept if reason is None else dropped).append(trajectory)
         advance()
     for part in (kept, dropped):
@@ -184,18 +198,19 @@ def _take_back_unjudged(dropped: Path) -> None:
         aside.replace(dropped)
 
 
-def _open_judges(config: FilterConfig, client: Client) -> dict:
-    """Of the steps, the outcome and the rewards; None where nobody is asked."""
-    shared = {"client": client, "limits": config.endpoint}
-    judge = open_judge(config.judge, prompt=config.judge_prompt, **shared)
-    outcome_judge = reward_judge = None
-    if config.outcome_judge:
-        prompt = config.outcome_judge_prompt
-        outcome_judge = open_judge(config.outcome_judge, kind="outcome", prompt=prompt, **shared)
-    if config.reward_judge:
-        prompt = config.reward_judge_prompt
-        reward_judge = open_judge(config.reward_judge, kind="reward", prompt=prompt, votes=config.votes, **shared)
-    return {"judge": judge, "outcome_judge": outcome_judge, "reward_judge": reward_judge}
+def _open_judges(config: FilterConfig, client: Client) -> Judges:
+    def opened(spec: str | None, kind: Kind, prompt: Path | None):
+        if spec is None:
+            return None
+        return open_judge(
+            spec, kind=kind, prompt=prompt, votes=config.votes, client=client, limits=config.endpoint
+        )
+
+    return Judges(
+        opened(config.judge, "process", config.judge_prompt),
+        opened(config.outcome_judge, "outcome", config.outcome_judge_prompt),
+        opened(config.reward_judge, "reward", config.reward_judge_prompt),
+    )
 
 
 async def _filter(config: FilterConfig) -> dict:
@@ -206,14 +221,15 @@ async def _filter(config: FilterConfig) -> dict:
     reasons: list[str] = []
     async with Client(config.cache or answers_beside(config.kept)) as client:
         judges = _open_judges(config, client)
+        cli.refuse_other_settings(config, [config.kept, config.dropped], may_change=_MAY_CHANGE)
         _take_back_unjudged(config.dropped)
         with TrajectoryLog(config.kept) as kept, TrajectoryLog(config.dropped) as dropped:
             finished = kept.done | dropped.done
             decisions = judged_trajectories(
                 (t for t in iter_trajectories(config.data) if t.id not in finished),
+                judges,
                 mode=config.mode,
                 in_flight=config.in_flight,
-                **judges,
             )
             total = _count_lines(config.data)
             with progress("filter", total, completed=len(finished), note=client.progress.note) as advance:
@@ -235,7 +251,9 @@ async def _filter(config: FilterConfig) -> dict:
         )
     return {
         "mode": config.mode,
-        **{name: judge.name for name, judge in judges.items() if judge is not None},
+        "judge": judges.steps.name,
+        "outcome_judge": judges.outcome and judges.outcome.name,
+        "reward_judge": judges.reward and judges.reward.name,
         **counts,
         "unjudged": len(unjudged),
         "dropped_now": Counter(reason.partition(":")[0] for reason in reasons),

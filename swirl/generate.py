@@ -11,7 +11,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -123,23 +123,6 @@ async def collect(
     return [made[trajectory_id(*pair)] for pair in asked]
 
 
-def _refuse_other_settings(config: GenerateConfig) -> None:
-    """A file is resumed only with the settings that began it; they lie beside it."""
-    settings = {k: str(v) for k, v in asdict(config).items() if k not in _MAY_CHANGE}
-    beside = config.out.with_name(config.out.name + ".settings.json")
-    if config.out.exists() and config.out.stat().st_size and beside.exists():
-        for key, value in msgspec.json.decode(beside.read_bytes()).items():
-            if settings.get(key) != value:
-                raise ConfigError(
-                    f"{config.out} was begun with --{key.replace('_', '-')} {value}, not {settings.get(key)}: "
-                    "take another --out, or the same settings"
-                )
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    aside = beside.with_name(beside.name + ".partial")
-    aside.write_bytes(msgspec.json.encode(settings))
-    aside.replace(beside)
-
-
 async def _generate(config: GenerateConfig) -> dict:
     task = open_task(config.task, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
     questions = task.questions(config.split, config.limit)
@@ -162,7 +145,7 @@ async def _generate(config: GenerateConfig) -> dict:
         task = await open_retriever(
             task, config.retriever, top_k=config.top_k, client=client, limits=config.endpoint
         )
-        _refuse_other_settings(config)
+        cli.refuse_other_settings(config, [config.out], may_change=_MAY_CHANGE)
         with TrajectoryLog(config.out) as log:
             wanted = [(question, sample) for question in questions for sample in range(config.samples)]
             asked = [pair for pair in wanted if trajectory_id(*pair) not in log.done]

@@ -163,6 +163,9 @@ def test_filter_keeps_and_drops_all_with_reasons_and_resumes(trajectories, tmp_p
         (tmp_path / f"{mode}.d").write_bytes(part[: len(part) // 2])
         command("filter", *flags, cwd=tmp_path, check=0)
         assert sorted_lines(tmp_path / f"{mode}.k", tmp_path / f"{mode}.d") == whole
+        other = command("filter", *flags[:-1], "both" if mode == "none" else "none", cwd=tmp_path)
+        assert f"was begun with --mode {mode}" in one_line(other)
+        assert sorted_lines(tmp_path / f"{mode}.k", tmp_path / f"{mode}.d") == whole
 
 
 def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_folder):
