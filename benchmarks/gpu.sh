@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a CUDA machine: the GPU tests, then every kernel benchmark, in at most 8 minutes; rows go to
-# benchmarks/results/*.jsonl. `benchmarks/gpu.sh --tune [minutes]` then searches launch configs, for 15 minutes more.
+# benchmarks/results/*.jsonl, and from there into the READMEs. `benchmarks/gpu.sh --tune [minutes]` then searches launch configs, for 15 minutes more.
 # Without a GPU, `benchmarks/gpu.sh --dry-run [folder]` runs all that a CPU can.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +25,7 @@ run() {
 
 if [[ ${1:-} == --dry-run ]]; then
   out=${2:-$(mktemp -d)}
-  run 60 "GPU tests are collected" "$python" -m pytest -q --collect-only tests/test_gpu.py
+  run 60 "GPU tests are collected" "$python" -m pytest -q --collect-only tests/test_gpu*.py
   for name in $benchmarks; do
     run 100 "$name, tiny, on CPU" "$python" -m benchmarks."$name" --tiny --device cpu --out "$out/$name.jsonl"
   done
@@ -41,10 +41,10 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 1
 fi
 out=benchmarks/results
-run 150 "GPU tests" "$python" -m pytest -q -x tests/test_gpu.py
+run 150 "GPU tests" "$python" -m pytest -q -x tests/test_gpu*.py
 if command -v compute-sanitizer >/dev/null; then
   run 60 "memory checker, small shapes" compute-sanitizer --error-exitcode 1 \
-    "$python" -m pytest -q -x tests/test_gpu.py -k small
+    "$python" -m pytest -q -x tests/test_gpu*.py -k small
 else
   echo "gpu.sh: no compute-sanitizer here, memory is not checked" >&2
 fi
@@ -53,6 +53,7 @@ run 200 "attention" "$python" -m benchmarks.attention --seconds 0.1 --out "$out/
 run 60 "pointwise" "$python" -m benchmarks.pointwise --seconds 0.1 --out "$out/pointwise.jsonl"
 run 40 "decode" "$python" -m benchmarks.decode --seconds 0.1 --out "$out/decode.jsonl"
 run 30 "crossover" "$python" -m benchmarks.attention --crossover --seconds 0.1 --out "$out/crossover.jsonl"
+run 20 "picture and tables" bash -c '"$0" -m benchmarks.plot && "$0" -m benchmarks.tables --prune --write' "$python"
 if [[ ${1:-} == --tune ]]; then
   minutes=${2:-15}
   echo "gpu.sh: tune, $minutes minutes" >&2

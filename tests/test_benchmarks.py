@@ -239,6 +239,16 @@ def test_the_gpu_script_goes_as_far_as_a_cpu_can(tmp_path):
     assert all("median_ms" in row for row in tuned if row["shipped"])
 
 
+def test_the_cpu_script_calls_commands_that_there_are():
+    run = subprocess.run(
+        ["bash", "benchmarks/cpu.sh"], capture_output=True, text=True, check=True, env=os.environ | {"PYTHON": "echo"}
+    )
+    called = [line.split()[1].removeprefix("benchmarks.") for line in run.stdout.splitlines()]
+    assert set(called) <= set(benchmarks()) and called[-2:] == ["plot", "tables"]
+    for name in re.findall(r"results/(\w+)\.jsonl", run.stdout):
+        assert name in tables.TABLES
+
+
 @dataclass(frozen=True)
 class Blocks:
     size: int
