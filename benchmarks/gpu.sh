@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a CUDA machine: the GPU tests, then every kernel benchmark, in at most 8 minutes; rows go to
-# benchmarks/results/*.jsonl, and from there into the READMEs. `benchmarks/gpu.sh --tune [minutes]` then searches launch configs, for 15 minutes more.
+# benchmarks/results/*.jsonl, and from there into the picture and the READMEs.
+# `benchmarks/gpu.sh --tune [minutes]` then searches launch configs, for 15 minutes more.
 # Without a GPU, `benchmarks/gpu.sh --dry-run [folder]` runs all that a CPU can.
 set -uo pipefail
 cd "$(dirname "$0")/.."
