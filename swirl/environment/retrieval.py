@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -81,8 +80,8 @@ async def build_dense_index(
     folder = Path(folder)
     if folder.exists():
         raise ConfigError(f"{folder} is there already: an index is built once, remove it to build it anew")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    aside = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    aside.mkdir(parents=True, exist_ok=True)  # unlike tempfile's, readable by whom the umask says
     index, count = None, 0
     try:
         with open(aside / "pages.jsonl", "wb") as file:
