@@ -2,7 +2,7 @@
 // the shapes alone, and a row of y on its own row of x alone.
 #include "linear.h"
 
-#include "simd.h"
+#include "pack.h"
 #include "workspace.h"
 
 namespace swirl::SWIRL_ISA {
@@ -10,8 +10,6 @@ namespace {
 
 constexpr int BLOCK = 64;   // rows of a task
 constexpr int CHUNK = 256;  // tokens of dw packed at a time: a panel of them fits the first-level cache
-
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // C (rows x columns) = A B for B packed in panels over `steps`. What does not fill whole tiles goes through scratch,
 // ROWS * (steps + columns rounded up to panels) floats.
@@ -66,17 +64,16 @@ bool linear_fwd(const Linear& p) {
 
 bool linear_dx(const Linear& p) {
     return tall_product(p, p.K, p.N, p.dy, p.dx, [&](int64_t start, float* to) {
-        for (int64_t n = 0; n < p.N; n++)
-            for (int lane = 0; lane < PANEL<float>; lane++)
-                *to++ = start + lane < p.K ? p.w[n * p.K + start + lane] : 0;
+        pack_panels(p.w + start, p.K, p.N, p.N, p.K - start < PANEL<float> ? p.K - start : PANEL<float>, to);
     });
 }
 
-// A task owns a tile of dw and walks over all tokens, a chunk at a time.
+// A task owns a tile of dw and walks over all tokens, a chunk at a time. dy is read as it lies, but for the rows of dw
+// that do not fill the registers.
 bool linear_dw(const Linear& p) {
     constexpr int TILE_ROWS = 2 * BLOCK;
     int64_t row_tiles = (p.N + TILE_ROWS - 1) / TILE_ROWS, column_tiles = (p.K + PANEL<float> - 1) / PANEL<float>;
-    constexpr int64_t sums_size = TILE_ROWS * PANEL<float>, x_size = CHUNK * PANEL<float>, dy_size = CHUNK * TILE_ROWS;
+    constexpr int64_t sums_size = TILE_ROWS * PANEL<float>, x_size = CHUNK * PANEL<float>, dy_size = CHUNK * ROWS;
     constexpr int64_t scratch_size = sums_size + x_size + dy_size;
     float* memory = (float*)acquire(p.threads * scratch_size * sizeof(float));
     if (!memory) return false;
@@ -89,17 +86,16 @@ bool linear_dw(const Linear& p) {
         for (int64_t tile = 0; tile < row_tiles * column_tiles; tile++) {
             int64_t n0 = tile / column_tiles * TILE_ROWS, k0 = tile % column_tiles * PANEL<float>;
             int64_t rows = p.N - n0 < TILE_ROWS ? p.N - n0 : TILE_ROWS;
-            int64_t columns = p.K - k0 < PANEL<float> ? p.K - k0 : PANEL<float>;
+            int64_t columns = p.K - k0 < PANEL<float> ? p.K - k0 : PANEL<float>, whole = rows / ROWS * ROWS;
             memset(sums, 0, sums_size * sizeof(float));
-            memset(x, 0, x_size * sizeof(float));
-            memset(dy, 0, dy_size * sizeof(float));
             for (int64_t m = 0; m < p.M; m += CHUNK) {
                 int64_t steps = p.M - m < CHUNK ? p.M - m : CHUNK;
-                for (int64_t i = 0; i < steps; i++) {
-                    memcpy(x + i * PANEL<float>, p.x + (m + i) * p.K + k0, columns * sizeof(float));
-                    memcpy(dy + i * TILE_ROWS, p.dy + (m + i) * p.N + n0, rows * sizeof(float));
-                }
-                product<float, float>(round_up(rows, ROWS), PANEL<float>, steps, dy, 1, TILE_ROWS, x, sums,
+                const float* tile_dy = p.dy + m * p.N + n0;
+                pack_panels(p.x + m * p.K + k0, p.K, steps, steps, columns, x);
+                product<float, float>(whole, PANEL<float>, steps, tile_dy, 1, p.N, x, sums, PANEL<float>, true);
+                if (whole == rows) continue;
+                pack_panels<ROWS>(tile_dy + whole, p.N, steps, steps, rows - whole, dy);
+                product<float, float>(ROWS, PANEL<float>, steps, dy, 1, ROWS, x, sums + whole * PANEL<float>,
                                       PANEL<float>, true);
             }
             for (int64_t i = 0; i < rows; i++)

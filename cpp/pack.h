@@ -55,17 +55,19 @@ template <class T, class E> inline void pack_turned(const E* from, int64_t rows,
         for (int64_t i = 0; i < steps; i++)
             for (int lane = 0; lane < PANEL<T>; lane++) *to++ = from[(start + lane) * steps + i];
 }
-// Right-hand side of a product over the rows: [columns / PANEL][rows][PANEL], columns past `width` zero.
-template <class I, class T>
+// Right-hand side of a product over the rows: [columns / PANEL][rows][PANEL], columns past `width` zero. (Or panels of
+// another size: one of ROWS is a left-hand side that lies turned.)
+template <int SIZE = 0, class I, class T>
 inline void pack_panels(const I* from, int64_t stride, int64_t live, int64_t rows, int64_t width, T* to) {
-    for (int64_t start = 0; start < width; start += PANEL<T>)
-        for (int64_t row = 0; row < rows; row++, to += PANEL<T>) {
+    constexpr int size = SIZE ? SIZE : PANEL<T>;
+    for (int64_t start = 0; start < width; start += size)
+        for (int64_t row = 0; row < rows; row++, to += size) {
             const I* at = from + row * stride + start;
             int64_t left = row < live ? width - start : 0;
-            if (left >= PANEL<T>)
-                for (int lane = 0; lane < PANEL<T>; lane++) to[lane] = widen(at[lane]);
+            if (left >= size)
+                for (int lane = 0; lane < size; lane++) to[lane] = widen(at[lane]);
             else
-                for (int lane = 0; lane < PANEL<T>; lane++) to[lane] = lane < left ? widen(at[lane]) : T(0);
+                for (int lane = 0; lane < size; lane++) to[lane] = lane < left ? widen(at[lane]) : T(0);
         }
 }
 

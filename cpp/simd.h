@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -108,6 +108,16 @@ template <class T> SWIRL_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
     x = x < low ? splat<T>(low) : x;
     return x > high ? splat<T>(high) : x;
 }
+// GCC makes two instructions of each of those choices. Where x is NaN, these too keep it.
+#if defined(__AVX512F__)
+template <> SWIRL_INLINE Vec<float> clamp<float>(Vec<float> x, float low, float high) {
+    return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+}
+#elif defined(__AVX2__)
+template <> SWIRL_INLINE Vec<float> clamp<float>(Vec<float> x, float low, float high) {
+    return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), (__m256)x));
+}
+#endif
 template <class T> SWIRL_INLINE Vec<T> exp_clamped(Vec<T> x) {
     return exp_in_range<T>(clamp<T>(x, Exp<T>::smallest, Exp<T>::largest));
 }
