@@ -278,13 +278,6 @@ def main(config: EvaluateConfig) -> None:
     scores = asyncio.run(_evaluate(config))
     if sys.stdout.isatty():
         print_scores(scores)
-        for score in scores:
-            if score.judged_interval:
-                low, high = score.judged_interval
-                print(
-                    f"{score.task}: {score.judged_accuracy:.1%} [{low:.0%}, {high:.0%}] of answers judged correct, "
-                    f"{score.unjudged_answers} without a verdict"
-                )
     else:
         for score in scores:
             sys.stdout.write(msgspec.json.encode(score).decode() + "\n")

@@ -75,7 +75,8 @@ class GenerateConfig:
         cli.require_at_least(0, self, "temperature")
 
 
-_MAY_CHANGE = ("out", "limit", "in_flight", "device", "cache", "endpoint")  # no line depends on these
+# No line depends on these, but by rounding where a checkpoint runs here.
+_MAY_CHANGE = ("out", "limit", "in_flight", "device", "cache", "endpoint")
 
 
 def limits_for(task: Task, *, max_steps: int | None, max_new_tokens: int, temperature: float) -> RolloutLimits:

@@ -27,8 +27,10 @@ def model_folder(spec: str) -> Path:
     return ALMANAC_BASE if spec == "almanac" else Path(spec)
 
 
-def load_model(spec: str, *, device="cpu", dtype=None):
-    """(Gemma, Tokenizer) from a folder or `almanac`. Raises CheckpointError, also where the two do not fit."""
+def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
+    """(Gemma, Tokenizer) from a folder or `almanac`. Raises CheckpointError, also where the two do not fit, and
+    ConfigError where this `attention` cannot compute that model.
+    """
     import torch
 
     from swirl.model.checkpoint import check_tokenizer_fits
@@ -39,7 +41,7 @@ def load_model(spec: str, *, device="cpu", dtype=None):
     if not folder.is_dir():
         raise CheckpointError(folder, "no such folder: expected `almanac` or a Hugging Face folder of a Gemma 2")
     tokenizer = Tokenizer.from_pretrained(folder)
-    model = Gemma.from_pretrained(folder, dtype=dtype or torch.float32, device=device)
+    model = Gemma.from_pretrained(folder, dtype=dtype or torch.float32, device=device, attention=attention)
     check_tokenizer_fits(tokenizer, model.config.vocab_size, folder)
     return model, tokenizer
 

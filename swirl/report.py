@@ -41,9 +41,14 @@ def _relative_gain(before: Score, after: Score) -> str:
     return f"{gain:+.0%} [{low:+.0%}, {high:+.0%}]"
 
 
-def _interval(score: Score) -> str:
-    low, high = score.interval
-    return f"{_percent(score.accuracy)} [{100 * low:.0f}, {100 * high:.0f}]"
+def _interval(mean: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{_percent(mean)} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _judged(score: Score) -> str:
+    shown = "–" if score.judged_interval is None else _interval(score.judged_accuracy, score.judged_interval)
+    return shown + (f" ({score.unjudged_answers} without a verdict)" if score.unjudged_answers else "")
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -61,16 +66,19 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 
 
 def print_scores(scores: Sequence[Score]) -> None:
-    """The table of `evaluate`, on stdout."""
-    rows = [
-        (s.task, str(s.questions), _interval(s), _percent(s.f1), _percent(s.good_steps), _by_hops(s))
-        for s in scores
-    ]
-    _print_table(
-        "greedy answers, 95% intervals by bootstrap",
-        ("task", "questions", "accuracy", "F1", "GOOD steps", "by hops"),
-        rows,
-    )
+    """The table of `evaluate`, on stdout: a column of judged accuracy where an answer judge was asked."""
+    columns = {
+        "task": [s.task for s in scores],
+        "questions": [f"{s.questions}" + (f" ({s.unanswered} unanswered)" if s.unanswered else "") for s in scores],
+        "accuracy": [_interval(s.accuracy, s.interval) for s in scores],
+        "judged": [_judged(s) for s in scores],
+        "F1": [_percent(s.f1) for s in scores],
+        "GOOD steps": [_percent(s.good_steps) for s in scores],
+        "by hops": [_by_hops(s) for s in scores],
+    }
+    if not any(s.judged_interval or s.unjudged_answers for s in scores):
+        del columns["judged"]
+    _print_table("greedy answers, 95% intervals by bootstrap", tuple(columns), list(zip(*columns.values())))
 
 
 def _by_hops(score: Score) -> str:
@@ -82,8 +90,8 @@ def print_comparison(before: Sequence[Score], after: Sequence[Score]) -> None:
     rows = [
         (
             a.task,
-            _interval(b),
-            _interval(a),
+            _interval(b.accuracy, b.interval),
+            _interval(a.accuracy, a.interval),
             _relative_gain(b, a),
             f"{_percent(b.good_steps)} → {_percent(a.good_steps)}",
         )

@@ -374,8 +374,9 @@ def train(config: TrainConfig) -> dict | None:
     data = read_trajectories(config.data) if config.data is not None else None
     config = _settle(config, data)
     with distributed.process_group(device):
-        model, tokenizer = opening.load_model(config.model, device=device, dtype=getattr(torch, config.dtype))
-        model.use_attention(config.attention).recompute = config.recompute
+        dtype = getattr(torch, config.dtype)
+        model, tokenizer = opening.load_model(config.model, device=device, dtype=dtype, attention=config.attention)
+        model.recompute = config.recompute
         if data is not None:
             data = _with_ids(data, tokenizer, config.data)
             _require_context(data, model.config.max_position_embeddings, config.data)

@@ -50,6 +50,16 @@ def test_micro_batches(tmp_path):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("answer", [{"data": []}, {}, [], {"data": [{"index": 0}]}, {"data": [{"embedding": [1.0]}]}])
+def test_embeddings_of_another_form_are_refused(answer):
+    async def run():
+        async with FaultServer(lambda path, payload: answer) as server, Client() as client:
+            with pytest.raises(EndpointError, match="expected 1 parts"):
+                await embedder(client, endpoint(server.url), "model")(["a"])
+
+    asyncio.run(run())
+
+
 def test_retrieval_queries_share_a_request():
     def found(path, payload):
         return {"result": [[f"{query} {payload['topk']}"] for query in payload["queries"]]}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from swirl.environment import search as searching
-from swirl.environment.retrieval import DenseSearchTool, RetrievalServerTool, build_dense_index, embeddings
+from swirl.environment.retrieval import DenseSearchTool, RetrievalServerTool, build_dense_index
 from swirl.environment.search import NO_PAGE, Bm25Index, Page, SearchTool, build_index, open_index, read_pages
 from swirl.errors import ConfigError, EndpointError, InputError
 
@@ -241,22 +241,6 @@ def test_bad_embeddings_are_a_readable_result(tmp_path, given, reason):
 
     result = asyncio.run(DenseSearchTool(tmp_path / "dense", wrong)("who"))
     assert result.startswith("search failed: ") and reason in result
-
-
-def test_embeddings_of_an_openai_endpoint_are_put_in_order():
-    async def post_json(url, payload):
-        assert url == "http://localhost/v1/embeddings" and payload == {"model": "m", "input": ["a", "b"]}
-        return {"data": [{"index": 1, "embedding": [0.0, 1.0]}, {"index": 0, "embedding": [1.0, 0.0]}]}
-
-    embed = embeddings(post_json, "http://localhost/v1/embeddings", "m")
-    assert asyncio.run(embed(["a", "b"])) == [[1.0, 0.0], [0.0, 1.0]]
-    for wrong in ({"data": []}, {}, [], {"data": [{"index": 0}]}, None):
-
-        async def post_wrong(url, payload, wrong=wrong):
-            return wrong
-
-        with pytest.raises(EndpointError, match="expected"):
-            asyncio.run(embeddings(post_wrong, "http://localhost", "m")(["a"]))
 
 
 def test_a_dense_index_is_whole_or_not_at_all(tmp_path):

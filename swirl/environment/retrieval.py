@@ -21,26 +21,7 @@ from swirl.errors import ConfigError, EndpointError, EndpointUnusable, InputErro
 Embed = Callable[[list[str]], Awaitable[list[list[float]]]]
 PostJson = Callable[[str, dict], Awaitable[dict]]
 
-_EXACT_BELOW = (
-    50_000  # pages that are compared one by one; above, usearch's graph finds nearly all of the same
-)
-
-
-def embeddings(post_json: PostJson, url: str, model: str) -> Embed:
-    """`embed` by an OpenAI-style endpoint: {"model", "input": [...]} -> {"data": [{"index", "embedding"},
-    ...]}.
-    """
-
-    async def embed(texts: list[str]) -> list[list[float]]:
-        answer = await post_json(url, {"model": model, "input": texts})
-        try:
-            by_index = {item["index"]: item["embedding"] for item in answer["data"]}
-            return [by_index[i] for i in range(len(texts))]
-        except (KeyError, TypeError):
-            reason = f'expected {{"data": [{{"index", "embedding"}}]}}, one for each of {len(texts)} texts'
-            raise EndpointError(url, reason) from None
-
-    return embed
+_EXACT_BELOW = 50_000  # pages that are compared one by one; above, usearch's graph finds nearly all of the same
 
 
 def _index_class():
