@@ -3,21 +3,19 @@
     python -m benchmarks.hopper_forward           on a Hopper GPU: check, then time against the Triton kernel
     python -m benchmarks.hopper_forward --tiny    compile ahead of time, anywhere: registers, shared memory, SASS
 
-The operator, the schedule and the numerics of `_tree_attention_fwd_kernel` (swirl/kernels/tree_attention.py) at
-bfloat16, with the fixed reference maximum that a softcap allows. There two warp groups share a tile and every
-barrier of a step; here they share only the keys. One warp copies blocks of keys and values into two rings (TMA);
-two warp groups of 64 queries each take them from there at their own pace, so that the three special functions a
-score of one may run while the tensor cores work for the other. With OVERLAP a group also runs them beside its own
-product: q k^T of the next block is started before p v of this one has ended. That is the shape of FlashAttention-3
-(arXiv:2407.08608): 240 registers a thread for the consumers, 24 for the producer.
+The operator, the schedule and the numerics of `_tree_attention_fwd_kernel` (swirl/kernels/tree_attention.py), bfloat16
+with a softcap alone. There two warp groups share a tile and every barrier of a step; here only the keys. One warp
+copies blocks of keys and values into two rings (TMA); two warp groups of 64 queries each take them from there at their
+own pace, so that the three special functions a score of one may run while the tensor cores work for the other. With
+OVERLAP a group also runs them beside its own product: q k^T of the next block is started before p v of this one has
+ended. That is the shape of FlashAttention-3 (arXiv:2407.08608): 240 registers a consumer's thread, 24 the producer's.
 
 Barriers, one a slot of a ring: `full` counts the copy's bytes, `empty` the two groups that are done with it. Block n
 is in slot n % STAGES, and waits for round n // STAGES of that slot, by its parity.
-With OVERLAP p goes through shared memory. From registers ptxas either serialises all products (C7513, p made while
-one runs) or, where p is rounded after the wait, moves the wait before two thirds of the special functions; a store
-it does not move across.
-tests/test_hopper_forward.py runs this source on a CPU, where copies land late and operands are read late, and finds
-planted bugs. No GPU has run it.
+ptxas wants two things of OVERLAP: p is rounded after the wait for p v, or it serialises all products (C7513); and a
+store that needs the row sums stands before that wait, though nobody reads it, or the wait moves up, before two thirds
+of the special functions.
+tests/test_hopper_forward.py runs this source on a CPU where copies land late and operands are read late. No GPU has.
 """
 
 from __future__ import annotations
@@ -103,7 +101,7 @@ def _consume(
     SCALE: ttgl.constexpr, SOFTCAP: ttgl.constexpr, WINDOW: ttgl.constexpr,
 ):  # fmt: skip
     """One warp group: ROWS queries, from the first key block to the stores of o and lse."""
-    q_tiles, k_ring, v_ring, p_tiles = tiles
+    q_tiles, k_ring, v_ring, sums = tiles
     q_full, k_full, k_empty, v_full, v_empty = barriers
     p_lse, p_end, p_position, p_columns = pointers
     o_q, num_full, num_live = block
@@ -126,14 +124,13 @@ def _consume(
         mbarrier.arrive(k_empty.index(0), count=1)
         p = _weights(dots, o_q, o_k, q_position, p_end, p_position, T, ROWS, KEYS, LAYOUT, SCALE, SOFTCAP, WINDOW, True)
         total += ttgl.sum(p, 1)
-        p_tiles.index(2 * GROUP).store(ttgl.cast(p, DTYPE))
-        fence_async_shared()
+        weights = ttgl.convert_layout(ttgl.cast(p, DTYPE), P_LAYOUT)
         start = 1
         for MASKED in ttgl.static_range(2):
             stop = num_live if MASKED else num_full
             for n in range(start, stop):
                 dots = _start_dots(q, k_ring, k_full, n, KEYS, LAYOUT, STAGES)
-                o_next = _start_values(p_tiles.index(2 * GROUP + (n - 1) % 2), v_ring, v_full, n - 1, o, STAGES)
+                o_next = _start_values(weights, v_ring, v_full, n - 1, o, STAGES)
                 o_k = ttgl.load(p_columns + n) * KEYS
                 dots = warpgroup_mma_wait(1, [dots])
                 mbarrier.arrive(k_empty.index(n % STAGES), count=1)
@@ -142,12 +139,12 @@ def _consume(
                     ROWS, KEYS, LAYOUT, SCALE, SOFTCAP, WINDOW, MASKED,
                 )  # fmt: skip
                 total += ttgl.sum(p, 1)
-                p_tiles.index(2 * GROUP + n % 2).store(ttgl.cast(p, DTYPE))
-                fence_async_shared()
+                sums.index(GROUP).store(total)
                 o = warpgroup_mma_wait(0, [o_next])
                 mbarrier.arrive(v_empty.index((n - 1) % STAGES), count=1)
+                weights = ttgl.convert_layout(ttgl.cast(p, DTYPE), P_LAYOUT)
             start = ttgl.maximum(num_full, 1)
-        o_next = _start_values(p_tiles.index(2 * GROUP + (num_live - 1) % 2), v_ring, v_full, num_live - 1, o, STAGES)
+        o_next = _start_values(weights, v_ring, v_full, num_live - 1, o, STAGES)
         o = warpgroup_mma_wait(0, [o_next])
     else:
         start = 0
@@ -186,7 +183,7 @@ def _produce(
 ):  # fmt: skip
     """One warp: the queries of both groups, then every live block of keys and of values."""
     q_rows, k_rows, v_rows = descriptors
-    q_tiles, k_ring, v_ring, p_tiles = tiles
+    q_tiles, k_ring, v_ring, sums = tiles
     q_full, k_full, k_empty, v_full, v_empty = barriers
     o_q, num_full, num_live = block
     for GROUP in ttgl.static_range(2):
@@ -219,7 +216,7 @@ def _hopper_forward_kernel(
     q_tiles = ttgl.allocate_shared_memory(q_rows.dtype, [2, ROWS, D], q_rows.layout)
     k_ring = ttgl.allocate_shared_memory(k_rows.dtype, [STAGES, KEYS, D], k_rows.layout)
     v_ring = ttgl.allocate_shared_memory(v_rows.dtype, [STAGES, KEYS, D], v_rows.layout)
-    p_tiles = ttgl.allocate_shared_memory(q_rows.dtype, [4, ROWS, KEYS], q_rows.layout)  # two a group
+    sums = ttgl.allocate_shared_memory(ttgl.float32, [2, ROWS], ttgl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = ttgl.allocate_shared_memory(ttgl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = ttgl.allocate_shared_memory(ttgl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = ttgl.allocate_shared_memory(ttgl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -234,7 +231,7 @@ def _hopper_forward_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()  # the copies see the barriers
     o_kv = ttgl.program_id(0) // GROUPED * D
-    tiles = (q_tiles, k_ring, v_ring, p_tiles)
+    tiles = (q_tiles, k_ring, v_ring, sums)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
     pointers = (p_lse, p_end, p_position, p_columns)
     ttgl.warp_specialize(
@@ -250,7 +247,7 @@ def _hopper_forward_kernel(
     )  # fmt: skip
 
 
-ROWS, KEYS, STAGES = 64, 64, 2  # a warp group's queries, a block's keys, blocks in flight: 224 of 227 KB
+ROWS, KEYS, STAGES = 64, 64, 2  # a warp group's queries, a block's keys, blocks in flight: 193 KB of shared memory
 
 
 def launch_arguments(q, k, v, subtree_end, position_ids, scale, softcap, window, overlap):
@@ -292,7 +289,7 @@ class Compiled:
     """What the compiler made of one launch for sm_90.
 
     registers and stack bytes a thread; shared bytes a block; said: ptxas on products that may not overlap; loops:
-    by kind of instruction, how many a warp issues in each loop that holds the two products of one key block.
+    the instructions of each loop that holds the two products of one key block, in order.
     """
 
     ptx: str
@@ -300,7 +297,7 @@ class Compiled:
     stack: int
     shared: int
     said: tuple[str, ...]
-    loops: tuple[collections.Counter, ...]
+    loops: tuple[tuple[str, ...], ...]
 
 
 def compiled(kernel, arguments, num_warps=4, num_stages=2) -> Compiled:
@@ -344,24 +341,27 @@ def compiled(kernel, arguments, num_warps=4, num_stages=2) -> Compiled:
     return Compiled(result.asm["ptx"], registers, stack, result.metadata.shared, said, _loops(sass, products))
 
 
-def _loops(sass: str, products: int) -> tuple[collections.Counter, ...]:
-    """Instructions by kind of every loop with that many wgmma."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)(.*?);", sass)
-    places = [int(place, 16) for place, _, _ in lines]
-    found = {}
-    for last, (_, kind, operands) in enumerate(lines):
-        target = re.search(r"0x([0-9a-f]+)", operands) if kind == "BRA" else None
+def kinds(loop: tuple[str, ...]) -> collections.Counter:
+    """How many instructions of a kind: MUFU.EX2 and MUFU.RSQ are two MUFU."""
+    return collections.Counter(re.match(r"\w+", line).group() for line in loop)
+
+
+def _loops(sass: str, products: int) -> tuple[tuple[str, ...], ...]:
+    """Every loop with that many wgmma."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(\w.*?) ;", sass)
+    places, lines, loops = [int(place, 16) for place, _ in found], [line for _, line in found], {}
+    for last, line in enumerate(lines):
+        target = re.match(r"BRA.* 0x([0-9a-f]+)", line)
         if target and int(target.group(1), 16) <= places[last]:
             first = places.index(int(target.group(1), 16))
-            body = collections.Counter(kind for _, kind, _ in lines[first : last + 1])
+            loop = tuple(lines[first : last + 1])
             # back from a barrier's second try, far below the end: what stores results on its way is no loop
-            smallest = first not in found or body.total() < found[first].total()
-            if body["HGMMA"] == products and not body["STG"] and smallest:
-                found[first] = body
-    return tuple(found.values())
+            if kinds(loop)["HGMMA"] == products and not kinds(loop)["STG"]:
+                loops[first] = min(loops.get(first, loop), loop, key=len)
+    return tuple(loops.values())
 
 
-def _meta(T=1000, heads=8, kv_heads=4):
+def meta_inputs(T=1000, heads=8, kv_heads=4):
     """q, k, v, subtree_end and position_ids without storage: enough to compile a launch."""
     q, k, v = (torch.empty(T, h, 256, dtype=torch.bfloat16, device="meta") for h in (heads, kv_heads, kv_heads))
     return q, k, v, *(torch.empty(T, dtype=torch.int32, device="meta") for _ in range(2))
@@ -370,7 +370,7 @@ def _meta(T=1000, heads=8, kv_heads=4):
 @functools.cache
 def compiled_forward(window: int | None, overlap: bool) -> Compiled:
     """This kernel."""
-    return compiled(_hopper_forward_kernel, launch_arguments(*_meta(), 1 / 16, 50.0, window, overlap)[1])
+    return compiled(_hopper_forward_kernel, launch_arguments(*meta_inputs(), 1 / 16, 50.0, window, overlap)[1])
 
 
 def compiled_triton(window: int | None) -> Compiled:
@@ -379,7 +379,7 @@ def compiled_triton(window: int | None) -> Compiled:
     # where kernel[grid](...) stands, something that keeps the arguments
     tree_attention._tree_attention_fwd_kernel = collections.defaultdict(lambda: lambda **given: kept.update(given))
     try:
-        tree_attention._tree_attention_fwd(*_meta(), 1 / 16, 50.0, window)
+        tree_attention._tree_attention_fwd(*meta_inputs(), 1 / 16, 50.0, window)
     finally:
         tree_attention._tree_attention_fwd_kernel = kernel
     return compiled(kernel, kept, kept.pop("num_warps"), kept.pop("num_stages"))
@@ -387,9 +387,9 @@ def compiled_triton(window: int | None) -> Compiled:
 
 def _table() -> None:
     """Resources, and the instructions a warp issues for one key block."""
-    kinds = ("HGMMA", "MUFU", "FMUL", "FADD", "FFMA", "F2FP", "ISETP", "FSEL", "LDG", "BAR", "SYNCS", "LDL", "STL")
+    names = ("HGMMA", "MUFU", "FMUL", "FADD", "FFMA", "F2FP", "ISETP", "FSEL", "LDG", "BAR", "SYNCS", "LDL", "STL")
     print(f"compiled for sm_90 by Triton {triton.__version__}; not run, its speed is not measured")
-    print(f"{'kernel':18} window  registers stack shared   loop     all " + " ".join(f"{kind:>5}" for kind in kinds))
+    print(f"{'kernel':18} window  registers stack shared   loop     all " + " ".join(f"{name:>5}" for name in names))
     for window in (None, 512):
         for name, result in (
             ("gluon, overlap", compiled_forward(window, True)),
@@ -398,8 +398,8 @@ def _table() -> None:
         ):
             head = f"{name:18} {window or '-':>6} {result.registers:>10} {result.stack:>5} {result.shared:>6}"
             for i, loop in enumerate(result.loops):
-                counts = " ".join(f"{loop[kind]:>5}" for kind in kinds)
-                print(f"{head}   {('full', 'partial')[i % 2]:8}{loop.total():>4} {counts}")
+                counts = " ".join(f"{kinds(loop)[name]:>5}" for name in names)
+                print(f"{head}   {('full', 'partial')[i % 2]:8}{len(loop):>4} {counts}")
             for line in result.said:
                 print(f"{head}   {line}")
 

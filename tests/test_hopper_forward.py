@@ -257,8 +257,9 @@ def language(machine: Machine, program: tuple[int, int]) -> dict:
         return None
 
     ttgl = SimpleNamespace(
-        constexpr=None, int64=None, float32=None, SliceLayout=nothing, NVMMADistributedLayout=nothing,
-        DotOperandLayout=nothing, static_range=range, arange=lambda start, stop, layout: np.arange(start, stop),
+        constexpr=None, int64=None, float32=None, SliceLayout=nothing, SwizzledSharedLayout=nothing,
+        NVMMADistributedLayout=nothing, DotOperandLayout=nothing, static_range=range,
+        arange=lambda start, stop, layout: np.arange(start, stop),
         full=lambda shape, value, dtype, layout: np.full(shape, value), where=np.where, exp2=np.exp2, log2=np.log2,
         zeros=lambda shape, dtype, layout: np.zeros(shape), rsqrt=lambda x: x**-0.5, sum=np.sum, maximum=max,
         cast=lambda x, dtype: x, convert_layout=lambda x, layout: x, load=load, store=store,
@@ -369,8 +370,6 @@ PLANTED = {  # what is wrong: (what stands in the source, what is put there, whe
         "                dots = warpgroup_mma_wait(0, [dots])\n",
         False,
     ),
-    "one tile of p for two products": ("2 * GROUP + n % 2", "2 * GROUP + (n - 1) % 2", True),
-    "p is stored without a fence": ("fence_async_shared()\n                o = ", "o = ", True),
     "o is stored without a fence": ("fence_async_shared()\n    tma_store", "tma_store", False),
     "half of the bytes are expected": ("v_rows.block_type.nbytes)", "v_rows.block_type.nbytes // 2)", True),
     "queries not waited for": ("mbarrier.wait(q_full.index(GROUP), 0)", "pass", True),
@@ -401,13 +400,16 @@ def test_compiles_for_hopper(window, overlap):
     result = hopper_forward.compiled_forward(window, overlap)
     assert result.shared <= 227 << 10
     assert not result.said
-    # Triton 3.9 with both: a few loop invariants, read again once a step
-    allowed = (40, 3) if LATER and window and overlap else (0, 0)
-    assert result.stack <= allowed[0]
+    # with both, ptxas keeps a few loop invariants on the stack: outside the loops, or after Triton 3.9 inside too
+    assert result.stack <= ((16, 104)[LATER] if window and overlap else 0)
     assert len(result.loops) == 4  # full and partial blocks, two groups
     for loop in result.loops:
-        assert loop["LDL"] + loop["STL"] <= allowed[1]
-        assert loop["MUFU"] == 96  # three for each of a thread's 32 scores
+        count = hopper_forward.kinds(loop)
+        assert count["LDL"] + count["STL"] <= (21 if LATER and window and overlap else 0)
+        assert count["MUFU"] == 96  # three for each of a thread's 32 scores
+        first, last = (i for i, line in enumerate(loop) if line.startswith("WARPGROUP.DEPBAR"))
+        beside = hopper_forward.kinds(loop[first:last])["MUFU"]  # between the wait for q k^T and that for p v
+        assert beside == 96
     registers = {int(x) for x in re.findall(r"setmaxnreg\.dec\.sync\.aligned\.u32\s+(\d+)", result.ptx)}
     assert {240, 24} <= registers and result.registers == 168
     arrivals = list(re.finditer(r"mbarrier\.arrive\.shared", result.ptx))
@@ -418,7 +420,7 @@ def test_compiles_for_hopper(window, overlap):
 
 
 def test_what_it_does_not_know_is_refused():
-    q, k, v, *mask = hopper_forward._meta(T=64)
+    q, k, v, *mask = hopper_forward.meta_inputs(T=64)
     for softcap, dtype in ((None, torch.bfloat16), (90.0, torch.bfloat16), (50.0, torch.float16)):
         with pytest.raises(ValueError, match="softcap of at most 80"):
             x = (y.to(dtype) for y in (q, k, v))
