@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a CUDA machine: the GPU tests, then every kernel benchmark, in at most 8 minutes; rows go to
 # benchmarks/results/*.jsonl, and from there into the picture and the READMEs.
-# `benchmarks/gpu.sh --tune [minutes]` then searches launch configs, for 15 minutes more.
+# `benchmarks/gpu.sh --tune [minutes]` then tries the forward in Gluon (5 minutes at most), and searches launch configs,
+# for 15 minutes more.
 # Without a GPU, `benchmarks/gpu.sh --dry-run [folder]` runs all that a CPU can.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -57,6 +58,9 @@ run 30 "crossover" "$python" -m benchmarks.attention --crossover --seconds 0.1 -
 run 20 "picture and tables" bash -c '"$0" -m benchmarks.plot && "$0" -m benchmarks.tables --prune --write' "$python"
 if [[ ${1:-} == --tune ]]; then
   minutes=${2:-15}
+  deadline=$((SECONDS + 310))
+  run 310 "forward in Gluon, on Hopper" \
+    "$python" -m benchmarks.hopper_forward --seconds 0.1 --out "$out/hopper_forward.jsonl"
   echo "gpu.sh: tune, $minutes minutes" >&2
   "$python" -m benchmarks.tune --seconds 0.1 --minutes "$minutes" --out "$out/tune.jsonl" || failed=1
 fi
