@@ -28,7 +28,7 @@ def _extension():
         reason_file = Path(__file__).with_name("_cpu_build_error.txt")  # written by setup.py
         reason = reason_file.read_text().strip() if reason_file.exists() else str(error)
         warnings.warn(
-            f"swirl's C++ ops are not built, CPU attention runs on the slow reference: {reason}", stacklevel=3
+            f"swirl's C++ ops are not built, CPUs run on the slow reference in torch: {reason}", stacklevel=3
         )
         return None
 
