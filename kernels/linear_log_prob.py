@@ -265,7 +265,8 @@ def _linear_log_prob_fwd(hidden, weight, target_ids, softcap, return_entropy):
     num_splits = max(1, min(num_tiles, 8 * _triton.num_processors(hidden.device) // num_rows))
     tiles_per_split = -(-num_tiles // num_splits)
     num_splits = -(-num_tiles // tiles_per_split)
-    target_logit = torch.empty(M, dtype=torch.float32, device=hidden.device)
+    # No program owns a target outside the vocabulary: its log-prob is NaN. To look for one, the host would wait.
+    target_logit = torch.full((M,), float("nan"), dtype=torch.float32, device=hidden.device)
     lse, mean_logit = torch.empty(2, num_splits, M, dtype=torch.float32, device=hidden.device)  # in log2
     _linear_log_prob_fwd_kernel[(num_rows, num_splits)](
         h_rows=_triton.describe(hidden, [config.block_m, config.block_d], settings["TMA"]),
@@ -385,7 +386,8 @@ def linear_log_prob(
     (float64 for float64 inputs), differentiable in hidden and weight. With return_entropy: (log_probs,
     entropy), the entropy (M,) in nats of each row's distribution, differentiable too.
     On CPUs a row of the result depends on its own row of hidden alone, not on M.
-    Raises ValueError on shapes that do not fit and, on CPUs, on target_ids outside [0, V).
+    Raises ValueError on shapes that do not fit and, on CPUs, on target_ids outside [0, V); elsewhere their log-probs
+    are NaN.
     """
     M, d = hidden.shape
     if weight.shape[1] != d or target_ids.shape != (M,):
@@ -398,10 +400,9 @@ def linear_log_prob(
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(f"target_ids must lie in [0, {weight.shape[0]}), got {low} to {high}")
     # rows of 16 bytes are what TMA can read, and the kernels are written for
-    kernels = _triton.takes(hidden, weight) and M > 0 and d * hidden.element_size() % 16 == 0
-    if cpu.supports_linear_log_prob(hidden, weight):
-        op = cpu.linear_log_prob
+    if _triton.takes(hidden, weight) and M > 0 and d * hidden.element_size() % 16 == 0:
+        op = _LinearLogProb.apply
     else:
-        op = _LinearLogProb.apply if kernels else _ChunkedLinearLogProb.apply
+        op = cpu.linear_log_prob if cpu.supports_linear_log_prob(hidden, weight) else _ChunkedLinearLogProb.apply
     log_probs, entropy = op(hidden, weight, target_ids, softcap, return_entropy)
     return (log_probs, entropy) if return_entropy else log_probs

@@ -161,6 +161,13 @@ def test_linear_log_prob(dtype, return_entropy, M, d, V, softcap, monkeypatch):
     )
 
 
+def test_a_target_outside_the_vocabulary_has_no_log_prob():
+    hidden, weight = random(5, 64, dtype=torch.bfloat16), random(300, 64, dtype=torch.bfloat16)
+    target_ids = torch.tensor([0, 300, 299, -1, 7], device="cuda")
+    log_probs = linear_log_prob(hidden, weight, target_ids, softcap=30.0)
+    assert log_probs.isnan().tolist() == [False, True, False, True, False]
+
+
 def test_linear_log_prob_memory():
     """Gemma-2 2b's head over 8192 rows: beside the gradients, at most 64 MB."""
     hidden = random(8192, 2304, dtype=torch.bfloat16).requires_grad_()
