@@ -43,7 +43,9 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 1
 fi
 out=benchmarks/results
-run 150 "GPU tests" "$python" -m pytest -q -x tests/test_gpu*.py
+# most of the tests' time is compiling, on the CPU
+side_by_side=$("$python" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
+run 180 "GPU tests" "$python" -m pytest -q -x $side_by_side tests/test_gpu*.py
 if command -v compute-sanitizer >/dev/null; then
   run 60 "memory checker, small shapes" compute-sanitizer --error-exitcode 1 \
     "$python" -m pytest -q -x tests/test_gpu*.py -k small
