@@ -28,7 +28,7 @@ IDENTITY = {
     "linear_log_prob": ("rows", "d", "vocabulary", "provider", "phase", "dtype", "hardware"),
     "pointwise": ("op", "provider", "phase", "dtype", "hardware"),
     "decode": ("branches", "trunk", "own", "provider", "dtype", "hardware"),
-    "train_step": ("workload", "trees", "hardware"),
+    "train_step": ("workload", "model", "trees", "hardware"),
     "packing": ("workload", "hardware"),
     "client": ("calls", "latency_ms", "in_flight", "faults", "hardware"),
     "retrieval": ("slice", "method", "embeddings", "hardware"),

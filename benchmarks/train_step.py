@@ -29,20 +29,10 @@ from swirl.config import TrainConfig
 from swirl.learning.learner import Learner, ScoredAction
 from swirl.learning.packing import pack
 from swirl.learning.usage import commit
-from swirl.model.gemma import Gemma, GemmaConfig
+from swirl.model.gemma import Gemma
+from swirl.open import load_model
 
 PROMPT, ACTION, OBSERVATION, STEPS, SAMPLES = 150, 20, 60, 8, 4
-DEFAULT_SHAPE = GemmaConfig(
-    vocab_size=1024,
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    query_pre_attn_scalar=32,
-    sliding_window=128,
-)
 
 
 def workload(name: str, num_trees: int, vocab_size: int, seed: int = 0) -> list[ScoredAction]:
@@ -116,7 +106,7 @@ class Peer:
         return {"loss": total}
 
 
-def compare(name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | None) -> dict:
+def compare(name: str, model_name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | None) -> dict:
     """All sides in one run, in turn, so that a drift of the machine's speed meets all."""
     scored = workload(name, num_trees, model.config.vocab_size)
     config = TrainConfig()
@@ -141,6 +131,7 @@ def compare(name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | 
     return {
         "benchmark": "train_step",
         "workload": name,
+        "model": model_name,
         "trees": num_trees,
         "sub_trajectories": len(scored),
         "packed_tokens": int(a["computed_tokens"]),
@@ -170,7 +161,7 @@ def cpu_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Hugging Face folder; default: the shipped base's shape, random weights")
+    parser.add_argument("--model", default="almanac", help="`almanac`, the base that ships, or a Hugging Face folder")
     parser.add_argument("--trees", type=int, default=4, help="trees in an update")
     parser.add_argument("--repeats", type=int, default=5, help="timed updates of each side")
     parser.add_argument("--device", default="cpu")
@@ -178,13 +169,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON row a workload instead of the table")
     parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
     args = parser.parse_args()
-    if args.model:
-        model = Gemma.from_pretrained(args.model, device=args.device)
-    else:
-        model = Gemma(DEFAULT_SHAPE).init_weights(0).to(args.device)
+    model, _ = load_model(args.model, device=args.device)
     peer = Peer(model) if args.peer else None
     for name in ("chain", "comb"):
-        row = compare(name, model, args.trees, args.repeats, peer)
+        row = compare(name, args.model, model, args.trees, args.repeats, peer)
         append(args.out, [row])
         if args.json:
             print(json.dumps(row))

@@ -213,7 +213,7 @@ def _tree_attention_dkv_kernel(
                 i_q = o_q + tl.arange(0, BLOCK_Q)
                 q = tile(q_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
                 lse = tl.load(p_lse + o_stat + i_q, mask=i_q < T, other=0.0)
-                # transposed from the start: a dot's result is never transposed (wrong on Hopper, see docs)
+                # transposed from the start: on Hopper a dot of a transposed dot was wrong (flash-linear-attention #640)
                 scores = softcapped(tl.dot(k, q.T, input_precision=PRECISION), SCALE, SOFTCAP)
                 p = tl.exp2(scores - lse[None, :])
                 if MASKED:

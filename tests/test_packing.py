@@ -41,7 +41,7 @@ DUPLICATES = [([1, 2], [3]), ([1, 2], [3]), ([1], [2, 3])]
 
 
 def definition(pairs):
-    """The six fields from a dictionary of prefixes, straight from the table in design.md."""
+    """The six fields from a dictionary of prefixes, straight from the table in docs/structure.md."""
     children = {(): {}}
     for state_ids, action_ids in pairs:
         ids = (*state_ids, *action_ids)
