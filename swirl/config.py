@@ -21,7 +21,7 @@ class TrainConfig:
     task: tuple[str, ...] = ("bridge",)
     """Almanac families to generate trajectories on: bridge, deep, counterfactual, mixed, arithmetic."""
     evaluate_on: tuple[str, ...] = ALMANAC_FAMILIES
-    """Almanac families to evaluate on before and after."""
+    """Almanac families to evaluate on before and after; `--evaluate-on` with no value: none."""
     packed: bool = True
     """All sub-trajectories of a micro-batch as one packed tree; --no-packed runs each alone (the baseline)."""
     actions: Literal["auto", "sampled", "recorded"] = "auto"
@@ -116,7 +116,6 @@ class TrainConfig:
         for flag in ("task", "evaluate_on"):
             for name in getattr(self, flag):
                 require(name in ALMANAC_FAMILIES, flag, f"of {', '.join(ALMANAC_FAMILIES)}")
-        require(bool(self.evaluate_on), "evaluate_on", "at least one family")
         require(bool(self.task) or self.data is not None, "task", "at least one family, or --data")
         sampled = self.actions == "sampled"
         require(not sampled or self.samples_per_state >= 2 or self.baseline == "none" or self.baseline == "mean",

@@ -160,6 +160,13 @@ def write_report(run: Path) -> Path:
         f"<td>{_percent(summary['good_steps_before'][task])}</td><td>{_percent(summary['good_steps_after'][task])}</td></tr>"
         for task, gain in summary["relative_gain"].items()
     )
+    accuracy = (
+        "<h2>Accuracy on test questions</h2>"
+        "<table><tr><th>family<th>before<th>after<th>relative gain<th>GOOD steps before<th>after</tr>"
+        f"{rows}</table>"
+        if rows
+        else ""
+    )
     shown = [
         ("reward of an action", "reward"),
         ("loss", "loss"),
@@ -183,9 +190,7 @@ def write_report(run: Path) -> Path:
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>swirl: {html.escape(run.name)}</title>"
         f"<style>{_STYLE}</style><h1>swirl: {html.escape(run.name)}</h1><dl>{facts}</dl>"
-        "<h2>Accuracy on test questions</h2>"
-        "<table><tr><th>family<th>before<th>after<th>relative gain<th>GOOD steps before<th>after</tr>"
-        f"{rows}</table><h2>Learning curves</h2>{curves}</html>\n"
+        f"{accuracy}<h2>Learning curves</h2>{curves}</html>\n"
     )
     path = run / "report.html"
     path.write_text(page)

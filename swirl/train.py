@@ -60,6 +60,8 @@ class Actor:
 
     def evaluate(self, families: tuple[str, ...], description: str, *, show: bool = True) -> list[Score]:
         """Greedy answers to each family's test questions, shared out over ranks."""
+        if not families:
+            return []
         opened = [tasks.open_task(family) for family in families]
         asked = [task.questions("test", self.config.test_questions) for task in opened]
         total = sum(len(distributed.my_share(questions)) for questions in asked)
@@ -399,7 +401,8 @@ def train(config: TrainConfig) -> dict | None:
         summary = _summary(config, before, after, history, started)
         (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         write_report(config.out)
-        print_comparison(before, after)
+        if after:
+            print_comparison(before, after)
         print(
             f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
             f"the picture in {config.out}/report.html"
