@@ -32,7 +32,12 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One action and what came back. `log_probs` are the behaviour policy's, one float per action id, natural log."""
+    """One action and what came back.
+
+    `log_probs` are the behaviour policy's, one natural log per action id, under the distribution the action was drawn
+    from (its temperature within); greedy actions have those of temperature 1. A server's are kept as it gives them:
+    where those are of temperature 1 whatever it draws at, the importance ratio corrects for the model alone.
+    """
 
     action: str
     observation: str | None = None

@@ -89,10 +89,24 @@ def test_log_probs_are_the_models_own(changes, dtype, tolerance):
     assert len({len(completion.ids) for completion in completions}) > 3
 
 
-@pytest.mark.parametrize("temperature", [0, 0.5, 3.0])
-def test_log_probs_are_at_temperature_one_whatever_the_draw(temperature):
+@pytest.mark.parametrize("cap", [None, 4.0])
+@pytest.mark.parametrize("temperature", [0.25, 0.7, 1.0, 3.0])
+def test_log_probs_are_of_what_is_drawn_from(temperature, cap):
+    model, states = loud_gemma(final_logit_softcapping=cap).double(), forest()
+    completions = sample(model, states, temperature=temperature)
+    batch = pack([(state, completion.ids) for state, completion in zip(states, completions)])
+    with torch.no_grad():
+        hidden = model.hidden(batch.input_ids, batch.position_ids, batch.subtree_end)[batch.source_rows]
+        logits = hidden @ model.model.embed_tokens.weight.T
+        logits = logits if cap is None else cap * (logits / cap).tanh()
+    truth = (logits / temperature).log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
+    sampled = torch.tensor([p for completion in completions for p in completion.log_probs], dtype=torch.float64)
+    torch.testing.assert_close(sampled, truth, rtol=1e-9, atol=1e-9)
+
+
+def test_greedy_log_probs_are_those_of_temperature_one():
     model, states = loud_gemma().double(), forest()
-    assert_log_probs_are_the_models(model, states, sample(model, states, temperature=temperature), 1e-9)
+    assert_log_probs_are_the_models(model, states, sample(model, states, temperature=0), 1e-9)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(attn_logit_softcapping=None, num_key_value_heads=3)])
@@ -149,6 +163,7 @@ def test_draws_follow_the_distribution():
     assert statistic < 99.6
     cold = sample(model, [state] * 50, seeds=range(50), max_new_tokens=1, temperature=1e-300)
     assert {completion.ids[0] for completion in cold} == {int(expected.argmax())}
+    assert {completion.log_probs for completion in cold} == {(0.0,)}  # nothing else could have been drawn
 
 
 def test_uniforms_are_splitmix64():

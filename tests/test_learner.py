@@ -12,6 +12,8 @@ from swirl.config import TrainConfig
 from swirl.errors import NonFiniteError
 from swirl.learning import distributed
 from swirl.learning.learner import Learner, ScoredAction
+from swirl.learning.packing import pack
+from swirl.model.engine import Engine
 from swirl.model.gemma import Gemma, GemmaConfig
 
 CONFIG = GemmaConfig(64, 32, 48, 2, 2, 1, head_dim=16, query_pre_attn_scalar=16, sliding_window=9)
@@ -101,10 +103,28 @@ def test_updates_learn_to_prefer_the_better_action():
     state, good, bad = [1, 2, 3], (4, 5), (6, 7)
     for update in range(30):
         one.update([ScoredAction(0, state, good, 1.0), ScoredAction(0, state, bad, -1.0)], update)
-    from swirl.learning.packing import pack
-
     scores = one.model.sub_trajectory_log_probs(pack([(state, good), (state, bad)]))
     assert scores[0] > scores[1] + 5
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.5])
+def test_the_ratio_corrects_for_the_temperature_of_the_draws(temperature):
+    """Of one token drawn at each of many states: p / p_T, whose mean over draws from p_T is 1."""
+    one = learner(clip=100.0)
+    states = [[1, 2, 3], [4, 5, 6, 7]]
+    drawn = Engine(one.model).sample(
+        [state for state in states for _ in range(800)],
+        seeds=range(1600), max_new_tokens=1, temperature=temperature,
+    )  # fmt: skip
+    scored = [ScoredAction(i, states[i // 800], c.ids, 1.0, c.log_probs) for i, c in enumerate(drawn)]
+    every_token = pack([(state, [token]) for state in states for token in range(64)])
+    log_p = one.model.token_log_probs(every_token).detach().view(2, 64)
+    log_p_drawn = (log_p / temperature).log_softmax(-1)  # log p is the logits but for a constant
+    ratio = torch.stack([(log_p - log_p_drawn)[i // 800, c.ids[0]] for i, c in enumerate(drawn)]).exp()
+    metrics = one.accumulate(scored)
+    assert metrics["ratio"] == pytest.approx(ratio.mean().item(), rel=1e-9)
+    assert -metrics["loss"] == pytest.approx(ratio.mean().item(), rel=1e-9)
+    assert metrics["ratio"] == pytest.approx(1.0, abs=0.1) and (ratio.std() > 0.1) == (temperature != 1)
 
 
 def test_trees_are_dealt_whole_and_evenly(monkeypatch):

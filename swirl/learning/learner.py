@@ -22,8 +22,8 @@ from swirl.learning.packing import PackedBatch, pack_chains, pack_micro_batches,
 class ScoredAction:
     """One sub-trajectory to learn from. Actions of one `tree` share a prefix and stay on one rank.
 
-    `advantage` is NaN where the reward is masked; `behaviour_log_probs` (natural log, one per action id) is None
-    where the data has none.
+    `advantage` is NaN where the reward is masked; `behaviour_log_probs` (natural log, one per action id, under the
+    distribution drawn from) is None where the data has none: the ratio is then 1. The policy is that of temperature 1.
     """
 
     tree: int
@@ -106,13 +106,13 @@ class Learner:
 
     def _loss(self, batch: PackedBatch, actions: list[ScoredAction]):
         log_probs = self.model.token_log_probs(batch)
-        advantages = torch.tensor([action.advantage for action in actions]).to(log_probs)
+        advantages = log_probs.new_tensor([action.advantage for action in actions])
         behaviour = log_probs.detach().clone()
         row = 0
         for action in actions:
             end = row + len(action.action_ids)
             if action.behaviour_log_probs is not None:
-                behaviour[row:end] = torch.tensor(action.behaviour_log_probs)
+                behaviour[row:end] = log_probs.new_tensor(action.behaviour_log_probs)
             row = end
         reference = None
         if self.reference is not None:

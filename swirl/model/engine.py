@@ -30,7 +30,8 @@ KEEP_SHARE = 0.9  # done rows are dropped once a tenth is done: later wastes ste
 class Completion:
     """One sampled action. `ids` ends with the stop id if `stopped`, else the token limit cut it.
 
-    `log_probs` has one natural log an id, of the model as it is: temperature 1, at whatever one it was drawn.
+    `log_probs` has one natural log an id, under the distribution it was drawn from: that of the logits divided by the
+    temperature. A greedy action (temperature 0) is drawn from none, and has those of temperature 1.
     """
 
     ids: tuple[int, ...]
@@ -303,7 +304,8 @@ def _decode(decoding: _Decoding, hidden, uniforms, temperature, is_stop, report)
     rows, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
     logits, num_running = decoding.logits(hidden), B
     for t in range(max_new_tokens):
-        drawn = _draw(logits, uniforms[rows, t], temperature)
+        logits = _tempered(logits, temperature)
+        drawn = _draw(logits, uniforms[rows, t]) if temperature else logits.argmax(-1)
         ids[rows, t] = drawn
         log_probs[rows, t] = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(-1)
         running &= ~is_stop[drawn]
@@ -331,13 +333,17 @@ def _decode(decoding: _Decoding, hidden, uniforms, temperature, is_stop, report)
     return completions
 
 
-def _draw(logits, uniforms, temperature):
-    """(B,) token ids from (B, V) logits: the first whose cumulative probability passes the row's uniform."""
-    if temperature == 0:
-        return logits.argmax(-1)
+def _tempered(logits, temperature):
+    """(B, V) logits of what is drawn from; greedy ones are those of temperature 1."""
+    if temperature in (0, 1):
+        return logits
     # Shifted first, so that no temperature, however small, overflows.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
-    cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
+
+
+def _draw(logits, uniforms):
+    """(B,) token ids from (B, V) logits: the first whose cumulative probability passes the row's uniform."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
     return drawn[:, 0].clamp_(max=logits.shape[1] - 1)
 
