@@ -96,6 +96,19 @@ def test_the_context_ends_it():
     assert with_ids(replace_ids(made), Coder()).state_ids(2) == made.state_ids(2)
 
 
+def test_an_action_follows_an_opened_turn_where_data_has_no_observation(tiny_folder):
+    _, tokenizer = load_model(str(tiny_folder))
+    question = Question(id="q", task="own", question="Where?")
+    steps = tuple(Step(action=f"{k}", observation=o) for k, o in enumerate([None, "a -> b", None]))
+    made = with_ids(Trajectory(id="t", question=question, prompt="Where?", steps=steps, stop="answer"), tokenizer)
+    assert decode_trajectory(encode_trajectory(made)) == made  # refused where a step before the last has none
+    opened = tokenizer.prompt_ids("")[-3:]
+    assert tokenizer.decode(opened).endswith("model\n")
+    assert all(made.state_ids(k)[-3:] == opened for k in range(3))
+    assert made.steps[0].observation_ids == tuple(tokenizer.observation_ids("")) and made.steps[0].observation is None
+    assert made.steps[2].observation_ids is None
+
+
 def replace_ids(made):
     steps = tuple(Step(action=s.action, observation=s.observation) for s in made.steps)
     return Trajectory(id=made.id, question=made.question, prompt=made.prompt, steps=steps, stop=made.stop)

@@ -143,17 +143,21 @@ async def rollout(
 
 
 def with_ids(trajectory: Trajectory, coder: TokenCoder) -> Trajectory:
-    """The trajectory with token ids made from its text, once; `retokenized` says so."""
+    """The trajectory with token ids made from its text, once; `retokenized` says so.
+
+    A step without an observation, before the last, is followed by an empty one: the next action needs its turn opened.
+    """
+    last = len(trajectory.steps) - 1
     steps = tuple(
         replace(
             step,
             action_ids=tuple(coder.action_ids(step.action)),
             observation_ids=None
-            if step.observation is None
-            else tuple(coder.observation_ids(step.observation)),
+            if step.observation is None and k == last
+            else tuple(coder.observation_ids(step.observation or "")),
             log_probs=None,
         )
-        for step in trajectory.steps
+        for k, step in enumerate(trajectory.steps)
     )
     return replace(
         trajectory,
