@@ -88,6 +88,19 @@ def test_an_update_with_nothing_to_learn_leaves_the_weights():
         assert torch.equal(weight, before[name])
 
 
+@pytest.mark.parametrize("advantage", [0.0, float("nan")])
+def test_momentum_and_decay_wait_for_something_to_learn(advantage):
+    one = learner(weight_decay=0.1, learning_rate=1e-2, warmup=0)
+    one.update(scored_actions(), 0)
+    before = {name: weight.clone() for name, weight in one.model.named_parameters()}
+    one.update([replace(action, advantage=advantage) for action in scored_actions()], 1)
+    for name, weight in one.model.named_parameters():
+        assert torch.equal(weight, before[name])
+    one.update(scored_actions(), 2)
+    for name, weight in one.model.named_parameters():
+        assert not torch.equal(weight, before[name])
+
+
 def test_a_non_finite_loss_is_refused_before_the_weights_are_touched():
     one = learner()
     before = {name: weight.clone() for name, weight in one.model.named_parameters()}
@@ -138,6 +151,7 @@ def test_trees_are_dealt_whole_and_evenly(monkeypatch):
 
 WORKER = """
 import sys, torch
+from dataclasses import replace
 sys.path[:0] = [{tests!r}]
 from swirl.learning import distributed
 from test_learner import learner, scored_actions
@@ -145,6 +159,11 @@ torch.set_num_threads(1)
 with distributed.process_group(torch.device("cpu")):
     one = learner(torch.float32, updates=3, kl_coefficient=0.1, warmup=1)
     metrics = [one.update(scored_actions(seed, trees=1 if seed == 1 else 5), seed) for seed in range(3)]
+    idle = learner(torch.float32, updates=2, weight_decay=0.1)
+    idle.update(scored_actions(), 0)
+    before = {{name: weight.clone() for name, weight in idle.model.named_parameters()}}
+    idle.update([replace(action, advantage=0.0) for action in scored_actions()], 1)
+    assert all(torch.equal(weight, before[name]) for name, weight in idle.model.named_parameters())
     whole = distributed.gather_shares(distributed.my_share(list(range(7))))
     assert whole == list(range(7)), whole
     assert distributed.from_main(distributed.rank()) == 0

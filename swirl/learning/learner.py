@@ -46,7 +46,9 @@ class Learner:
     def update(self, scored: list[ScoredAction], update: int) -> dict[str, float]:
         """One optimizer call on all ranks alike; returns what to log, summed over ranks and per action token.
 
-        Raises NonFiniteError, on every rank and before the weights are touched. Masked actions count nowhere.
+        Where no rank had an action to compute there is no gradient and no call: neither momentum nor weight decay moves
+        the weights. Masked actions count nowhere. Raises NonFiniteError, on every rank and before the weights are
+        touched.
         """
         metrics = self.accumulate(scored)
         distributed.sum_gradients(self.model)
@@ -62,7 +64,8 @@ class Learner:
             floor=config.final_learning_rate,
         )
         set_learning_rate(self.optimizer, metrics["learning_rate"])
-        self.optimizer.step()
+        if metrics["computed_tokens"]:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
 
