@@ -29,7 +29,8 @@ class TrainConfig:
     auto: sampled where the reward can score a new action, else recorded."""
     reward: str = "auto"
     """Who rewards an action: `rule` (Almanac's judge), `recorded` (the data's rewards or verdicts), `outcome` (recorded
-    actions, 1 where the trajectory's answer is correct, else 0), or the URL of a reward model.
+    actions, 1 where the trajectory's answer is correct, else 0), or the URL of a reward model. An action without a
+    reward is masked; a reward model that is down, or grades nothing for 3 updates, ends the run.
     auto: rule on Almanac, else recorded."""
     updates: int = 60
     """Optimizer calls. Ours."""

@@ -175,7 +175,8 @@ def write_report(run: Path) -> Path:
     ]
     if any(m["kl"] for m in metrics):
         shown.append(("KL to the reference policy, nats a token", "kl"))
-    curves = "".join(_curve(title, [m[name] for m in metrics]) for title, name in shown if metrics)
+    columns = [(title, [m[name] for m in metrics if m[name] is not None]) for title, name in shown]
+    curves = "".join(_curve(title, values) for title, values in columns if values)
     facts = "".join(
         f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>"
         for name, value in (

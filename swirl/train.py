@@ -27,7 +27,7 @@ from swirl import open as opening
 from swirl.config import TrainConfig
 from swirl.environment.judge import Judgement
 from swirl.environment.rollout import draw_seed, with_ids
-from swirl.errors import ConfigError, InputError, NonFiniteError
+from swirl.errors import ConfigError, EndpointUnusable, InputError, NonFiniteError
 from swirl.evaluate import Score, answer, score_trajectories
 from swirl.filter import filter_in_memory, step_to_judge
 from swirl.generate import collect, limits_for
@@ -38,6 +38,8 @@ from swirl.model.local_policy import LocalPolicy, completion_action
 from swirl.progress import progress
 from swirl.report import print_comparison, write_report
 from swirl.trajectory import Step, Trajectory, read_trajectories, write_trajectories
+
+_UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on would only pay for more of the same
 
 
 class Actor:
@@ -146,19 +148,19 @@ class Actor:
         if config.baseline in ("auto", "leave_one_out"):
             advantages = leave_one_out_advantages(table)
         else:
-            advantages = table - (np.nanmean(table) if config.baseline == "mean" else 0.0)
+            advantages = table - ((_mean(table) or 0.0) if config.baseline == "mean" else 0.0)
         scored = [
             ScoredAction(tree, ids, action.ids, float(advantage), action.log_probs)
             for (tree, _), ids, (draws, _), row in zip(states, state_ids, drawn, advantages, strict=True)
             for action, advantage in zip(draws, row, strict=True)
         ]
-        return scored, {"reward": _mean(table), "masked": int(np.isnan(table).sum())}
+        cut_off = sum(not action.stopped for draws, _ in drawn for action in draws)
+        return scored, {**_reward_metrics(table), "cut_off": cut_off}
 
     def recorded_actions(self, trajectories: list[Trajectory]) -> tuple[list[ScoredAction], dict]:
         """The actions in the data with their recorded rewards; steps without one are masked."""
-        rewards = [_recorded_reward(t, k, self.config.reward) for t in trajectories for k in range(len(t.steps))]
-        table = np.array(rewards, dtype=np.float64)
-        advantages = table - (_mean(table) if self.config.baseline == "mean" else 0.0)
+        table = _recorded_rewards(trajectories, self.config.reward)
+        advantages = table - ((_mean(table) or 0.0) if self.config.baseline == "mean" else 0.0)
         places = [(tree, k) for tree, t in enumerate(trajectories) for k in range(len(t.steps))]
         scored = [
             ScoredAction(
@@ -170,11 +172,16 @@ class Actor:
             )
             for (tree, k), advantage in zip(places, advantages, strict=True)
         ]
-        return scored, {"reward": _mean(table), "masked": int(np.isnan(table).sum())}
+        return scored, _reward_metrics(table)
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
+def _mean(values: np.ndarray) -> float | None:
+    """Of those that are not NaN; None where all are."""
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _reward_metrics(rewards: np.ndarray) -> dict:
+    return {"reward": _mean(rewards), "actions": rewards.size, "masked": int(np.isnan(rewards).sum())}
 
 
 async def _rewards(judge, trajectories, owners, actions) -> list[float]:
@@ -204,6 +211,19 @@ def _recorded_reward(trajectory: Trajectory, k: int, reward: str) -> float:
             outcome = tasks.is_correct(trajectory.question, trajectory.prediction)
         return float("nan") if outcome is None else float(outcome)
     return _graded(trajectory.steps[k])
+
+
+def _recorded_rewards(trajectories: list[Trajectory], reward: str) -> np.ndarray:
+    """(N,) float64, of all steps of all trajectories in turn; NaN where the data does not say."""
+    return np.array([_recorded_reward(t, k, reward) for t in trajectories for k in range(len(t.steps))])
+
+
+def _require_rewards(config: TrainConfig, trajectories: list[Trajectory]) -> None:
+    """Raises InputError where recorded actions have nothing to teach: not one of them is graded."""
+    if config.actions == "recorded" and np.isnan(_recorded_rewards(trajectories, config.reward)).all():
+        if config.reward == "outcome":
+            raise InputError(config.data, "no trajectory has an outcome or a golden answer: take --reward recorded")
+        raise InputError(config.data, "no step has a reward or a verdict: filter it, or take --reward outcome")
 
 
 def _with_ids(trajectories: list[Trajectory], tokenizer, file: Path) -> list[Trajectory]:
@@ -243,6 +263,8 @@ def _settle(config: TrainConfig, trajectories: list[Trajectory] | None) -> Train
         raise ConfigError(f"--reward {reward}: recorded actions take recorded or outcome")
     if config.baseline == "leave_one_out" and actions == "recorded":
         raise ConfigError("--baseline leave_one_out: recorded actions have no other draws; take none or mean")
+    if trajectories is None and reward == "recorded" and config.filter in ("none", "outcome"):
+        raise ConfigError(f"--filter {config.filter}: gives no step a verdict; take process, both, or --reward outcome")
     return replace(config, reward=reward, actions=actions)
 
 
@@ -292,11 +314,29 @@ def _train(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Traje
     history: list[dict] = []
     try:
         _loop(config, actor, learner, kept, history)
+        _tell_masked(history)
     except (NonFiniteError, KeyboardInterrupt):
         if distributed.is_main() and history:
             _save(config.out / f"checkpoint-{len(history)}", actor, "the weights of the last good update")
         raise
     return history
+
+
+def _tell_masked(history: list[dict]) -> None:
+    masked, actions = (sum(metrics[name] for metrics in history) for name in ("masked", "actions"))
+    if masked and distributed.is_main():
+        cli.warn(f"{masked} of {actions} actions had no reward: they were masked, and taught nothing")
+
+
+def _require_grades(config: TrainConfig, history: list[dict], judge) -> None:
+    """A reward model that answers but grades nothing is at fault, like one that is down; all ranks see the same.
+
+    Actions cut off are bad without being asked about, so they do not speak for it. Raises EndpointUnusable.
+    """
+    recent = history[-_UNGRADED_UPDATES:]
+    ungraded = [m for m in recent if m["masked"] and m["masked"] + m.get("cut_off", 0) == m["actions"]]
+    if config.actions == "sampled" and len(ungraded) == _UNGRADED_UPDATES:
+        raise EndpointUnusable(judge.name, f"graded none of the actions of {_UNGRADED_UPDATES} updates in a row")
 
 
 def _loop(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajectory], history: list[dict]) -> None:
@@ -330,8 +370,11 @@ def _loop(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajec
             metrics["peak_bytes"] = usage.peak_bytes(learner.model.device)
             history.append(metrics)
             update += 1
+            _require_grades(config, history, actor.judge)
+            graded = "–" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
+            graded += f" ({metrics['masked']} of {metrics['actions']} masked)" if metrics["masked"] else ""
             advance(note=(
-                f"reward {metrics['reward']:.2f}  loss {metrics['loss']:+.3f}  kl {metrics['kl']:.3f}  "
+                f"reward {graded}  loss {metrics['loss']:+.3f}  kl {metrics['kl']:.3f}  "
                 f"grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_s']:,.0f} tok/s  "
                 f"MFU {metrics['utilization']:.0%}  {metrics['peak_bytes'] / 2**30:.1f} GB"
             ))  # fmt: skip
@@ -375,6 +418,8 @@ def train(config: TrainConfig) -> dict | None:
     device = distributed.local_device(config.device)
     data = read_trajectories(config.data) if config.data is not None else None
     config = _settle(config, data)
+    if data is not None:
+        _require_rewards(config, data)
     with distributed.process_group(device):
         dtype = getattr(torch, config.dtype)
         model, tokenizer = opening.load_model(config.model, device=device, dtype=dtype, attention=config.attention)
