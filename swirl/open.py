@@ -122,15 +122,14 @@ async def open_retriever(
     if task.tool_name != "search":
         raise ConfigError(f"--retriever: task '{task.name}' calculates, and searches nothing")
     from swirl.environment.batcher import retriever
-    from swirl.environment.retrieval import RetrievalServerTool, StrictSearch
+    from swirl.environment.retrieval import RetrievalServerTool
 
     if spec.startswith("dense+"):
         tool = await _open_dense(task, spec.removeprefix("dense+"), top_k, client, limits)
     else:
         endpoint = replace(endpoint_for(spec, limits=limits), key_env=None)  # that form knows no key
         tool = RetrievalServerTool(spec, retriever(client, endpoint), top_k)
-    search = StrictSearch(tool)
-    return replace(task, open_tool=lambda: search)
+    return replace(task, open_tool=lambda: tool)
 
 
 async def _open_dense(task: Task, spec: str, top_k: int, client: Client, limits: EndpointLimits | None):

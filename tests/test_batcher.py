@@ -60,9 +60,47 @@ def test_embeddings_of_another_form_are_refused(answer):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("bad", [[], [0.0, 0.0], ["a"], None, 3.0])
+def test_an_embedding_that_is_none_is_not_kept_and_spoils_no_other(bad, tmp_path):
+    bad_ones = iter([bad])
+
+    def answer(path, payload):
+        vectors = [next(bad_ones, [2.0]) if text == "b" else [1.0] for text in payload["input"]]
+        return {"data": [{"index": k, "embedding": vector} for k, vector in enumerate(vectors)]}
+
+    async def run():
+        async with FaultServer(answer) as server, Client(tmp_path / "answers.sqlite") as client:
+            embed = embedder(client, endpoint(server.url), "model")
+            first = await asyncio.gather(embed(["a"]), embed(["b"]), return_exceptions=True)
+            assert first[0] == [[1.0]] and isinstance(first[1], EndpointError)
+            assert await embed(["a", "b"]) == [[1.0], [2.0]]
+            return len(server.log)
+
+    assert asyncio.run(run()) == 2
+
+
+def test_pages_that_cannot_be_read_are_not_kept(tmp_path):
+    found = iter([[{"document": {"body": "x"}}], ["text"], 3])
+
+    def answer(path, payload):
+        return {"result": [next(found, [{"contents": "T\nx"}])]}
+
+    async def run():
+        async with FaultServer(answer) as server, Client(tmp_path / "answers.sqlite") as client:
+            post_json = retriever(client, endpoint(server.url))
+            for _ in range(3):
+                with pytest.raises(EndpointError, match="expected"):
+                    await post_json(server.url, {"queries": ["q"]})
+            for _ in range(2):
+                assert await post_json(server.url, {"queries": ["q"]}) == {"result": [[{"contents": "T\nx"}]]}
+            return len(server.log)
+
+    assert asyncio.run(run()) == 4
+
+
 def test_retrieval_queries_share_a_request():
     def found(path, payload):
-        return {"result": [[f"{query} {payload['topk']}"] for query in payload["queries"]]}
+        return {"result": [[{"contents": f"{query} {payload['topk']}"}] for query in payload["queries"]]}
 
     server = FaultServer(found)
 
@@ -71,7 +109,7 @@ def test_retrieval_queries_share_a_request():
             post_json = retriever(client, endpoint(f"{server.url}/retrieve"))
             asked = [{"queries": [f"q{k}"], "topk": 1 + k % 2} for k in range(10)]
             answers = await asyncio.gather(*(post_json(f"{server.url}/retrieve", payload) for payload in asked))
-            assert answers == [{"result": [[f"q{k} {1 + k % 2}"]]} for k in range(10)]
+            assert answers == [{"result": [[{"contents": f"q{k} {1 + k % 2}"}]]} for k in range(10)]
             with pytest.raises(ConfigError):
                 await post_json("http://elsewhere/", asked[0])
 

@@ -125,6 +125,23 @@ def test_identical_requests_in_flight_are_asked_once():
     assert len(server.log) == 2 and coalesced == 9 and all(answer == answers[0] for answer in answers)
 
 
+def test_a_kept_answer_that_cannot_be_read_is_asked_for_anew(tmp_path):
+    def unreadable(answer):
+        raise EndpointError("e", "expected another form")
+
+    async def run():
+        async with FaultServer() as server, Client(tmp_path / "answers.sqlite") as client:
+            where = endpoint(server.url)
+            first = await client.post(where, CHAT, prompt())
+            with pytest.raises(EndpointError, match="another form"):
+                await client.post(where, CHAT, prompt(), read=unreadable)
+            assert await client.post(where, CHAT, prompt(), read=content) == content(first)
+            return len(server.log), client.progress
+
+    asked, progress = asyncio.run(run())
+    assert asked == 2 and (progress.done, progress.cached, progress.failed) == (2, 1, 1)
+
+
 def test_cancelling_one_of_two_waiters_leaves_the_other_its_answer():
     server = FaultServer(latency_s=0.1)
 

@@ -138,6 +138,40 @@ def test_cut_off_answers_are_not_stopped(reason, stopped):
     assert action.text == ""
 
 
+NO_ANSWERS = {
+    ChatPolicy: [{"choices": []}, {"gateway": "busy"}, chat_answer(finish_reason="abort")(None, None),
+                 chat_answer("<ans", finish_reason="error")(None, None)],
+    CompletionsPolicy: [{"choices": []}, {"choices": [{"index": 0, "text": 5}]},
+                        {"choices": [{"index": 0, "text": "<ans", "finish_reason": "abort"}]}],
+    GeminiPolicy: [{"candidates": []}, {"candidates": [{"content": {"parts": [{"text": 5}]}}]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind, unread", [(kind, answer) for kind, all_of in NO_ANSWERS.items() for answer in all_of])
+def test_what_cannot_be_read_is_not_kept_and_asked_for_by_the_next_run(kind, unread, temperature, tmp_path):
+    good = {ChatPolicy: chat_answer(), CompletionsPolicy: completion, GeminiPolicy: gemini_answer}[kind]
+    answers = iter([unread])
+    state = PolicyState(prompt="Who?", temperature=temperature)
+
+    async def run():
+        async with FaultServer(lambda path, payload: next(answers, None) or good(path, payload)) as server:
+            made, asked = [], []
+            for _ in range(3):
+                async with Client(tmp_path / "answers.sqlite") as client:
+                    policy = kind(Endpoint(f"{server.url}/v1", backoff_s=0.01), "m", client)
+                    both = (policy.act(state), policy.act(state))
+                    made.append(await asyncio.gather(*both, return_exceptions=True))
+                    asked.append(len(server.log))
+                    assert client.progress.failed == (len(asked) == 1) and client.progress.in_flight == 0
+            return made, asked
+
+    (failed, answered, kept), asked = asyncio.run(run())
+    assert all(isinstance(error, EndpointError) for error in failed)
+    assert answered == kept and answered[0] == answered[1] and answered[0].stopped
+    assert asked == [1, 2, 2]
+
+
 @pytest.mark.parametrize("answer", [{}, [], {"choices": []}, {"choices": [{"text": "y"}]}, "text", 3, None,
                                     {"choices": [{"message": {"content": ["parts"]}}]}])  # fmt: skip
 @pytest.mark.parametrize("kind", [ChatPolicy, CompletionsPolicy, GeminiPolicy])

@@ -233,14 +233,14 @@ def test_dense_search_finds_the_nearest_page(tmp_path):
         (None, "expected 1 vectors"),
     ],
 )
-def test_bad_embeddings_are_a_readable_result(tmp_path, given, reason):
+def test_bad_embeddings_are_no_answer(tmp_path, given, reason):
     asyncio.run(build_dense_index(PAGES, tmp_path / "dense", embed))
 
     async def wrong(texts):
         return given
 
-    result = asyncio.run(DenseSearchTool(tmp_path / "dense", wrong)("who"))
-    assert result.startswith("search failed: ") and reason in result
+    with pytest.raises(EndpointError, match=reason):
+        asyncio.run(DenseSearchTool(tmp_path / "dense", wrong)("who"))
 
 
 def test_a_dense_index_is_whole_or_not_at_all(tmp_path):
@@ -253,10 +253,8 @@ def test_a_dense_index_is_whole_or_not_at_all(tmp_path):
         asyncio.run(build_dense_index([], tmp_path / "dense", embed))
     assert list(tmp_path.iterdir()) == []
     asyncio.run(build_dense_index(PAGES, tmp_path / "dense", embed))
-    assert (
+    with pytest.raises(EndpointError, match="refused the connection"):
         asyncio.run(DenseSearchTool(tmp_path / "dense", failing)("a"))
-        == "search failed: refused the connection"
-    )
     (tmp_path / "dense" / "vectors.usearch").write_bytes(b"damaged")
     with pytest.raises(InputError):
         DenseSearchTool(tmp_path / "dense", embed)
@@ -326,8 +324,27 @@ def test_other_forms_of_a_retrieval_answer(answer, result):
     async def post_json(url, payload):
         return answer
 
-    text = asyncio.run(RetrievalServerTool("http://localhost/retrieve", post_json)("q"))
-    assert text == result if result is not None else text.startswith("search failed: expected")
+    tool = RetrievalServerTool("http://localhost/retrieve", post_json)
+    if result is not None:
+        assert asyncio.run(tool("q")) == result
+    else:
+        with pytest.raises(EndpointError, match="expected"):
+            asyncio.run(tool("q"))
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 418, None])
+def test_a_query_that_is_refused_is_a_readable_result_and_no_answer_is_none(status, tmp_path):
+    async def failing(*_):
+        raise EndpointError("http://localhost/retrieve", "not this one", status=status)
+
+    asyncio.run(build_dense_index(PAGES, tmp_path / "dense", embed))
+    tools = RetrievalServerTool("http://localhost/retrieve", failing), DenseSearchTool(tmp_path / "dense", failing)
+    for tool in tools:
+        if status in (400, 413, 422):
+            assert asyncio.run(tool("q")) == "search failed: not this one"
+        else:
+            with pytest.raises(EndpointError, match="not this one"):
+                asyncio.run(tool("q"))
 
 
 def test_searching_the_real_slices_finds_supporting_paragraphs():

@@ -181,6 +181,31 @@ def test_what_failed_is_counted_and_asked_for_by_the_next_run(tmp_path):
     assert not again.warnings
 
 
+def test_an_answer_that_a_server_s_end_cut_off_is_no_wrong_answer(tmp_path):
+    ends = iter(["abort", "error", "gateway"])
+
+    def dying(path, payload):
+        answer, end = model(path, payload), next(ends, None)
+        if end == "gateway":
+            return {"status": "restarting"}
+        if end:
+            answer["choices"][0] |= {"finish_reason": end, "message": {"content": "<sear"}}
+        return answer
+
+    async def all_of_it():
+        async with FaultServer(dying) as server:
+            first = await generate(tmp_path, server.url)
+            again = await generate(tmp_path, server.url)
+            await generate(tmp_path, server.url, "--out", "undisturbed.jsonl")
+            return first, again
+
+    first, again = asyncio.run(all_of_it())
+    assert (first.result["new"], first.result["unanswered"], first.result["stops"]) == (9, 3, {"answer": 9})
+    assert "ended the answer with 'abort'" in first.warnings[0] and "choices[0].message.content" in first.warnings[0]
+    assert (again.result["new"], again.result["unanswered"], again.result["stops"]) == (3, 0, {"answer": 3})
+    assert lines(tmp_path / "undisturbed.jsonl") == lines(tmp_path / "trajectories.jsonl")
+
+
 def test_nothing_answered_is_an_error_and_not_an_empty_success(tmp_path):
     async def all_of_it():
         async with FaultServer(model, faults=1.0, kinds=["not_json"]) as server:

@@ -12,15 +12,16 @@ from typing import Any
 
 import msgspec
 
-from swirl.environment.client import Client, Endpoint, Paid, encode_payload, request_key
+from swirl.environment.client import Client, Endpoint, Paid, as_it_is, encode_payload, request_key
 from swirl.errors import ConfigError, EndpointError
 
 
 class Batcher:
     """Gathers items into requests: at most `endpoint.batch_size` of them, or those of `endpoint.batch_ms`.
 
-    `join(items, group)` makes the payload, `split(answer)` the parts, one an item. Items of one `group` share
-    a request. Each item is coalesced and kept by itself, so it is found again in whatever company it comes.
+    `join(items, group)` makes the payload, `split(answer)` the parts, one an item, and `read(part)` what `ask` gives.
+    Items of one `group` share a request. Each item is coalesced and kept by itself, so it is found again in whatever
+    company it comes; a part that `read` refuses is not kept.
     """
 
     def __init__(
@@ -31,17 +32,18 @@ class Batcher:
         *,
         join: Callable[[list[Any], Any], Any],
         split: Callable[[Any], list[Any]],
+        read: Callable[[Any], Any] = as_it_is,
         tokens: int = 0,
     ):
         self.client, self.endpoint, self.path = client, endpoint, path
-        self.join, self.split, self.tokens = join, split, tokens
+        self.join, self.split, self.read, self.tokens = join, split, read, tokens
         self._waiting: dict[Any, list[tuple[Any, asyncio.Future]]] = {}
 
     async def ask(self, item: Any, group: Any = None) -> Any:
-        """The item's part of an answer. Raises as Client.post does."""
+        """The item's part of an answer, read. Raises as Client.post does."""
         alone = encode_payload(self.join([item], group))
         key = request_key(self.endpoint, self.path + "#item", 0, alone)
-        return await self.client.once(key, lambda: self._part(item, group))
+        return await self.client.once(key, lambda: self._part(item, group), self.read)
 
     async def _part(self, item: Any, group: Any) -> Paid:
         loop = asyncio.get_running_loop()
@@ -97,12 +99,19 @@ class Batcher:
 
 def embedder(client: Client, endpoint: Endpoint, model: str) -> Callable[[list[str]], Awaitable[list[list[float]]]]:
     """`await embed(texts) -> vectors` by an /embeddings endpoint, one vector a text, in order."""
+
+    def read(vector: Any) -> list[float]:
+        if not (isinstance(vector, list) and all(isinstance(n, int | float) for n in vector) and any(vector)):
+            raise EndpointError(endpoint.url, "expected vectors of numbers, none of them empty or zero", status=200)
+        return vector
+
     batcher = Batcher(
         client,
         endpoint,
         "/embeddings",
         join=lambda texts, _: {"model": model, "input": texts},
         split=lambda answer: [one["embedding"] for one in sorted(answer["data"], key=lambda one: one["index"])],
+        read=read,
     )
 
     async def embed(texts: list[str]) -> list[list[float]]:
@@ -117,12 +126,19 @@ def retriever(client: Client, endpoint: Endpoint) -> Callable[[str, dict], Await
     `endpoint` gives the limits and the address; `url` must be that address. Queries whose other fields are
     equal share a request.
     """
+    from swirl.environment.retrieval import read_found  # numpy's import is not for those who never search
+
+    def read(found: Any) -> Any:
+        read_found(found, endpoint.url)
+        return found
+
     batcher = Batcher(
         client,
         endpoint,
         "",
         join=lambda queries, rest: {**msgspec.json.decode(rest), "queries": queries},
         split=lambda answer: answer["result"],
+        read=read,
     )
 
     async def post_json(url: str, payload: dict) -> dict:

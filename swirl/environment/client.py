@@ -1,9 +1,10 @@
 """The client: every request swirl sends to a model or retrieval server goes through here.
 
-One aiohttp session, many endpoints. Identical requests in flight are asked once; every answer is on disk
-before it is used (cache.py); each endpoint has its limits and a breaker (lane.py). Only connect failures,
-429, 5xx and truncated bodies are tried again, with full jitter; a 429 means later, and costs no retry. An
-endpoint that gives no answer in time is not asked again: it may still be working, and be paid.
+One aiohttp session, many endpoints. Identical requests in flight are asked once. Every answer is on disk before
+it is used (cache.py), but for those that cannot be read: they are not kept, and asked for anew by the next run. Each
+endpoint has its limits and a breaker (lane.py). Only connect failures, 429, 5xx and truncated bodies are tried again,
+with full jitter; a 429 means later, and costs no retry. An endpoint that gives no answer in time is not asked again: it
+may still be working, and be paid.
 
 Keys are read from the environment when an endpoint is first used. They are sent in a header and go nowhere
 else.
@@ -18,6 +19,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
@@ -156,6 +158,10 @@ class _Fault(NamedTuple):
     silent: bool = False
 
 
+def as_it_is(answer: Any) -> Any:
+    return answer
+
+
 class Paid(NamedTuple):
     """An answer as it came, and decoded."""
 
@@ -239,32 +245,46 @@ class Client:
             gc.set_threshold(*self._gc_threshold)
             self._loop = self._session = self._cache = None
 
-    async def post(self, endpoint: Endpoint, path: str, payload: Any, *, draw: int = 0, tokens: int = 0) -> Any:
-        """The decoded JSON answer to `payload`, from the cache where it is there. Treat it as read-only: it
-        is shared.
+    async def post(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        payload: Any,
+        *,
+        draw: int = 0,
+        tokens: int = 0,
+        read: Callable[[Any], Any] = as_it_is,
+    ) -> Any:
+        """What `read` makes of the decoded JSON answer to `payload`, from the cache where it is there. Treat it as
+        read-only: it is shared.
 
         `path` is appended to the endpoint's url. `draw` tells apart requests that are equal and yet to be
         asked anew. `tokens` is how many the answer may have; with a quarter of the request's bytes it is what
-        the tokens-per-minute limit reserves, until the answer says what it was. Raises EndpointError,
+        the tokens-per-minute limit reserves, until the answer says what it was. `read` depends on the answer alone,
+        and raises EndpointError on one that is of no use, which is then not kept. Raises EndpointError,
         EndpointUnusable, ConfigError.
         """
         body = encode_payload(payload)
         key = request_key(endpoint, path, draw, body)
-        return await self.once(key, lambda: self.send(endpoint, path, body, tokens=tokens))
+        return await self.once(key, lambda: self.send(endpoint, path, body, tokens=tokens), read)
 
-    async def once(self, key: bytes, ask: Callable[[], Awaitable[Paid]]) -> Any:
-        """The answer under `key`: from the cache, from the flight that is asking already, or by `ask`, then
-        kept.
+    async def once(
+        self, key: bytes, ask: Callable[[], Awaitable[Paid]], read: Callable[[Any], Any] = as_it_is
+    ) -> Any:
+        """The answer under `key`, as `read` reads it: from the cache, from the flight that is asking already, or by
+        `ask`, then kept.
         """
         self._open()
         flight = self._flights.get(key)
         if flight is None:
             known = self._cache.get(key) if self._cache is not None else None
             if known is not None:
-                self.progress.cached += 1
-                self.progress.done += 1
-                return _decoder.decode(known)
-            flight = self._flights[key] = _Flight(self.spawn(self._pay(key, ask)))
+                with suppress(EndpointError):  # what an earlier swirl could read, or did not look at, is asked for anew
+                    result = read(_decoder.decode(known))
+                    self.progress.cached += 1
+                    self.progress.done += 1
+                    return result
+            flight = self._flights[key] = _Flight(self.spawn(self._pay(key, ask, read)))
         else:
             self.progress.coalesced += 1
         flight.waiters += 1
@@ -277,16 +297,17 @@ class Client:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
 
-    async def _pay(self, key: bytes, ask: Callable[[], Awaitable[Paid]]) -> Any:
+    async def _pay(self, key: bytes, ask: Callable[[], Awaitable[Paid]], read: Callable[[Any], Any]) -> Any:
         try:
             paid = await ask()
+            result = read(paid.answer)
         except EndpointError:
             self.progress.failed += 1
             raise
         if self._cache is not None:
             await self._cache.put(key, paid.body)
         self.progress.done += 1
-        return paid.answer
+        return result
 
     def spawn(self, work: Coroutine) -> asyncio.Task:
         """A task that `close` ends."""

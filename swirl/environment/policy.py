@@ -23,12 +23,9 @@ from swirl.trajectory import Step
 
 TopLogProbs = tuple[tuple[tuple[str, float], ...], ...]
 
-_CUT_OFF = (
-    "length",
-    "content_filter",
-    "abort",
-    "error",
-)  # any other finish_reason, or none, is the model's own end
+# Of finish_reason; any other, or none, is the model's own end.
+_CUT_OFF = ("length", "content_filter")
+_SERVER_FAILED = ("abort", "error")  # a server that shuts down, say: no answer, and none to be kept
 
 log = logging.getLogger("swirl.client")
 
@@ -132,6 +129,11 @@ class _Wire:
     def _unreadable(self, expected: str) -> EndpointError:
         return EndpointError(self.endpoint.url, f"expected {expected} in the answer", status=200)
 
+    def _refuse_unfinished(self, choice: dict) -> None:
+        reason = choice.get("finish_reason")
+        if reason in _SERVER_FAILED:
+            raise EndpointError(self.endpoint.url, f"the server ended the answer with '{reason}'", status=200)
+
 
 class ChatPolicy(_Wire):
     """OpenAI's /chat/completions, as vLLM, SGLang, llama.cpp and `transformers serve` speak it.
@@ -168,16 +170,16 @@ class ChatPolicy(_Wire):
             optional["top_logprobs"] = state.top_log_probs
 
         def ask(payload, draw):
-            return self.client.post(self.endpoint, "/chat/completions", payload, draw=draw, tokens=state.max_new_tokens)
+            return self.client.post(
+                self.endpoint,
+                "/chat/completions",
+                payload,
+                draw=draw,
+                tokens=state.max_new_tokens,
+                read=self._read,
+            )
 
-        answer = await self._ask(state, needed, optional, ask)
-        try:
-            choice = answer["choices"][0]
-            text = choice["message"].get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise self._unreadable("choices[0].message.content") from None
+        choice, text = await self._ask(state, needed, optional, ask)
         tokens = _dict(choice.get("logprobs")).get("content")
         tokens = tokens if isinstance(tokens, list) else []
         ids, log_probs, top = _token_details(
@@ -193,6 +195,18 @@ class ChatPolicy(_Wire):
             top,
             stopped=choice.get("finish_reason") not in _CUT_OFF,
         )
+
+    def _read(self, answer: Any) -> tuple[dict, str]:
+        """(the choice, its text)"""
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"].get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise self._unreadable("choices[0].message.content") from None
+        self._refuse_unfinished(choice)
+        return choice, text
 
 
 class CompletionsPolicy(_Wire):
@@ -212,7 +226,7 @@ class CompletionsPolicy(_Wire):
         owns_client: bool = False,
     ):
         super().__init__(endpoint, model, client, coder=coder, owns_client=owns_client)
-        self._batcher = Batcher(client, endpoint, "/completions", join=self._join, split=_choices)
+        self._batcher = Batcher(client, endpoint, "/completions", join=self._join, split=_choices, read=self._read)
 
     async def act(self, state: PolicyState) -> PolicyAction:
         """Raises EndpointError where there is no answer, or none that can be read."""
@@ -230,17 +244,17 @@ class CompletionsPolicy(_Wire):
             group = msgspec.json.encode(payload)
             if not draw:
                 return await self._batcher.ask(prompt, group)
-            body, tokens = self._join([prompt], group), state.max_new_tokens
-            answer = await self.client.post(self.endpoint, "/completions", body, draw=draw, tokens=tokens)
-            try:
-                (choice,) = _choices(answer)
-            except (KeyError, TypeError, ValueError, AttributeError):
-                raise self._unreadable("choices[0]") from None
-            return choice
+            body = self._join([prompt], group)
+            return await self.client.post(
+                self.endpoint,
+                "/completions",
+                body,
+                draw=draw,
+                tokens=state.max_new_tokens,
+                read=self._read_only_choice,
+            )
 
         choice = await self._ask(state, needed, optional, ask)
-        if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
-            raise self._unreadable("choices[…].text")
         given = _dict(choice.get("logprobs"))
         names, values, tops = (given.get(name) or [] for name in ("tokens", "token_logprobs", "top_logprobs"))
         tokens = zip(names, values, tops if len(tops) == len(names) else [None] * len(names), strict=False)
@@ -257,6 +271,19 @@ class CompletionsPolicy(_Wire):
             top,
             stopped=choice.get("finish_reason") not in _CUT_OFF,
         )
+
+    def _read(self, choice: Any) -> dict:
+        if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
+            raise self._unreadable("choices[…].text")
+        self._refuse_unfinished(choice)
+        return choice
+
+    def _read_only_choice(self, answer: Any) -> dict:
+        try:
+            (choice,) = _choices(answer)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise self._unreadable("choices[0]") from None
+        return self._read(choice)
 
     def _join(self, prompts: list, group: bytes) -> dict:
         prompt = prompts[0] if len(prompts) == 1 else prompts
@@ -279,20 +306,11 @@ class GeminiPolicy(_Wire):
         def ask(generation, draw):
             payload = {"contents": contents, "generationConfig": generation}
             path = f"/models/{self.model}:generateContent"
-            return self.client.post(self.endpoint, path, payload, draw=draw, tokens=state.max_new_tokens)
+            return self.client.post(
+                self.endpoint, path, payload, draw=draw, tokens=state.max_new_tokens, read=self._read
+            )
 
-        answer = await self._ask(state, needed, optional, ask)
-        candidates = answer.get("candidates") if isinstance(answer, dict) else None
-        if not candidates:
-            if isinstance(answer, dict) and answer.get("promptFeedback"):
-                return PolicyAction(text="", stopped=False)
-            raise self._unreadable("candidates[0].content")
-        try:
-            choice = candidates[0]
-            parts = _dict(choice.get("content")).get("parts") or []
-            text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise self._unreadable("candidates[0].content.parts[…].text") from None
+        choice, text = await self._ask(state, needed, optional, ask)
         given = _dict(choice.get("logprobsResult"))
         chosen, others = given.get("chosenCandidates") or [], given.get("topCandidates") or []
         tokens = list(zip(chosen, others, strict=True)) if len(chosen) == len(others) else [(c, {}) for c in chosen]
@@ -303,6 +321,20 @@ class GeminiPolicy(_Wire):
             top=lambda token: [(o["token"], o["logProbability"]) for o in token[1].get("candidates") or ()],
         )
         return self._action(text, ids, log_probs, top, stopped=choice.get("finishReason", "STOP") == "STOP")
+
+    def _read(self, answer: Any) -> tuple[dict, str]:
+        """(the candidate, its text)"""
+        candidates = _dict(answer).get("candidates")
+        if not candidates:
+            if _dict(answer).get("promptFeedback"):
+                return {"finishReason": "SAFETY"}, ""
+            raise self._unreadable("candidates[0].content")
+        try:
+            choice = candidates[0]
+            parts = _dict(choice.get("content")).get("parts") or []
+            return choice, "".join(part.get("text", "") for part in parts if not part.get("thought"))
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise self._unreadable("candidates[0].content.parts[…].text") from None
 
 
 def chat_messages(state: PolicyState) -> list[dict[str, str]]:

@@ -1,8 +1,10 @@
 """Search by meaning: dense vectors from an /embeddings endpoint, and HTTP retrieval servers of Search-R1's
 form.
 
-Both take the request as a callable, so that limits, retries and the cache are the client's. A request that
-fails for good is a result the policy can read, `search failed: ...`.
+Both take the request as a callable, so that limits, retries and the cache are the client's. A query that the server
+refuses (400, 413, 422) is the policy's own doing: the refusal is a result it can read, `search failed: ...`. What a
+server fails to answer raises EndpointError, which leaves the trajectory to the next run: the policy must not learn from
+a server's bad moment.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from swirl.environment.search import Page, read_pages, show_pages
-from swirl.errors import ConfigError, EndpointError, EndpointUnusable, InputError, SwirlError
+from swirl.errors import ConfigError, EndpointError, InputError
 
 Embed = Callable[[list[str]], Awaitable[list[list[float]]]]
 PostJson = Callable[[str, dict], Awaitable[dict]]
 
+_EXPECTED = 'expected {"result": [[{"document": {"contents": ...}}]]}, one list a query'
 _EXACT_BELOW = 50_000  # pages that are compared one by one; above, usearch's graph finds nearly all of the same
 
 
@@ -124,12 +128,7 @@ class DenseSearchTool:
         return [self.pages[int(key)] for key in matches.keys]
 
     async def __call__(self, query: str) -> str:
-        try:
-            return show_pages(await self.search(query))
-        except EndpointUnusable:
-            raise  # a dead server would fill the data with failures
-        except SwirlError as error:
-            return _failed(error)
+        return await _result(self.search(query))
 
 
 class RetrievalServerTool:
@@ -155,43 +154,30 @@ class RetrievalServerTool:
         answer = await self.post_json(self.url, {"queries": [query], "topk": top_k, "return_scores": True})
         try:
             (found,) = answer["result"]
-            return [_page_of(item) for item in found[:top_k]]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            reason = 'expected {"result": [[{"document": {"contents": ...}}]]}, one list for the one query'
-            raise EndpointError(self.url, reason) from None
+        except (KeyError, TypeError, ValueError):
+            raise EndpointError(self.url, _EXPECTED) from None
+        return read_found(found, self.url)[:top_k]
 
     async def __call__(self, query: str) -> str:
-        try:
-            return show_pages(await self.search(query))
-        except EndpointUnusable:
-            raise  # a dead server would fill the data with failures
-        except SwirlError as error:
-            return _failed(error)
+        return await _result(self.search(query))
 
 
-class StrictSearch:
-    """One of the tools above for data that is kept: what a server failed to answer is an EndpointError, which leaves
-    the trajectory to the next run, for the policy must not learn from a server's bad moment. A query that the server
-    refuses (400, 413, 422) is the policy's own doing, and stays a result it can read.
-    """
-
-    name = "search"
-
-    def __init__(self, tool: DenseSearchTool | RetrievalServerTool):
-        self.tool = tool
-
-    async def __call__(self, query: str) -> str:
-        """Raises EndpointError."""
-        try:
-            return show_pages(await self.tool.search(query))
-        except EndpointError as error:
-            if error.status in (400, 413, 422):
-                return _failed(error)
-            raise
+async def _result(search: Awaitable[list[Page]]) -> str:
+    """What the policy reads. Raises EndpointError where the server gave no answer, or none that can be read."""
+    try:
+        return show_pages(await search)
+    except EndpointError as error:
+        if error.status in (400, 413, 422):
+            return f"search failed: {error.reason}"
+        raise
 
 
-def _failed(error: SwirlError) -> str:
-    return f"search failed: {error.reason if isinstance(error, EndpointError) else error}"
+def read_found(found: Any, url: str) -> list[Page]:
+    """The pages a server found for one query. Raises EndpointError on another form."""
+    try:
+        return [_page_of(item) for item in found]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise EndpointError(url, _EXPECTED, status=200) from None
 
 
 def _page_of(item: dict) -> Page:
