@@ -197,8 +197,16 @@ def live_pairs(position_ids: torch.Tensor, window: int | None = None) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
-    STATISTICS.write_text(json.dumps(statistics_of(parser.parse_args().data), indent=1) + "\n")
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data",
+        help="holds gsm8k/train.jsonl, hotpotqa/train.slice.json and musique/train.slice.jsonl, as their authors give them",
+    )  # fmt: skip
+    data = parser.parse_args().data
+    try:
+        found = statistics_of(data)
+    except OSError as error:
+        raise SystemExit(f"error: {error.filename}: {error.strerror}; --data names the folder of the data sets") from None
+    STATISTICS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

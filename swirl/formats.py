@@ -1,14 +1,15 @@
-"""Trajectories in other people's formats, both ways: chat messages with tool calls, TRL's stepwise rows,
-Parquet.
+"""Trajectories in other people's formats, both ways: chat messages with tool calls, TRL's stepwise rows, Parquet.
 
-    swirl      one Trajectory a row, as everywhere here messages   {"id", "messages", "tools", "swirl"}:
-    OpenAI's chat form; the thought is the content, the call a tool call trl        {"prompt",
-    "completions", "labels", "swirl"}: a completion is the result before it and the action
+- swirl: one Trajectory a row, as everywhere here
 
-A name that ends in .parquet is read and written as Parquet (needs pyarrow), any other as JSONL. `swirl` is
-a string of JSON with what the other format has no place for, so that a way there and back loses nothing but
-token ids and their log-probs: the trainer tokenises such text once and says so. Rows without `swirl`,
-written by others, are read too.
+- messages: {"id", "messages", "tools", "swirl"}, OpenAI's chat form; the thought is the content, the call a tool call
+
+- trl: {"prompt", "completions", "labels", "swirl"}; a completion is the result before it and the action
+
+A name that ends in .parquet is read and written as Parquet (needs pyarrow), any other as JSONL. `swirl` is a string
+of JSON with what the other format has no place for, so that a way there and back loses nothing but token ids and
+their log-probs: the trainer tokenises such text once. Rows without `swirl`, written by others, are read too; they
+have no rewards or verdicts, which `python -m swirl.filter` gives.
 """
 
 from __future__ import annotations
@@ -356,7 +357,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
         for number, line in read_lines(path):
             try:
                 row = msgspec.json.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise InputError(path, f"expected one JSON object a line ({error})", line=number) from None
             if not isinstance(row, dict):
                 raise InputError(path, "expected one JSON object a line", line=number)
