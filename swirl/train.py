@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -27,7 +28,7 @@ from swirl import open as opening
 from swirl.config import TrainConfig
 from swirl.environment.judge import Judgement
 from swirl.environment.rollout import draw_seed, with_ids
-from swirl.errors import ConfigError, EndpointUnusable, InputError, NonFiniteError
+from swirl.errors import ConfigError, EndpointUnusable, InputError
 from swirl.evaluate import Score, answer, score_trajectories
 from swirl.filter import filter_in_memory, step_to_judge
 from swirl.generate import collect, limits_for
@@ -309,15 +310,27 @@ def _save(folder: Path, actor: Actor, what: str) -> None:
     print(f"{what}: {folder}", file=sys.stderr)
 
 
+def _rescue(folder: Path, actor: Actor) -> None:
+    """The weights as they are, if they are numbers. An error is on its way already: what fails here only warns."""
+    what = "the weights of the last good update"
+    try:
+        if all(weight.isfinite().all() for weight in actor.policy.engine.model.parameters()):
+            _save(folder, actor, what)
+        else:
+            cli.warn(f"{what} are not saved: some are NaN or infinite")
+    except Exception as error:
+        cli.warn(f"{what} could not be saved ({error})")
+
+
 def _train(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajectory]) -> list[dict]:
-    """All updates; returns the metrics of each. Stopped on the way, it leaves the weights of the last good one."""
+    """All updates; returns the metrics of each. Whatever stops it on the way, the weights of the last one are kept."""
     history: list[dict] = []
     try:
         _loop(config, actor, learner, kept, history)
         _tell_masked(history)
-    except (NonFiniteError, KeyboardInterrupt):
+    except BaseException:
         if distributed.is_main() and history:
-            _save(config.out / f"checkpoint-{len(history)}", actor, "the weights of the last good update")
+            _rescue(config.out / f"checkpoint-{len(history)}", actor)
         raise
     return history
 
@@ -470,7 +483,13 @@ def main(config: TrainConfig) -> None:
     if not distributed.launched_as_main():
         # one voice: the others' results would repeat the main rank's, their errors are the launcher's to show
         sys.stdout = open(os.devnull, "w")
+    signal.signal(signal.SIGTERM, _terminated)
     train(config)
+
+
+def _terminated(number: int, frame) -> None:
+    """A scheduler's or torchrun's SIGTERM as an exception, so that what is under way is left in order."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
 
 import pytest
+import torch
 from msgspec.structs import replace
 
+from benchmarks.fault_server import FaultServer
 from swirl import open as opening
 from swirl.config import TrainConfig
 from swirl.environment.judge import Judgement
 from swirl.environment.prompts import question_prompt
 from swirl.errors import ConfigError, EndpointUnusable, InputError
+from swirl.learning.learner import Learner
 from swirl.tasks import almanac
-from swirl.train import train
+from swirl.train import Actor, train
 from swirl.trajectory import Step, Trajectory, write_trajectories
 
 
@@ -121,3 +131,110 @@ def test_a_reward_model_that_grades_nothing_ends_the_run(small, monkeypatch, cap
     with pytest.raises(EndpointUnusable, match="unable: graded none of the actions of 3 updates in a row"):
         train(config)
     assert "masked" in capsys.readouterr().err
+
+
+@contextmanager
+def reward_model(good, then="401"):
+    """The address of a reward model that gives `good` scores and then fails."""
+
+    def answer(path, payload):
+        message = {"role": "assistant", "content": f"SCORE: {len(payload['messages'][0]['content']) % 10}"}
+        return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+
+    server = FaultServer(answer, script=["ok"] * good + [then] * 10_000)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield asyncio.run_coroutine_threadsafe(server.start(), loop).result() + "/v1#grader"
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def sampled(url):
+    """Settings of a small run whose every update asks the reward model at `url`."""
+    return {"model": "almanac", "actions": "sampled", "reward": url, "trajectories_per_update": 1,
+            "max_new_tokens": 48, "updates": 50}  # fmt: skip
+
+
+def test_a_reward_model_that_dies_midway_leaves_the_weights(small, monkeypatch):
+    monkeypatch.delenv("SWIRL_API_KEY", raising=False)
+    with reward_model(good=120) as url:
+        config = small(told(6), **sampled(url))
+        with pytest.raises(EndpointUnusable):
+            train(config)
+    done = len(metrics_of(config.out))
+    assert 1 <= done < 50
+    (left,) = config.out.glob("checkpoint-*")
+    model, _ = opening.load_model(str(left))
+    start, _ = opening.load_model("almanac")
+    assert left.name == f"checkpoint-{done}" and not (config.out / "checkpoint").exists()
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError(28, "No space left"), SystemExit(143)])
+def test_whatever_stops_it_the_weights_are_kept(small, monkeypatch, error):
+    fail_at_update(monkeypatch, 1, error)
+    config = small(told(6))
+    with pytest.raises(type(error)) as raised:
+        train(config)
+    assert raised.value is error
+    opening.load_model(str(config.out / "checkpoint-1"))
+
+
+def fail_at_update(monkeypatch, number, error, weights=None):
+    """Raise `error` at that update (from 0), after `weights` fills all weights, where it is given."""
+    update = Learner.update
+
+    def failing(learner, scored, at):
+        if at < number:
+            return update(learner, scored, at)
+        for weight in learner.model.parameters() if weights is not None else ():
+            weight.data.fill_(weights)
+        raise error
+
+    monkeypatch.setattr(Learner, "update", failing)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(small, monkeypatch, capsys):
+    fail_at_update(monkeypatch, 1, RuntimeError("first"), weights=float("nan"))
+    config = small(told(6))
+    with pytest.raises(RuntimeError, match="first"):
+        train(config)
+    assert "not saved: some are NaN or infinite" in capsys.readouterr().err
+    assert not list(config.out.glob("checkpoint*"))
+
+
+def test_the_first_error_is_the_one_reported(small, monkeypatch, capsys):
+    config = small(told(6))
+    fail_at_update(monkeypatch, 1, RuntimeError("first"))
+    config.out.mkdir()
+    in_the_way = config.out / "checkpoint-1"
+    made = Actor.recorded_actions
+
+    def with_a_file_in_the_way(actor, trajectories):
+        in_the_way.touch()
+        return made(actor, trajectories)
+
+    monkeypatch.setattr(Actor, "recorded_actions", with_a_file_in_the_way)
+    with pytest.raises(RuntimeError, match="first"):
+        train(config)
+    assert "could not be saved" in capsys.readouterr().err and in_the_way.read_bytes() == b""
+
+
+def test_sigterm_is_an_exception(tiny_folder, small):
+    config = small(told(6), updates=100_000)
+    words = [sys.executable, "-m", "swirl.train", "--out", config.out, "--model", tiny_folder, "--data", config.data]
+    words += ["--actions", "recorded", "--updates", "100000", "--evaluate-on"]
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = config.out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said, said
+    (left,) = config.out.glob("checkpoint-*")
+    opening.load_model(str(left))
