@@ -199,13 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data",
-        help="holds gsm8k/train.jsonl, hotpotqa/train.slice.json and musique/train.slice.jsonl, as their authors give them",
+        help="holds gsm8k/train.jsonl, hotpotqa/train.slice.json, musique/train.slice.jsonl, in their authors' forms",
     )  # fmt: skip
     data = parser.parse_args().data
     try:
         found = statistics_of(data)
     except OSError as error:
-        raise SystemExit(f"error: {error.filename}: {error.strerror}; --data names the folder of the data sets") from None
+        where = f"{error.filename}: {error.strerror}"
+        raise SystemExit(f"error: {where}; --data names the folder of the data sets") from None
     STATISTICS.write_text(json.dumps(found, indent=1) + "\n")
 
 
