@@ -85,7 +85,7 @@ class TrainConfig:
     evaluate_every: int = 0
     """Also evaluate every so many updates (on --task's families); 0: before and after alone."""
     device: str = "auto"
-    """auto, cpu, or cuda."""
+    """auto, cpu, or cuda (under torchrun each rank's own)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):

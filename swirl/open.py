@@ -27,9 +27,27 @@ def model_folder(spec: str) -> Path:
     return ALMANAC_BASE if spec == "almanac" else Path(spec)
 
 
+def device_for(name: str) -> str:
+    """The device of that name; `auto` is `cuda` where there is one, else `cpu`. Without a number `cuda` is this rank's.
+
+    Raises ConfigError where it is none of these, or not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (":" in name and not number.isdecimal())):
+        raise ConfigError(f"--device {name}: expected cpu, cuda or cuda:0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or os.environ.get("LOCAL_RANK", 0)) >= count:
+        raise ConfigError(f"--device {name}: torch {torch.__version__} finds {count} CUDA devices here")
+    return name
+
+
 def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
     """(Gemma, Tokenizer) from a folder or `almanac`. Raises CheckpointError, also where the two do not fit, and
-    ConfigError where this `attention` cannot compute that model.
+    ConfigError where there is no such device, or this `attention` cannot compute that model.
     """
     import torch
 
@@ -37,7 +55,7 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
     from swirl.model.gemma import Gemma
     from swirl.model.tokenizer import Tokenizer
 
-    folder = model_folder(spec)
+    folder, device = model_folder(spec), device_for(str(device))
     if not folder.is_dir():
         raise CheckpointError(folder, "no such folder: expected `almanac` or a Hugging Face folder of a Gemma 2")
     tokenizer = Tokenizer.from_pretrained(folder)

@@ -428,7 +428,7 @@ def train(config: TrainConfig) -> dict | None:
     """The whole way. Returns the summary on the main rank, None on the others. Raises SwirlError."""
     started = time.perf_counter()
     config = configs.smoke(config) if config.smoke else config
-    device = distributed.local_device(config.device)
+    device = distributed.local_device(opening.device_for(config.device))
     data = read_trajectories(config.data) if config.data is not None else None
     config = _settle(config, data)
     if data is not None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from swirl import open as opening
 from swirl import progress
+from swirl.errors import ConfigError
 from swirl.trajectory import encode_trajectory, iter_trajectories, read_trajectories
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +188,24 @@ def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_fo
     assert "--updates 0" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
     assert "expected" in one_line(command("evaluate", "--tasks", "trivia", cwd=tmp_path))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, device", [("train", "cuda:99"), ("generate", "foo"), ("evaluate", "meta")])
+def test_a_device_that_is_not_there_is_one_line(name, device, tmp_path):
+    assert f"--device {device}: " in one_line(command(name, "--device", device, cwd=tmp_path))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "trajectories.jsonl").exists()
+
+
+@pytest.mark.parametrize("device", ["", "foo", "cuda:", "cuda:-1", "cuda:x", "cuda:99", "cpu:0", "mps"])
+def test_devices_that_there_are_none_of(device):
+    with pytest.raises(ConfigError, match=f"--device {device}: "):
+        opening.device_for(device)
+    assert opening.device_for("auto") in ("cpu", "cuda")
+
+
+def test_cuda_on_a_machine_without_it_is_one_line(tmp_path):
+    done = command("train", "--device", "cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert "--device cuda: torch " in one_line(done) and "finds 0 CUDA devices here" in done.stderr
 
 
 def test_an_unknown_config_key_is_named(tmp_path):
