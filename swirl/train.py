@@ -4,7 +4,8 @@
   python -m swirl.train --packed --data kept.jsonl   train on trajectories you have
   torchrun --nproc-per-node 2 -m swirl.train --packed
 
-Writes config.json, trajectories.jsonl, kept.jsonl, metrics.jsonl, summary.json, report.html and checkpoint/ into --out.
+Writes config.json, trajectories.jsonl, kept.jsonl, metrics.jsonl, summary.json, report.html and checkpoint/ into --out;
+a reward model's answers, each on disk before it is used, into answers.sqlite there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from swirl import cli, tasks
 from swirl import config as configs
 from swirl import open as opening
 from swirl.config import TrainConfig
+from swirl.environment.client import Client
 from swirl.environment.judge import Judgement
 from swirl.environment.rollout import draw_seed, with_ids
 from swirl.errors import ConfigError, EndpointUnusable, InputError
@@ -46,11 +48,12 @@ _UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on wo
 class Actor:
     """The policy at work: it answers questions, makes trajectories, and draws actions to learn from.
 
-    One event loop serves its whole life, since a judge over the wire keeps its connections; use it in a `with`.
+    One event loop serves its whole life, since `client`, by which the judge asks, keeps its connections; use it in a
+    `with`.
     """
 
-    def __init__(self, config: TrainConfig, model, tokenizer, judge):
-        self.config, self.tokenizer, self.judge = config, tokenizer, judge
+    def __init__(self, config: TrainConfig, model, tokenizer, judge, client: Client):
+        self.config, self.tokenizer, self.judge, self._client = config, tokenizer, judge, client
         self.policy = LocalPolicy(model, tokenizer, name=config.model)
         self._runner = asyncio.Runner()
 
@@ -58,7 +61,7 @@ class Actor:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._runner.run(opening.close(self.judge))
+        self._runner.run(opening.close(self.judge, self._client))
         self._runner.close()
 
     def evaluate(self, families: tuple[str, ...], description: str, *, show: bool = True) -> list[Score]:
@@ -440,14 +443,16 @@ def train(config: TrainConfig) -> dict | None:
         if data is not None:
             data = _with_ids(data, tokenizer, config.data)
             _require_context(data, model.config.max_position_embeddings, config.data)
-        judge = opening.open_judge(config.reward, kind="reward") if config.actions == "sampled" else None
+        client, sampled = Client(config.out / "answers.sqlite"), config.actions == "sampled"
+        judge = opening.open_judge(config.reward, kind="reward", client=client) if sampled else None
         if distributed.is_main():
             _set_aside(config.out)
             config.out.mkdir(parents=True, exist_ok=True)
             (config.out / "config.json").write_bytes(cli.config_to_json(config))
             ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
             print(f"{config.actions} actions, {config.reward} reward, {device}{ranks}", file=sys.stderr)
-        with Actor(config, model, tokenizer, judge) as actor:
+        distributed.from_main(None)  # before any rank writes into the folder, it is there, and new
+        with Actor(config, model, tokenizer, judge, client) as actor:
             before = actor.evaluate(config.evaluate_on, "evaluate before")
             kept = data if data is not None else _generate(config, actor)
             history = _train(config, actor, Learner(config, model), kept)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fault_server import FaultServer
-from swirl.environment.cache import AnswerCache, default_cache_path
+from swirl.environment.cache import AnswerCache
 from swirl.environment.client import Client, Endpoint
 from swirl.errors import EndpointError, InputError
 
@@ -100,14 +100,6 @@ def test_a_cache_that_is_none_of_ours_is_refused(tmp_path, damage):
     with pytest.raises(InputError, match="answer cache"):
         AnswerCache(path)
     assert before is None or path.read_bytes() == before
-
-
-def test_default_cache_path(monkeypatch, tmp_path):
-    monkeypatch.setenv("SWIRL_CACHE", str(tmp_path / "mine"))
-    assert default_cache_path() == tmp_path / "mine"
-    monkeypatch.delenv("SWIRL_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_path() == tmp_path / "swirl" / "answers.sqlite"
 
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path):

@@ -310,7 +310,6 @@ def test_the_first_failure_ends_the_rest():
 
 def test_judging_over_the_wire(tmp_path, monkeypatch):
     monkeypatch.delenv("SWIRL_API_KEY", raising=False)
-    monkeypatch.setenv("SWIRL_CACHE", str(tmp_path / "answers.sqlite"))
     steps = list(items(40))
     server = FaultServer()
     server.keep_requests = True
@@ -319,7 +318,7 @@ def test_judging_over_the_wire(tmp_path, monkeypatch):
         async with server:
             verdicts = []
             for _ in range(2):
-                wire = open_judge(f"{server.url}/v1#model")
+                wire = open_judge(f"{server.url}/v1#model", cache=tmp_path / "answers.sqlite")
                 try:
                     verdicts.append([judgement.verdict for judgement in await judge_all(wire, steps)])
                 finally:

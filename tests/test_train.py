@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -160,8 +161,9 @@ def sampled(url):
             "max_new_tokens": 48, "updates": 50}  # fmt: skip
 
 
-def test_a_reward_model_that_dies_midway_leaves_the_weights(small, monkeypatch):
+def test_a_reward_model_that_dies_midway_leaves_the_weights_and_the_answers(small, tmp_path, monkeypatch):
     monkeypatch.delenv("SWIRL_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with reward_model(good=120) as url:
         config = small(told(6), **sampled(url))
         with pytest.raises(EndpointUnusable):
@@ -173,6 +175,9 @@ def test_a_reward_model_that_dies_midway_leaves_the_weights(small, monkeypatch):
     start, _ = opening.load_model("almanac")
     assert left.name == f"checkpoint-{done}" and not (config.out / "checkpoint").exists()
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    with closing(sqlite3.connect(config.out / "answers.sqlite")) as answers:
+        assert answers.execute("SELECT count(*) FROM answers").fetchone()[0] == 120
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), OSError(28, "No space left"), SystemExit(143)])

@@ -20,13 +20,6 @@ _ROWS_PER_STATEMENT = 64
 _SCHEMA = 1
 
 
-def default_cache_path() -> Path:
-    """`$SWIRL_CACHE`, or `swirl/answers.sqlite` in the user's cache folder."""
-    if path := os.environ.get("SWIRL_CACHE"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swirl" / "answers.sqlite"
-
-
 class AnswerCache:
     """Answers (bytes) by key (bytes). Raises InputError where the file is none of ours or cannot be written.
 

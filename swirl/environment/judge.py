@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from swirl.environment.cache import default_cache_path
 from swirl.environment.client import Client
 from swirl.environment.judge_prompts import (
     CALCULATOR_PROCESS,
@@ -313,10 +312,9 @@ def open_judge(
     """A judge over the wire, from a spec such as https://host/v1#model (policy.parse_spec). Raises
     ConfigError, and InputError as `judge_with` does.
 
-    Without a `client` it has its own, with the file `cache` (cache.default_cache_path where that is None),
-    and `close` must be awaited.
+    Without a `client` it has its own, with the file `cache` (None keeps no answers), and `close` must be
+    awaited.
     """
-    cache = default_cache_path() if cache is None else cache
     policy = open_policy(spec, client=client, cache=cache, key_env=key_env, limits=limits, details=False)
     return judge_with(policy, kind, prompt=prompt, votes=votes)
 
