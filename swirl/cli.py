@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ import msgspec
 from swirl.errors import ConfigError, SwirlError
 
 Config = TypeVar("Config")
+_BLOCKS, _BLOCK_BYTES = 256, 4096
 
 
 def config_from_json(path: str, kind: type[Config]) -> Config:
@@ -36,7 +38,8 @@ def config_from_json(path: str, kind: type[Config]) -> Config:
         return msgspec.convert(values, kind, strict=True, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$.")
-        raise ConfigError(f"{path}: key '{where.rstrip('`')}': {message}") from None
+        key = f"key '{where.rstrip('`')}': " if where else ""  # a config's own check names its flag
+        raise ConfigError(f"{path}: {key}{message}") from None
 
 
 def _refuse_unknown_keys(values: dict, kind: type, path: str, inside: str = "") -> None:
@@ -52,9 +55,16 @@ def config_to_json(config: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(asdict(config), enc_hook=os.fspath), indent=2)
 
 
-def refuse_other_settings(config: object, outputs: Sequence[Path], *, may_change: Collection[str]) -> None:
-    """Files are resumed only with the settings that began them; they lie beside the first. Raises ConfigError."""
+def refuse_other_settings(
+    config: object, outputs: Sequence[Path], *, may_change: Collection[str], known_as: Mapping[str, str]
+) -> None:
+    """Files are resumed only with the settings that began them, which lie beside the first. Raises ConfigError.
+
+    Call it with the outputs' logs open: their locks keep a second command from replacing the settings of one at work.
+    `known_as` says more than a flag does: which weights lie in a folder, which template in a file.
+    """
     settings = {name: str(value) for name, value in asdict(config).items() if name not in may_change}
+    settings |= known_as
     beside = outputs[0].with_name(outputs[0].name + ".settings.json")
     if beside.exists() and any(out.exists() and out.stat().st_size for out in outputs):
         for name, value in msgspec.json.decode(beside.read_bytes()).items():
@@ -67,6 +77,26 @@ def refuse_other_settings(config: object, outputs: Sequence[Path], *, may_change
     aside = beside.with_name(beside.name + ".partial")
     aside.write_bytes(msgspec.json.encode(settings))
     aside.replace(beside)
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Tells what lies in a checkpoint's folder from what lay there before it was trained on. Raises OSError.
+
+    Of config.json, tokenizer.json and all *.safetensors it takes name, size and 256 blocks of 4 KiB, evenly spread from
+    the first byte to the last: a file of up to 1 MiB whole, and any other in milliseconds. Training moves nearly every
+    weight, so a MiB of them shows it. Times are left out: a copy is the same checkpoint.
+    """
+    digest = blake2b(digest_size=8)
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".safetensors" and path.name not in ("config.json", "tokenizer.json"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for k in range(_BLOCKS):
+                file.seek(max(k * _BLOCK_BYTES, k * (size - _BLOCK_BYTES) // (_BLOCKS - 1)))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def require_at_least(least: float, config: object, *flags: str) -> None:

@@ -28,7 +28,7 @@ from swirl.environment.concurrency import as_done
 from swirl.environment.judge import Kind, OutcomeToJudge, StepToJudge
 from swirl.environment.policy import EndpointLimits
 from swirl.errors import ConfigError, InputError
-from swirl.open import answers_beside, open_judge
+from swirl.open import answers_beside, is_url, model_folder, open_judge
 from swirl.progress import progress
 from swirl.tasks import is_correct, tool_name
 from swirl.trajectory import Trajectory, TrajectoryLog, iter_trajectories
@@ -73,7 +73,9 @@ class FilterConfig:
         cli.require_at_least(1, self, "votes", "in_flight")
 
 
-_MAY_CHANGE = ("data", "kept", "dropped", "in_flight", "cache", "endpoint")  # no verdict depends on these
+# No verdict depends on these; templates are compared by content, in the names of the judges.
+_MAY_CHANGE = ("data", "kept", "dropped", "in_flight", "cache", "endpoint")
+_MAY_CHANGE += ("judge_prompt", "outcome_judge_prompt", "reward_judge_prompt")
 
 
 class Judges(NamedTuple):
@@ -188,14 +190,33 @@ async def filter_in_memory(
     return kept, dropped
 
 
-def _take_back_unjudged(dropped: Path) -> None:
-    """Leave what no judge has judged out of the file, so that this run judges it again."""
-    aside = dropped.with_name(dropped.name + ".partial")
-    with TrajectoryLog(dropped), open(dropped, "rb") as old, open(aside, "wb") as new:  # which nobody else writes to
-        new.writelines(line for line in old if _UNJUDGED not in line)
-        new.flush()
-        os.fsync(new.fileno())
-        aside.replace(dropped)
+def _known_as(config: FilterConfig, judges: Judges) -> dict[str, str]:
+    """What the verdicts depend on: each judge's name, which holds the digest of a user's template, and the weights of
+    one that is a checkpoint.
+    """
+    flags = {"judge": judges.steps, "outcome_judge": judges.outcome, "reward_judge": judges.reward}
+    named = {flag: judge.name for flag, judge in flags.items() if judge is not None}
+    for flag in named:
+        spec = getattr(config, flag)
+        if spec != "rule" and not is_url(spec):
+            named[flag] += f" ({cli.checkpoint_digest(model_folder(spec))})"
+    return named
+
+
+def _begun_again(config: FilterConfig, judges: Judges) -> TrajectoryLog:
+    """The log of what is dropped, once nobody else writes to it and the settings are those that began it. What no
+    judge has judged is left out, so that this run judges it again.
+    """
+    aside = config.dropped.with_name(config.dropped.name + ".partial")
+    with TrajectoryLog(config.dropped):
+        known_as = _known_as(config, judges)
+        cli.refuse_other_settings(config, [config.kept, config.dropped], may_change=_MAY_CHANGE, known_as=known_as)
+        with open(config.dropped, "rb") as old, open(aside, "wb") as new:
+            new.writelines(line for line in old if _UNJUDGED not in line)
+            new.flush()
+            os.fsync(new.fileno())
+        aside.replace(config.dropped)
+    return TrajectoryLog(config.dropped)
 
 
 def _open_judges(config: FilterConfig, client: Client) -> Judges:
@@ -221,9 +242,7 @@ async def _filter(config: FilterConfig) -> dict:
     reasons: list[str] = []
     async with Client(config.cache or answers_beside(config.kept)) as client:
         judges = _open_judges(config, client)
-        cli.refuse_other_settings(config, [config.kept, config.dropped], may_change=_MAY_CHANGE)
-        _take_back_unjudged(config.dropped)
-        with TrajectoryLog(config.kept) as kept, TrajectoryLog(config.dropped) as dropped:
+        with TrajectoryLog(config.kept) as kept, _begun_again(config, judges) as dropped:
             finished = kept.done | dropped.done
             decisions = judged_trajectories(
                 (t for t in iter_trajectories(config.data) if t.id not in finished),

@@ -21,7 +21,7 @@ from swirl.environment.client import Client
 from swirl.environment.policy import EndpointLimits
 from swirl.environment.rollout import RolloutLimits, Unanswered, rollouts, trajectory_id
 from swirl.errors import ConfigError, EndpointError
-from swirl.open import answers_beside, is_url, open_policy, open_retriever
+from swirl.open import answers_beside, is_url, model_folder, open_policy, open_retriever
 from swirl.progress import progress
 from swirl.tasks import Task, open_task
 from swirl.trajectory import Question, Trajectory, TrajectoryLog
@@ -124,6 +124,13 @@ async def collect(
     return [made[trajectory_id(*pair)] for pair in asked]
 
 
+def _known_as(config: GenerateConfig, coder) -> dict[str, str]:
+    """What the lines depend on beyond its name: a checkpoint's weights, a server's tokenizer."""
+    if not is_url(config.policy):
+        return {"policy": f"{config.policy} ({cli.checkpoint_digest(model_folder(config.policy))})"}
+    return {"tokenizer": f"{config.tokenizer} ({coder.fingerprint})"} if config.tokenizer else {}
+
+
 async def _generate(config: GenerateConfig) -> dict:
     task = open_task(config.task, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
     questions = task.questions(config.split, config.limit)
@@ -146,8 +153,9 @@ async def _generate(config: GenerateConfig) -> dict:
         task = await open_retriever(
             task, config.retriever, top_k=config.top_k, client=client, limits=config.endpoint
         )
-        cli.refuse_other_settings(config, [config.out], may_change=_MAY_CHANGE)
         with TrajectoryLog(config.out) as log:
+            known_as = _known_as(config, coder)
+            cli.refuse_other_settings(config, [config.out], may_change=_MAY_CHANGE, known_as=known_as)
             wanted = [(question, sample) for question in questions for sample in range(config.samples)]
             asked = [pair for pair in wanted if trajectory_id(*pair) not in log.done]
             playing = rollouts(

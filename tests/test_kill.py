@@ -67,6 +67,29 @@ def test_the_same_command_beside_one_at_work_is_refused(tmp_path):
     assert (tmp_path / "kept.jsonl").read_bytes().count(b"\n") == 2
 
 
+@pytest.mark.parametrize("name, log", [("generate", "t.jsonl"), ("filter", "k.jsonl"), ("filter", "d.jsonl")])
+def test_a_command_with_other_settings_beside_one_just_begun_leaves_it_its_own(name, log, tmp_path):
+    """A settings file is replaced where its outputs are empty still, and so is theirs who began a moment ago."""
+    settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    flags = {
+        "generate": ["--out", "t.jsonl", "--limit", "1", "--samples", "1", "--max-new-tokens", "4", "--seed"],
+        "filter": ["--data", "data.jsonl", "--kept", "k.jsonl", "--dropped", "d.jsonl", "--votes"],
+    }[name]
+    (tmp_path / "data.jsonl").touch()
+    beside = tmp_path / {"generate": "t.jsonl", "filter": "k.jsonl"}[name]
+    beside = beside.with_name(f"{beside.name}.settings.json")
+    subprocess.run([sys.executable, "-m", f"swirl.{name}", *flags, "1"], **settings)
+    began = beside.read_bytes()
+    for path in tmp_path.glob("?.jsonl"):
+        path.write_bytes(b"")
+    with TrajectoryLog(tmp_path / log):
+        done = subprocess.run([sys.executable, "-m", f"swirl.{name}", *flags, "2"], **settings)
+        assert done.returncode == 1 and f"error: {log}: another command is writing to it" in done.stderr
+    assert beside.read_bytes() == began
+    subprocess.run([sys.executable, "-m", f"swirl.{name}", *flags, "2"], **settings)
+    assert beside.read_bytes() != began
+
+
 def test_a_command_that_fails_is_one_clear_line(tmp_path):
     job, model = filter_job(Path("absent.jsonl"), "rule", 1), Model(1)
     with pytest.raises(KillDrillError, match="^filter: exit code 1: error: absent.jsonl: cannot be read"):

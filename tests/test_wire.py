@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import sqlite3
 import sys
 from collections import Counter
@@ -15,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aiohttp import web
+from safetensors.torch import load_file, save_file
 
 from benchmarks.fault_server import FaultServer, verdict_of
+from swirl import cli
 from swirl.model.tokenizer import Tokenizer
 from swirl.open import ALMANAC_BASE
 from swirl.tasks import almanac
@@ -353,6 +356,14 @@ def test_a_judge_s_template_can_be_replaced(tmp_path):
             done = await run(tmp_path, "filter", *flags, "--judge-prompt", "mine.txt")
             torn = await run(tmp_path, "filter", *flags, "--judge-prompt", "torn.txt", code=1)
             absent = await run(tmp_path, "filter", *flags, "--judge-prompt", "absent.txt", code=1)
+            before = lines(tmp_path / "kept.jsonl")
+            (tmp_path / "deep").mkdir()
+            (tmp_path / "deep" / "mine.txt").write_bytes((tmp_path / "mine.txt").read_bytes())
+            await run(tmp_path, "filter", *flags, "--judge-prompt", "deep/mine.txt")
+            (tmp_path / "mine.txt").write_text("BAD as {question} and\n{action} after {context} are.\nBAD")
+            other = await run(tmp_path, "filter", *flags, "--judge-prompt", "mine.txt", code=1)
+            assert re.search(r"was begun with --judge \S+ \(mine-v.*, not \S+ \(mine-v", other.errors[0])
+            assert lines(tmp_path / "kept.jsonl") == before
             return done, torn, absent
 
     done, torn, absent = asyncio.run(all_of_it())
@@ -449,6 +460,53 @@ def test_a_search_that_got_no_answer_is_not_what_the_policy_reads(tmp_path, own_
     (refused,) = observations(tmp_path / "t.jsonl")
     assert "search failed: HTTP 422: no such query" in refused
     assert not any("search failed" in said for said in observations(tmp_path / "trajectories.jsonl"))
+
+
+def test_what_other_weights_began_is_not_gone_on_with(tmp_path, tiny_folder):
+    model, copy = tmp_path / "model", tmp_path / "copy"
+    for folder in (model, copy):
+        shutil.copytree(tiny_folder, folder)
+    weights = model / "model.safetensors"
+    assert cli.checkpoint_digest(model) == cli.checkpoint_digest(copy)
+
+    async def all_of_it():
+        flags = ("--policy", "model", "--limit", 1, "--samples", 2, "--max-new-tokens", 4, "--out", "t.jsonl")
+        judged = ("--data", "t.jsonl", "--judge", "model")
+        for _ in range(2):
+            made = await run(tmp_path, "generate", *flags)
+            kept = await run(tmp_path, "filter", *judged)
+        assert (made.result["new"], kept.result["kept"] + kept.result["dropped"]) == (0, 2)
+        trained = load_file(weights)
+        save_file({name: tensor + 1e-3 for name, tensor in trained.items()}, weights, {"format": "pt"})
+        assert weights.stat().st_size == (copy / weights.name).stat().st_size
+        return [await run(tmp_path, *words, code=1) for words in (("generate", *flags), ("filter", *judged))]
+
+    for done, flag in zip(asyncio.run(all_of_it()), ("policy", "judge"), strict=True):
+        assert re.search(rf"was begun with --{flag} model.* \([0-9a-f]{{16}}\), not model", done.errors[0])
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000, 4096 * 256, 4096 * 256 + 1, 9_000_001])
+def test_a_checkpoint_s_digest_sees_both_ends_and_the_size(size, tmp_path):
+    path = tmp_path / "model.safetensors"
+    content = np.random.default_rng(size).bytes(size)
+    others = [content + b"x"] + [content[:at] + b"\1" + content[at + 1 :] for at in ((0, size - 1) if size else ())]
+    digests = []
+    for one in (content, *others, content):
+        path.write_bytes(one)
+        digests.append(cli.checkpoint_digest(tmp_path))
+    assert digests[0] == digests[-1] not in digests[1:-1]
+
+
+def test_a_config_s_own_check_names_its_flag_and_no_empty_key(tmp_path):
+    (tmp_path / "c.json").write_text('{"samples": 0}')
+    (tmp_path / "d.json").write_text('{"endpoint": {"concurrency": "many"}}')
+
+    async def all_of_it():
+        return [await run(tmp_path, "generate", "--config", name, code=1) for name in ("c.json", "d.json")]
+
+    flag, key = asyncio.run(all_of_it())
+    assert flag.errors == ["error: c.json: --samples 0: expected at least 1"]
+    assert key.errors[0].startswith("error: d.json: key 'endpoint.concurrency': Expected `int`")
 
 
 def test_the_key_reaches_the_server_and_nothing_else(tmp_path):
