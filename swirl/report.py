@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import html
-import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from swirl import cli
 from swirl.errors import InputError
-
-if TYPE_CHECKING:
-    from swirl.evaluate import Score
+from swirl.score import Score, bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,6 @@ def _percent(value: float | None) -> str:
 
 def _relative_gain(before: Score, after: Score) -> str:
     """Relative gain of the accuracy, with the 95% bootstrap of the same questions' paired differences."""
-    from swirl.evaluate import bootstrap_interval
-
     if not before.accuracy:
         return "–"
     differences = np.asarray(after.correct, float) - np.asarray(before.correct, float)
@@ -104,29 +100,69 @@ def print_comparison(before: Sequence[Score], after: Sequence[Score]) -> None:
     )
 
 
-def _read_run(run: Path) -> tuple[dict, list[dict]]:
+class _Summary(msgspec.Struct):
+    """Of summary.json, what the report shows."""
+
+    accuracy_before: dict[str, float]
+    accuracy_after: dict[str, float]
+    relative_gain: dict[str, float | None]
+    good_steps_before: dict[str, float | None]
+    good_steps_after: dict[str, float | None]
+    updates: int
+    wall_s: float
+    tokens_per_s: float
+    peak_rss_bytes: int
+    seed: int
+    commit: str
+
+
+class _Update(msgspec.Struct):
+    """Of a line of metrics.jsonl, what the report shows."""
+
+    reward: float | None
+    loss: float
+    grad_norm: float
+    tokens_per_s: float
+    kl: float
+
+
+def _read_run(run: Path) -> tuple[_Summary, list[_Update]]:
+    """Raises InputError where the folder is not that of a finished run of this version."""
+    path = run / "summary.json"
     try:
-        summary = json.loads((run / "summary.json").read_text())
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        summary = _decode(path.read_bytes(), _Summary, path, "the summary of a finished run")
+        path = run / "metrics.jsonl"
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        return summary, [_decode(line, _Update, path, "the metrics of an update", number) for number, line in lines]
     except OSError as error:
-        raise InputError(
-            error.filename, f"cannot be read ({error.strerror}): expected the folder of a finished run"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(run, f"expected JSON ({error})") from None
-    return summary, metrics
+        raise InputError(path, f"cannot be read ({error.strerror}): expected the folder of a finished run") from None
 
 
-def _curve(title: str, values: Sequence[float], width: int = 420, height: int = 160) -> str:
-    """One learning curve as an inline SVG: updates from left to right, the raw line and its running mean."""
-    values = np.asarray(values, dtype=float)
+def _decode(text: bytes, kind: type, path: Path, expected: str, line: int | None = None):
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        missing = re.search("missing required field `(.+?)`", str(error))
+        why = f"'{missing[1]}' is missing" if missing else str(error)
+        raise InputError(path, f"expected {expected}, {why}", line=line) from None
+
+
+def _curve(title: str, of_updates: Sequence[float | None], width: int = 420, height: int = 160) -> str:
+    """One learning curve as an inline SVG: updates from left to right, the raw line and its running mean.
+
+    Updates without a value have no point; where none has one, the curve is "".
+    """
+    updates = [update for update, value in enumerate(of_updates) if value is not None]
+    if not updates:
+        return ""
+    values = np.array([of_updates[update] for update in updates], dtype=float)
+    x = 48 + np.array(updates) * (width - 56) / max(1, len(of_updates) - 1)
     low, high = float(values.min()), float(values.max())
     span = (high - low) or 1.0
     kernel = np.ones(min(9, len(values)))
     smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
     def points(line):
-        x = np.linspace(48, width - 8, len(line))
         y = height - 24 - (np.asarray(line) - low) / span * (height - 40)
         return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
 
@@ -134,7 +170,7 @@ def _curve(title: str, values: Sequence[float], width: int = 420, height: int = 
         f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img">'
         f'<text x="4" y="20">{high:.3g}</text><text x="4" y="{height - 24}">{low:.3g}</text>'
         f'<text x="48" y="{height - 6}">1</text>'
-        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{len(values)}</text>'
+        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{len(of_updates)}</text>'
         f'<polyline class="raw" points="{points(values)}"/><polyline points="{points(smooth)}"/></svg></figure>'
     )
 
@@ -152,13 +188,13 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem}dt{color:#5
 
 def write_report(run: Path) -> Path:
     """Write run/report.html from summary.json and metrics.jsonl. Raises InputError where they cannot be read."""
-    summary, metrics = _read_run(run)
+    summary, updates = _read_run(run)
     rows = "".join(
         f"<tr><td>{html.escape(task)}</td>"
-        f"<td>{_percent(summary['accuracy_before'][task])}</td><td>{_percent(summary['accuracy_after'][task])}</td>"
+        f"<td>{_percent(summary.accuracy_before.get(task))}</td><td>{_percent(summary.accuracy_after.get(task))}</td>"
         f"<td>{'–' if gain is None else f'{gain:+.0%}'}</td>"
-        f"<td>{_percent(summary['good_steps_before'][task])}</td><td>{_percent(summary['good_steps_after'][task])}</td></tr>"
-        for task, gain in summary["relative_gain"].items()
+        f"<td>{_percent(summary.good_steps_before.get(task))}</td><td>{_percent(summary.good_steps_after.get(task))}</td></tr>"
+        for task, gain in summary.relative_gain.items()
     )
     accuracy = (
         "<h2>Accuracy on test questions</h2>"
@@ -173,19 +209,18 @@ def write_report(run: Path) -> Path:
         ("gradient norm", "grad_norm"),
         ("tokens/s", "tokens_per_s"),
     ]
-    if any(m["kl"] for m in metrics):
+    if any(update.kl for update in updates):
         shown.append(("KL to the reference policy, nats a token", "kl"))
-    columns = [(title, [m[name] for m in metrics if m[name] is not None]) for title, name in shown]
-    curves = "".join(_curve(title, values) for title, values in columns if values)
+    curves = "".join(_curve(title, [getattr(update, name) for update in updates]) for title, name in shown)
     facts = "".join(
         f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>"
         for name, value in (
-            ("updates", summary["updates"]),
-            ("time", f"{summary['wall_s']:.0f} s"),
-            ("training speed", f"{summary['tokens_per_s']:,.0f} tokens/s, sampling and judging included"),
-            ("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GB"),
-            ("seed", summary["seed"]),
-            ("commit", summary["commit"]),
+            ("updates", summary.updates),
+            ("time", f"{summary.wall_s:.0f} s"),
+            ("training speed", f"{summary.tokens_per_s:,.0f} tokens/s, sampling and judging included"),
+            ("peak memory", f"{summary.peak_rss_bytes / 2**30:.2f} GB"),
+            ("seed", summary.seed),
+            ("commit", summary.commit),
         )
     )
     page = (
@@ -194,7 +229,7 @@ def write_report(run: Path) -> Path:
         f"{accuracy}<h2>Learning curves</h2>{curves}</html>\n"
     )
     path = run / "report.html"
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     return path
 
 

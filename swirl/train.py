@@ -31,7 +31,7 @@ from swirl.environment.client import Client
 from swirl.environment.judge import Judgement
 from swirl.environment.rollout import draw_seed, with_ids
 from swirl.errors import ConfigError, EndpointUnusable, InputError
-from swirl.evaluate import Score, answer, score_trajectories
+from swirl.evaluate import answer
 from swirl.filter import filter_in_memory, step_to_judge
 from swirl.generate import collect, limits_for
 from swirl.learning import distributed, usage
@@ -40,6 +40,7 @@ from swirl.learning.objective import leave_one_out_advantages
 from swirl.model.local_policy import LocalPolicy, completion_action
 from swirl.progress import progress
 from swirl.report import print_comparison, write_report
+from swirl.score import Score, compared, score_trajectories
 from swirl.trajectory import Step, Trajectory, read_trajectories, write_trajectories
 
 _UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on would only pay for more of the same
@@ -401,22 +402,10 @@ def _append_json(path: Path, value: dict) -> None:
         file.write(json.dumps(value) + "\n")
 
 
-def _summary(config, before, after, history, started) -> dict:
-    gains = {
-        a.task: (a.accuracy - b.accuracy) / b.accuracy if b.accuracy else None
-        for b, a in zip(before, after, strict=True)
-    }
+def _summary(config: TrainConfig, before: list[Score], after: list[Score], history: list[dict], started: float) -> dict:
     busy_s = sum(metrics["update_s"] for metrics in history)
     return {
-        "accuracy_before": {score.task: score.accuracy for score in before},
-        "accuracy_after": {score.task: score.accuracy for score in after},
-        "interval_before": {score.task: score.interval for score in before},
-        "interval_after": {score.task: score.interval for score in after},
-        "relative_gain": gains,
-        "good_steps_before": {score.task: score.good_steps for score in before},
-        "good_steps_after": {score.task: score.good_steps for score in after},
-        "f1_before": {score.task: score.f1 for score in before},
-        "f1_after": {score.task: score.f1 for score in after},
+        **compared(before, after),
         "updates": len(history),
         "tokens_per_s": sum(metrics["tokens"] for metrics in history) / busy_s if busy_s else 0.0,
         "wall_s": time.perf_counter() - started,
@@ -462,7 +451,7 @@ def train(config: TrainConfig) -> dict | None:
         if not distributed.is_main():
             return None
         summary = _summary(config, before, after, history, started)
-        (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         write_report(config.out)
         if after:
             print_comparison(before, after)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = {"errors", "trajectory", "config"}
 
 # What each room may import besides itself. All that is not named here sits on top: the commands and what they
-# are made of, which may import downwards and one another, and which nothing below may import.
+# are made of, which import downwards, in one order among themselves, and which nothing below may import.
 MAY_IMPORT = {
     "errors": set(),
     "trajectory": {"errors"},
@@ -149,9 +149,20 @@ def test_no_module_waits_for_itself():
     assert not [name for name in MODULES if name in reached(name, packages=False)]
 
 
+def test_commands_import_one_another_downwards_alone():
+    """No two of them import each other, inside functions either."""
+    on_top = {name for name in MODULES if room(name) not in MAY_IMPORT and name != "swirl"}
+    assert {"swirl.report", "swirl.evaluate", "swirl.score", "swirl.cli"} <= on_top
+    left = {name: {module for module, _ in imports(name)} & on_top for name in on_top}
+    while ready := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert not left
+
+
 def test_light_modules_load_no_torch():
     """What `python -m swirl.filter --help` and the users of an endpoint wait for."""
-    light = ["swirl", "swirl.filter", "swirl.generate", "swirl.evaluate", "swirl.report"]
+    light = ["swirl", "swirl.filter", "swirl.generate", "swirl.evaluate", "swirl.report", "swirl.score"]
     light += [name for name in MODULES if room(name) in ("errors", "trajectory", "config", "environment")]
     code = """
 import importlib, sys

@@ -7,9 +7,9 @@ from swirl import tasks
 from swirl.environment.concurrency import as_done
 from swirl.environment.policy import PolicyAction
 from swirl.environment.rollout import RolloutLimits, draw_seed, rollout, rollouts, with_ids
-from swirl.evaluate import bootstrap_interval, good_step_share, score_trajectories
 from swirl.model.local_policy import LocalPolicy
 from swirl.open import load_model
+from swirl.score import bootstrap_interval, good_step_share, score_trajectories
 from swirl.tasks import almanac
 from swirl.trajectory import Question, Step, Trajectory, decode_trajectory, encode_trajectory
 
