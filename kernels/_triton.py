@@ -6,6 +6,8 @@ tests reach them on a machine without a GPU. Float64 has no kernels: it belongs 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 try:
@@ -69,6 +71,14 @@ def takes(*tensors: torch.Tensor) -> bool:
     if triton is None or any(x.dtype != tensors[0].dtype for x in tensors) or tensors[0].dtype not in TYPES:
         return False
     return triton.knobs.runtime.interpret or all(x.is_cuda for x in tensors)
+
+
+def on_device(x: torch.Tensor):
+    """Makes x's device the current one for the body: Triton launches there, whatever its pointers belong to.
+
+    A thread starts on device 0, whatever the main thread has set. Backward passes need no guard: autograd sets it.
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def architecture(device: torch.device) -> int:

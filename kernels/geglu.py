@@ -82,7 +82,8 @@ def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
     if _triton.takes(gate, up) and gate.numel():
-        return _GeGLU.apply(gate, up)
+        with _triton.on_device(gate):
+            return _GeGLU.apply(gate, up)
     if cpu.supports_pointwise(gate, up):
         return cpu.geglu(gate, up)
     return geglu_reference(gate, up)

@@ -404,5 +404,6 @@ def linear_log_prob(
         op = _LinearLogProb.apply
     else:
         op = cpu.linear_log_prob if cpu.supports_linear_log_prob(hidden, weight) else _ChunkedLinearLogProb.apply
-    log_probs, entropy = op(hidden, weight, target_ids, softcap, return_entropy)
+    with _triton.on_device(hidden):
+        log_probs, entropy = op(hidden, weight, target_ids, softcap, return_entropy)
     return (log_probs, entropy) if return_entropy else log_probs

@@ -119,7 +119,8 @@ def rms_norm(
             f"residual {tuple(residual.shape)} {residual.dtype} must be as x {tuple(x.shape)} {x.dtype}"
         )
     if _triton.takes(x) and _triton.takes(weight) and x.numel():
-        return _RMSNorm.apply(x, weight, residual, eps)
+        with _triton.on_device(x):
+            return _RMSNorm.apply(x, weight, residual, eps)
     if cpu.supports_pointwise(x, weight):
         y = cpu.rms_norm(x, weight, eps=eps)
         return y if residual is None else residual + y

@@ -91,7 +91,8 @@ def rope(x: torch.Tensor, position_ids: torch.Tensor, *, theta: float = 10_000.0
             f"x {tuple(x.shape)} must be (T, H, even D), position_ids {tuple(position_ids.shape)} (T,)"
         )
     if _triton.takes(x) and x.numel():
-        return _Rope.apply(x, position_ids.contiguous(), theta)
+        with _triton.on_device(x):
+            return _Rope.apply(x, position_ids.contiguous(), theta)
     if x.shape[-1] % 32 == 0 and cpu.supports_pointwise(x):
         angle = _angle(position_ids, x.shape[-1] // 2, theta, torch.float32)
         return cpu.rope(x, angle.cos(), angle.sin())

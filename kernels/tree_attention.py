@@ -478,7 +478,8 @@ def tree_attention(
     """
     _check(q, k, v, subtree_end, position_ids, softcap, window)
     if _triton.takes(q, k, v) and q.shape[0] and q.shape[2] <= 256:
-        return _tree_attention_triton(q, k, v, subtree_end, position_ids, scale, softcap, window)
+        with _triton.on_device(q):
+            return _tree_attention_triton(q, k, v, subtree_end, position_ids, scale, softcap, window)
     if cpu.supports(q):
         return cpu.tree_attention(
             q, k, v, subtree_end, position_ids, scale=scale, softcap=softcap, window=window

@@ -221,5 +221,7 @@ def tree_decode(
     settings = {"scale": scale, "softcap": softcap, "window": window}
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     if _triton.takes(*tensors) and not wants_gradient and B and D in (32, 64, 128, 256):
-        return _tree_decode(*(x.contiguous() for x in tensors), branch_lengths.int().contiguous(), **settings)
+        tensors, lengths = [x.contiguous() for x in tensors], branch_lengths.int().contiguous()
+        with _triton.on_device(q):
+            return _tree_decode(*tensors, lengths, **settings)
     return tree_decode_reference(*tensors, branch_lengths, **settings)

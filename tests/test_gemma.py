@@ -10,7 +10,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from swirl import Gemma, GemmaConfig, pack
 from swirl.errors import CheckpointError, ConfigError
+from swirl.kernels import _triton
+from swirl.kernels.geglu import geglu
+from swirl.kernels.linear_log_prob import linear_log_prob
+from swirl.kernels.rms_norm import rms_norm
+from swirl.kernels.rope import rope
 from swirl.kernels.tree_attention import tree_attention
+from swirl.kernels.tree_decode import tree_decode
 from swirl.model.gemma import FULL, PRESETS, SLIDING
 
 BASE = dict(
@@ -248,3 +254,39 @@ def test_window_hides_what_lies_further_back():
     ends, positions = torch.full((5,), 5, dtype=torch.int32), torch.arange(5, dtype=torch.int32)
     mixed = tree_attention(q, q, q, ends, positions, scale=1.0, window=1)
     torch.testing.assert_close(mixed, q)
+
+
+def test_every_op_makes_its_tensors_device_current_before_it_launches(monkeypatch):
+    """A launch is not reached: the guard, entered with the op's tensor, ends it."""
+
+    class Entered(Exception):
+        pass
+
+    def guard(x):
+        raise Entered(x)
+
+    monkeypatch.setattr(_triton, "takes", lambda *tensors: True)
+    monkeypatch.setattr(_triton, "on_device", guard)
+    q, vector, ids = torch.ones(3, 2, 32), torch.ones(32), torch.arange(3, dtype=torch.int32)
+    calls = [
+        lambda: geglu(q, q),
+        lambda: rms_norm(q, vector),
+        lambda: rope(q, ids),
+        lambda: tree_attention(q, q, q, ids + 1, 0 * ids, scale=1.0),
+        lambda: tree_decode(q, q, q, q[:, None], q[:, None], ids, scale=1.0),
+        lambda: linear_log_prob(q[:, 0], q[:, 1], ids.long()),
+    ]
+    for call in calls:
+        with pytest.raises(Entered) as caught:
+            call()
+        assert caught.value.args[0].shape[0] == 3
+
+
+def test_the_guard_is_of_the_tensors_device_and_of_none_on_a_cpu(monkeypatch):
+    class OnSecond:
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: ("current", device))
+    assert _triton.on_device(OnSecond()) == ("current", torch.device("cuda", 1))
+    with _triton.on_device(torch.ones(1)) as nothing:
+        assert nothing is None

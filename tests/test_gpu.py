@@ -5,10 +5,13 @@ The names that hold "small" also run under compute-sanitizer (benchmarks/gpu.sh)
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_triton import forest
 
+from swirl import Gemma, GemmaConfig, pack
 from swirl.kernels import _triton
 from swirl.kernels.geglu import geglu, geglu_reference
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
@@ -16,6 +19,7 @@ from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
 from swirl.kernels.rope import rope, rope_reference
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
 from swirl.kernels.tree_decode import tree_decode, tree_decode_reference
+from swirl.model.engine import Engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or _triton.triton is None, reason="needs CUDA and triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -236,3 +240,34 @@ def test_offsets_beyond_int32():
     normed = rms_norm(large.view(T, -1), weight)[-100:]
     assert torch.equal(normed, rms_norm(x.reshape(100, -1), weight))
     assert torch.equal(geglu(large, large)[-100:], geglu(x, x))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_launch_where_their_tensors_are():
+    """Device 0 is current, here and in a new thread; the model lies on device 1. Never run yet: no machine had two."""
+    config = GemmaConfig(64, 64, 96, 2, 4, 2, head_dim=32, query_pre_attn_scalar=32, sliding_window=9)
+    batch = pack([([1, 2, 3], (4, 5)), ([1, 2, 3], (6,)), ([1, 2], (7, 8))])
+    states, options = [[1, 2, 3], [1, 2, 4]], dict(seeds=[0, 1], max_new_tokens=5)
+    mask = tuple(x.cuda(1) for x in forest(63, seed=63))
+
+    def made(device):
+        model = Gemma(config).init_weights(0).to(device)
+        log_probs = model.token_log_probs(batch.to(model.device))
+        gradient = torch.autograd.grad(log_probs.sum(), model.model.embed_tokens.weight)[0]
+        return log_probs.detach().cpu(), gradient.cpu(), Engine(model).sample(states, temperature=0, **options)
+
+    with ThreadPoolExecutor(1) as thread, torch.cuda.device(0):
+        theirs = made("cuda:0")
+        for ours in (made("cuda:1"), thread.submit(made, "cuda:1").result()):
+            assert torch.equal(ours[0], theirs[0])
+            torch.testing.assert_close(ours[1], theirs[1])
+            assert ours[2] == theirs[2]
+        q, k, v = (torch.randn(63, 2, 64, device="cuda:1") for _ in range(3))
+        o = tree_attention(q, k, v, *mask, scale=0.1)
+        torch.testing.assert_close(o, tree_attention_reference(q, k, v, *mask, scale=0.1), rtol=1e-4, atol=1e-4)
+        lengths = torch.full((63,), 1, dtype=torch.int32, device="cuda:1")
+        branches = [x[:, None].contiguous() for x in (k, v)]
+        o = tree_decode(q, k, v, *branches, lengths, scale=0.1)
+        truth = tree_decode_reference(q, k, v, *branches, lengths, scale=0.1)
+        torch.testing.assert_close(o, truth, rtol=1e-4, atol=1e-4)
+        assert torch.cuda.current_device() == 0
