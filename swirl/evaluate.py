@@ -135,8 +135,11 @@ def _open_tasks(config: EvaluateConfig) -> list[tuple[tasks.Task, list[Question]
     return opened
 
 
-async def _evaluate(config: EvaluateConfig) -> list[Score]:
+async def _evaluate(config: EvaluateConfig) -> dict[str, list[Trajectory | Unanswered]]:
+    """By task, what came of each question."""
     opened = _open_tasks(config)
+    if config.out:
+        _make_room(config.out)
     cache = config.cache or (answers_beside(config.out) if config.out else None)
     made = []
     async with Client(cache) as client:
@@ -172,8 +175,6 @@ async def _evaluate(config: EvaluateConfig) -> list[Score]:
                         advance=advance,
                     )
                 )
-    if config.out:
-        write_trajectories(config.out, [t for of_task in made for t in of_task if isinstance(t, Trajectory)])
     if client.progress.cached:
         cli.warn(
             f"{client.progress.cached} of {client.progress.done} answers were paid for before and come from {cache}: "
@@ -186,14 +187,28 @@ async def _evaluate(config: EvaluateConfig) -> list[Score]:
                 f"{task.name}: {len(reasons)} of {len(of_task)} questions unanswered, scores are over the others "
                 f"({cli.first_reasons(reasons)})"
             )
-    return [
-        score_trajectories(task.name, of_task, answers_judged=answer_judge is not None)
-        for (task, _), of_task in zip(opened, made, strict=True)
-    ]
+    return {task.name: of_task for (task, _), of_task in zip(opened, made, strict=True)}
+
+
+def _make_room(out: Path) -> None:
+    """So that it shows before the work, and not after, whether the trajectories can be written there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder, expected a file to write")
 
 
 def main(config: EvaluateConfig) -> None:
-    scores = asyncio.run(_evaluate(config))
+    made = asyncio.run(_evaluate(config))
+    try:
+        if config.out:
+            answered = (t for of_task in made.values() for t in of_task if isinstance(t, Trajectory))
+            write_trajectories(config.out, answered)
+    finally:  # a disk that is full costs the trajectories, not the scores
+        judged = config.answer_judge is not None
+        _show([score_trajectories(name, of_task, answers_judged=judged) for name, of_task in made.items()])
+
+
+def _show(scores: list[Score]) -> None:
     if sys.stdout.isatty():
         print_scores(scores)
     else:

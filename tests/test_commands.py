@@ -332,6 +332,22 @@ def test_the_whole_way_in_miniature(tmp_path):
     assert json.loads(done.stdout)["task"] == "bridge"
 
 
+def test_evaluate_makes_the_folder_it_writes_into(tiny_folder, tmp_path):
+    flags = ("--policy", tiny_folder, "--tasks", "bridge", "--limit", 3, "--max-new-tokens", 4)
+    done = command("evaluate", *flags, "--out", "new/folder/t.jsonl", cwd=tmp_path, check=0)
+    assert json.loads(done.stdout)["questions"] == 3
+    assert len(read_trajectories(tmp_path / "new" / "folder" / "t.jsonl")) == 3
+    refused = command("evaluate", *flags, "--out", "new", cwd=tmp_path)
+    assert "is a folder" in one_line(refused) and refused.stdout == ""
+
+
+def test_evaluate_shows_the_scores_where_the_trajectories_cannot_be_written(tiny_folder, tmp_path):
+    (tmp_path / "t.jsonl.partial").mkdir()
+    flags = ("--policy", tiny_folder, "--tasks", "bridge", "--limit", 3, "--max-new-tokens", 4)
+    done = command("evaluate", *flags, "--out", "t.jsonl", cwd=tmp_path)
+    assert "t.jsonl" in one_line(done) and json.loads(done.stdout)["questions"] == 3
+
+
 def test_the_converter_of_gsm8k_feeds_the_trainer(tmp_path):
     source = ROOT / "tests" / "fixtures" / "gsm8k.jsonl"
     words = [sys.executable, "-m", "swirl.tasks.gsm8k", str(source), "g.jsonl"]
