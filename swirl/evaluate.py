@@ -122,10 +122,21 @@ async def answer(
 
 
 def _open_tasks(config: EvaluateConfig) -> list[tuple[tasks.Task, list[Question]]]:
-    """Each task with its questions. Raises ConfigError where there is nothing to ask, or to score against."""
-    opened = []
+    """Each task with its questions, by the flags that mean something to it.
+
+    Raises ConfigError where there is nothing to ask, or to score against, and where a flag means nothing to any task.
+    """
+    defaults, opened = EvaluateConfig(), []
+    of_tasks = ("questions", "corpus", "top_k", "split")
+    tasks.require_use((flag for flag in of_tasks if getattr(config, flag) != getattr(defaults, flag)), config.tasks)
     for name in config.tasks:
-        task = tasks.open_task(name, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
+        takes = tasks.flags_of(name)
+        task = tasks.open_task(
+            name,
+            questions=config.questions if "questions" in takes else None,
+            corpus=config.corpus if "corpus" in takes else None,
+            top_k=config.top_k if "top_k" in takes else 1,
+        )
         questions = task.questions(config.split, config.limit)
         if not questions:
             raise ConfigError(f"task '{name}' has no questions to ask")

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,51 @@ def test_open_task_scores_and_searches_every_data_set():
         task = tasks.open_task(name, questions=path)
         assert task.tool_name == task.open_tool().name
         assert all(tasks.is_correct(q, q.answer) for q in task.questions("test", None))
+
+
+@pytest.mark.parametrize(
+    "name, flags, named",
+    [
+        ("bridge", {"questions": "q.jsonl"}, "--questions: means nothing to task 'bridge'"),
+        ("deep", {"corpus": "pages.jsonl"}, "--corpus: means nothing to task 'deep'"),
+        ("arithmetic", {"top_k": 2}, "--top-k: means nothing to task 'arithmetic'"),
+        ("gsm8k", {"questions": "q.jsonl", "corpus": "pages.jsonl"}, "--corpus: means nothing to task 'gsm8k'"),
+        ("gsm8k", {"questions": "q.jsonl", "top_k": 3}, "--top-k: means nothing to task 'gsm8k'"),
+        ("trivia", {}, "task 'trivia' is unknown"),
+        ("own", {}, "task 'own' needs --questions"),
+    ],
+)
+def test_a_flag_that_means_nothing_to_a_task_is_refused(name, flags, named):
+    with pytest.raises(ConfigError, match=named):
+        tasks.open_task(name, **flags)
+
+
+def test_almanac_returns_as_many_pages_as_asked_for():
+    page, pages = (tasks.open_task("deep", top_k=k).open_tool().search("the author of the river") for k in (1, 3))
+    assert len(page) == 1 and len(pages) == 3 and pages[0] == page[0]
+
+
+def test_evaluate_gives_each_task_its_own_flags():
+    from swirl.evaluate import EvaluateConfig, _open_tasks
+
+    mixed = EvaluateConfig(tasks=("bridge", "gsm8k", "arithmetic"), questions=FIXTURES / "gsm8k.jsonl", top_k=2,
+                           split="validation", limit=2)  # fmt: skip
+    assert [(task.name, len(questions)) for task, questions in _open_tasks(mixed)] == [
+        ("bridge", 2),
+        ("gsm8k", 2),
+        ("arithmetic", 2),
+    ]
+    for names, flag, value in (
+        (("bridge", "arithmetic"), "questions", FIXTURES / "gsm8k.jsonl"),
+        (("bridge",), "corpus", FIXTURES / "own.jsonl"),
+        (("arithmetic",), "top_k", 2),
+    ):
+        with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: means nothing to task '{names[0]}'"):
+            _open_tasks(EvaluateConfig(tasks=names, **{flag: value}))
+    data_set = EvaluateConfig(tasks=("gsm8k",), questions=FIXTURES / "gsm8k.jsonl")
+    assert len(_open_tasks(data_set)) == 1
+    with pytest.raises(ConfigError, match="--split: means nothing to task 'gsm8k'"):
+        _open_tasks(replace(data_set, split="train"))
 
 
 BROKEN = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -47,20 +47,37 @@ def open_task(
 
     `corpus` is a JSONL of {title, text} pages for the search tool, or a folder of its index; without it, the pages of
     the questions' own file. The tool returns `top_k` pages a query (the paper's 1).
-    Raises ConfigError on an unknown name or a data set without its file.
+    Raises ConfigError on an unknown name, a data set without its file, or what means nothing to the task.
     """
+    given = {"questions": questions is not None, "corpus": corpus is not None, "top_k": top_k != 1}
+    require_use([flag for flag in given if given[flag]], [name])
     if name in ALMANAC_FAMILIES:
-        return _almanac_task(name)
-    if name not in _DATA_SETS:
-        raise ConfigError(
-            f"task '{name}' is unknown: expected one of {', '.join(ALMANAC_FAMILIES + _DATA_SETS)}"
-        )
+        return _almanac_task(name, top_k)
     if questions is None:
         raise ConfigError(f"task '{name}' needs --questions, the file of the data set")
     return _data_set_task(name, questions, corpus, top_k)
 
 
-def _almanac_task(name: str) -> Task:
+def flags_of(name: str) -> frozenset[str]:
+    """Which of questions, corpus, top_k and split mean something to a task. Raises ConfigError on an unknown name."""
+    if name not in ALMANAC_FAMILIES + _DATA_SETS:
+        raise ConfigError(f"task '{name}' is unknown: expected one of {', '.join(ALMANAC_FAMILIES + _DATA_SETS)}")
+    made, searches = name in ALMANAC_FAMILIES, name not in _CALCULATOR_TASKS
+    means = {"split": made, "questions": not made, "corpus": searches and not made, "top_k": searches}
+    return frozenset(flag for flag in means if means[flag])
+
+
+def require_use(flags: Iterable[str], names: Sequence[str]) -> None:
+    """Raises ConfigError where a task is unknown, or one of the `flags` given means nothing to any of them."""
+    meant = frozenset().union(*map(flags_of, names))
+    for flag in flags:
+        if flag not in meant:
+            shown = ", ".join(f"'{name}'" for name in names)
+            raise ConfigError(f"--{flag.replace('_', '-')}: means nothing to task {shown}; leave it out")
+
+
+def _almanac_task(name: str, top_k: int) -> Task:
+    from swirl.environment.search import SearchTool
     from swirl.tasks import almanac
 
     return Task(
@@ -68,7 +85,7 @@ def _almanac_task(name: str) -> Task:
         tool_name=tool_name(name, ""),
         max_queries=almanac.max_queries(name),
         questions=lambda split, num: almanac.questions(name, split, num),
-        open_tool=lambda: almanac.tool(name),
+        open_tool=lambda: almanac.tool(name) if top_k == 1 else SearchTool(almanac.pages(name), top_k),
         pages=lambda: almanac.pages(name),
         corpus=None,
     )
