@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from swirl import tasks
-from swirl.environment.prompts import parse_action
+from swirl.environment.prompts import parse_action, question_prompt
 from swirl.environment.search import Page
 from swirl.errors import ConfigError, InputError
 from swirl.tasks import beerqa, cofca, gsm8k, hotpotqa, musique, own, scoring
-from swirl.trajectory import Question, read_trajectories
+from swirl.trajectory import Question, Step, Trajectory, read_trajectories
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -191,6 +191,34 @@ def test_open_task_scores_and_searches_every_data_set():
         task = tasks.open_task(name, questions=path)
         assert task.tool_name == task.open_tool().name
         assert all(tasks.is_correct(q, q.answer) for q in task.questions("test", None))
+
+
+@pytest.mark.parametrize("task", ["own", "someone-else's"])
+def test_the_tool_of_others_is_what_their_prompt_offers_or_their_actions_call(task):
+    offered = {tool: question_prompt("What is 2 <math_exp>?", tool, 5) for tool in ("search", "calculator")}
+    assert {tool: tasks.tool_name(task, prompt) for tool, prompt in offered.items()} == {t: t for t in offered}
+    plain = "Answer with the tools.\nQuestion: 2 + 2?"
+    assert tasks.tool_name(task, plain) == "search"
+    assert tasks.tool_name(task, plain, ["hm", "So <math_exp>2 + 2</math_exp>", "<answer>4</answer>"]) == "calculator"
+    assert tasks.tool_name(task, plain, ["<search_query>2 + 2</search_query>"]) == "search"
+    both = "Write <search_query>q</search_query> or <math_exp>e</math_exp>."
+    assert tasks.tool_name(task, both, ["<math_exp>2 + 2</math_exp>"]) == "calculator"
+
+
+def test_the_tool_of_a_known_task_is_its_own():
+    tools = {"gsm8k": "calculator", "arithmetic": "calculator", "hotpotqa": "search", "deep": "search"}
+    for task, tool in tools.items():
+        for other in ("search", "calculator"):
+            assert tasks.tool_name(task, question_prompt("q", other, 5)) == tool
+
+
+def test_a_calculator_trajectory_of_others_is_judged_as_one():
+    from swirl.filter import step_to_judge
+
+    prompt = question_prompt("2 + 2?", "calculator", 10)
+    step = Step(action="<answer>4</answer>")
+    asked = Trajectory(id="t", question=question("own", "4"), prompt=prompt, steps=(step,), stop="answer")
+    assert step_to_judge(asked, 0, step.action).tool == "calculator"
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def _almanac_task(name: str, top_k: int) -> Task:
 
     return Task(
         name=name,
-        tool_name=tool_name(name, ""),
+        tool_name="calculator" if name in _CALCULATOR_TASKS else "search",
         max_queries=almanac.max_queries(name),
         questions=lambda split, num: almanac.questions(name, split, num),
         open_tool=lambda: almanac.tool(name) if top_k == 1 else SearchTool(almanac.pages(name), top_k),
@@ -127,10 +127,21 @@ def _data_set_task(name: str, path, corpus, top_k: int) -> Task:
     )
 
 
-def tool_name(task: str, prompt: str) -> str:
-    """The tool of a trajectory; for a user's own task the one its prompt offers."""
-    if task in _CALCULATOR_TASKS or (task not in ALMANAC_FAMILIES + _DATA_SETS and "<math_exp>" in prompt):
+def tool_name(task: str, prompt: str, actions: Iterable[str] = ()) -> str:
+    """The tool of a trajectory; of a user's own task (`own`, or an unknown one) what its prompt offers, or else its
+    actions call: the prompts of others may describe their tools elsewhere.
+    """
+    if task in _CALCULATOR_TASKS:
         return "calculator"
+    if task != "own" and task in ALMANAC_FAMILIES + _DATA_SETS:
+        return "search"
+    from swirl.environment.prompts import TAGS
+
+    offered = prompt.partition("\nQuestion: ")[0]  # a question may speak of tags too
+    for text in (offered, *actions):
+        tools = [tool for tool in ("search", "calculator") if f"<{TAGS[tool]}>" in text]
+        if len(tools) == 1:
+            return tools[0]
     return "search"
 
 
