@@ -3,9 +3,11 @@
   none      keep all                      process   every step GOOD
   outcome   the final answer is correct   both      process and outcome
 
-A step without a verdict (the judge failed twice) is never taken for GOOD or BAD: its trajectory is dropped as
-unjudged, counted apart, and judged again by the next run of the same command. With --reward-judge a model also grades
-every step of what is kept, for training on recorded actions; a step without a grade makes its trajectory unjudged.
+A step without a verdict is never taken for GOOD or BAD. Where the judge's server gave no answer its trajectory is
+dropped as unanswered, and the next run of the same command asks again; where the judge answered twice without a verdict
+it is dropped as unjudged, and stays so, for what was answered is not asked, or paid for, twice. Both are counted apart.
+With --reward-judge a model also grades every step of what is kept, for training on recorded actions; a step without a
+grade is a step without a verdict.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from msgspec.structs import replace
 from swirl import cli
 from swirl.environment.client import Client
 from swirl.environment.concurrency import as_done
-from swirl.environment.judge import Kind, OutcomeToJudge, StepToJudge
+from swirl.environment.judge import NO_ANSWER, Kind, OutcomeToJudge, StepToJudge
 from swirl.environment.policy import EndpointLimits
 from swirl.errors import ConfigError, InputError
 from swirl.open import answers_beside, is_url, model_folder, open_judge
@@ -34,7 +36,8 @@ from swirl.tasks import is_correct, tool_name
 from swirl.trajectory import Trajectory, TrajectoryLog, iter_trajectories
 
 Mode = Literal["none", "process", "outcome", "both"]
-_UNJUDGED = b'"dropped":"unjudged'  # as the encoder writes it; within a text its quotes would be escaped
+# As the encoder writes it; within a text its quotes would be escaped.
+_WITHOUT_VERDICT = (b'"dropped":"unjudged', b'"dropped":"unanswered')
 
 
 @dataclass(frozen=True)
@@ -122,27 +125,39 @@ async def reward_steps(trajectory: Trajectory, judge) -> tuple[Trajectory, str |
         return replace(step, reward=judgement.reward), judgement.reason
 
     graded_steps = await asyncio.gather(*(graded(k, step) for k, step in enumerate(trajectory.steps)))
-    missing = [
-        f"unjudged: step {k} has no reward ({why})"
-        for k, (step, why) in enumerate(graded_steps, 1)
-        if step.reward is None
-    ]
-    return replace(trajectory, steps=tuple(step for step, _ in graded_steps)), missing[0] if missing else None
+    missing = [(f"step {k} has no reward", why) for k, (step, why) in enumerate(graded_steps, 1) if step.reward is None]
+    return replace(trajectory, steps=tuple(step for step, _ in graded_steps)), _without_verdict(missing)
 
 
-def why_dropped(trajectory: Trajectory, mode: Mode) -> str | None:
-    """The reason, or None to keep it; `unjudged` comes before any other."""
+def _without_verdict(missing: list[tuple[str, str | None]]) -> str | None:
+    """Why a trajectory is dropped that lacks (what, for this reason): `unanswered` if asking again may change it, else
+    `unjudged`; None where it lacks nothing.
+    """
+    if not missing:
+        return None
+    unanswered = [(what, why) for what, why in missing if (why or "").startswith(NO_ANSWER)]
+    what, why = (unanswered or missing)[0]
+    return f"{'unanswered' if unanswered else 'unjudged'}: {what}" + (f" ({why})" if why else "")
+
+
+def why_dropped(trajectory: Trajectory, mode: Mode, outcome_reason: str = "") -> str | None:
+    """The reason, or None to keep it; `unanswered` and `unjudged` come before any other. `outcome_reason` says why the
+    final answer is not scored.
+    """
+    missing: list[tuple[str, str | None]] = []
+    if mode in ("process", "both"):
+        steps = enumerate(trajectory.steps, 1)
+        missing += [(f"step {k} has no verdict", step.reason) for k, step in steps if step.verdict is None]
+    if mode in ("outcome", "both") and trajectory.outcome is None:
+        golden = trajectory.question.answer is not None
+        missing.append((f"the final answer has {'no verdict' if golden else 'no golden one'}", outcome_reason))
+    if missing:
+        return _without_verdict(missing)
     if mode in ("process", "both"):
         verdicts = [step.verdict for step in trajectory.steps]
-        if None in verdicts:
-            unjudged = verdicts.index(None)
-            return f"unjudged: step {unjudged + 1} has no verdict ({trajectory.steps[unjudged].reason})"
         if "BAD" in verdicts:
             bad = verdicts.index("BAD")
             return f"process: step {bad + 1} is BAD ({trajectory.steps[bad].reason or 'no reason given'})"
-    if mode in ("outcome", "both") and trajectory.outcome is None:
-        why = "no golden one" if trajectory.question.answer is None else "no verdict"
-        return f"unjudged: the final answer has {why}"
     if mode in ("outcome", "both") and not trajectory.outcome:
         return "outcome: the final answer is not correct"
     return None
@@ -150,12 +165,18 @@ def why_dropped(trajectory: Trajectory, mode: Mode) -> str | None:
 
 async def with_outcome(trajectory: Trajectory, judge=None) -> Trajectory:
     """The final answer held against the golden one by the official rule, or by `judge`, if it is not scored yet."""
+    return (await _score_outcome(trajectory, judge))[0]
+
+
+async def _score_outcome(trajectory: Trajectory, judge) -> tuple[Trajectory, str]:
+    """(`with_outcome`, why the judge gave no verdict)"""
     if trajectory.outcome is not None or trajectory.question.answer is None:
-        return trajectory
+        return trajectory, ""
     if judge is None:
-        return replace(trajectory, outcome=is_correct(trajectory.question, trajectory.prediction))
+        return replace(trajectory, outcome=is_correct(trajectory.question, trajectory.prediction)), ""
     judgement = await judge.judge(OutcomeToJudge(question=trajectory.question, prediction=trajectory.prediction))
-    return replace(trajectory, outcome={"GOOD": True, "BAD": False, None: None}[judgement.verdict])
+    outcome = {"GOOD": True, "BAD": False, None: None}[judgement.verdict]
+    return replace(trajectory, outcome=outcome), judgement.reason
 
 
 def judged_trajectories(
@@ -166,9 +187,10 @@ def judged_trajectories(
     async def work(trajectory):
         if mode in ("process", "both"):
             trajectory = await judge_steps(trajectory, judges.steps)
+        outcome_reason = ""
         if mode in ("outcome", "both"):
-            trajectory = await with_outcome(trajectory, judges.outcome)
-        reason = why_dropped(trajectory, mode)
+            trajectory, outcome_reason = await _score_outcome(trajectory, judges.outcome)
+        reason = why_dropped(trajectory, mode, outcome_reason)
         if reason is None and judges.reward is not None:  # grades cost: only what is kept has them
             trajectory, reason = await reward_steps(trajectory, judges.reward)
         return trajectory, reason
@@ -205,14 +227,14 @@ def _known_as(config: FilterConfig, judges: Judges) -> dict[str, str]:
 
 def _begun_again(config: FilterConfig, judges: Judges) -> TrajectoryLog:
     """The log of what is dropped, once nobody else writes to it and the settings are those that began it. What no
-    judge has judged is left out, so that this run judges it again.
+    judge has judged is left out, so that this run judges it again; what was answered then comes from the cache.
     """
     aside = config.dropped.with_name(config.dropped.name + ".partial")
     with TrajectoryLog(config.dropped):
         known_as = _known_as(config, judges)
         cli.refuse_other_settings(config, [config.kept, config.dropped], may_change=_MAY_CHANGE, known_as=known_as)
         with open(config.dropped, "rb") as old, open(aside, "wb") as new:
-            new.writelines(line for line in old if _UNJUDGED not in line)
+            new.writelines(line for line in old if not any(mark in line for mark in _WITHOUT_VERDICT))
             new.flush()
             os.fsync(new.fileno())
         aside.replace(config.dropped)
@@ -262,18 +284,21 @@ async def _filter(config: FilterConfig) -> dict:
             counts = {"kept": len(kept.done), "dropped": len(dropped.done)}
     if not sum(counts.values()):
         raise InputError(config.data, "expected at least one trajectory, the file is empty")
-    unjudged = [reason.partition(": ")[2] for reason in reasons if reason.startswith("unjudged")]
+    unanswered = [reason.partition(": ")[2] for reason in reasons if reason.startswith("unanswered: ")]
+    unjudged = [reason.partition(": ")[2] for reason in reasons if reason.startswith("unjudged: ")]
+    if unanswered:
+        why = cli.first_reasons(unanswered)
+        cli.warn(f"{len(unanswered)} trajectories unanswered, the same command asks for them again ({why})")
     if unjudged:
-        cli.warn(
-            f"{len(unjudged)} trajectories unjudged, the same command asks for them again "
-            f"({cli.first_reasons(unjudged)})"
-        )
+        why = cli.first_reasons(unjudged)
+        cli.warn(f"{len(unjudged)} trajectories unjudged, which asking again would not change ({why})")
     return {
         "mode": config.mode,
         "judge": judges.steps.name,
         "outcome_judge": judges.outcome and judges.outcome.name,
         "reward_judge": judges.reward and judges.reward.name,
         **counts,
+        "unanswered": len(unanswered),
         "unjudged": len(unjudged),
         "dropped_now": Counter(reason.partition(":")[0] for reason in reasons),
     }

@@ -13,11 +13,11 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.client import items
+from benchmarks.client import items, judge_all
 from benchmarks.fault_server import FAULTS, FaultServer, verdict_of
 from swirl.environment import client as client_module
 from swirl.environment.client import Client, Endpoint, Progress, retry_after_s
-from swirl.environment.judge import GenerativeJudge, judge_all
+from swirl.environment.judge import GenerativeJudge
 from swirl.environment.lane import Rate
 from swirl.environment.policy import ChatPolicy
 from swirl.errors import ConfigError, EndpointError, EndpointUnusable
@@ -204,11 +204,12 @@ def test_every_fault_ends_in_a_verdict_or_a_mask(tmp_path, latency_s):
         async with server, Client(tmp_path / "answers.sqlite") as client:
             where = endpoint(server.url, read_s=1.0, concurrency=32)
             judge = GenerativeJudge(ChatPolicy(where, "judge", client, details=False))
-            return await judge_all(judge, items(400), concurrency=64), judge.masked, client.progress
+            return await judge_all(judge, items(400), in_flight=64), client.progress
 
-    judgements, masked, progress = asyncio.run(run())
+    judgements, progress = asyncio.run(run())
     assert len(judgements) == 400
-    assert sum(judgement.verdict is None for judgement in judgements) == masked > 0
+    masked = sum(judgement.verdict is None for judgement in judgements)
+    assert 0 < masked <= progress.failed
     seen = server.summary()
     assert set(seen["faults"]) == set(FAULTS) and seen["answered_twice"] == 0
     assert seen["successes"] == progress.done == 400 - masked and seen["most_in_flight"] <= 32 + seen["faults"]["stall"]
@@ -458,8 +459,6 @@ def test_progress_in_one_line():
     assert (progress.prompt_tokens, progress.completion_tokens) == (1, 12)
     assert progress.text() == "1 done · 0 in flight · 1 retried · 0 failed · 13 tokens" == progress.note()
     assert Progress().note() == ""
-    assert progress.text(1).endswith("0:00 left") and progress.text(1).startswith("1/1 done")
-    assert progress.eta_s(101) > progress.eta_s(2) > 0
 
 
 def test_an_answer_that_drips_in_is_cut_at_the_total_deadline():

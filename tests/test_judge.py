@@ -10,7 +10,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.client import items
+from benchmarks.client import items, judge_all
 from benchmarks.fault_server import FaultServer, verdict_of
 from swirl.environment.client import Client, Endpoint
 from swirl.environment.judge import (
@@ -21,8 +21,6 @@ from swirl.environment.judge import (
     OutcomeToJudge,
     StepToJudge,
     expected_score,
-    judge_all,
-    judge_many,
     open_judge,
     read_score,
     read_verdict,
@@ -151,7 +149,7 @@ def test_a_clear_verdict_is_asked_for_once():
 def test_no_verdict_is_asked_for_again_once_and_then_masked(first):
     policy = Scripted(first, "BAD")
     generative = GenerativeJudge(policy)
-    assert judge(generative).verdict == "BAD" and generative.masked == 0
+    assert judge(generative).verdict == "BAD"
     assert (
         policy.states[1].prompt.startswith(policy.states[0].prompt)
         and SEARCH_PROCESS.reminder in policy.states[1].prompt
@@ -159,8 +157,10 @@ def test_no_verdict_is_asked_for_again_once_and_then_masked(first):
     policy = Scripted(first, first, "GOOD")
     generative = GenerativeJudge(policy)
     judged = judge(generative)
-    assert judged.verdict is None and judged.reward is None and judged.reason.startswith("no verdict")
-    assert generative.masked == 1 and len(policy.states) == 2
+    assert judged.verdict is None and judged.reward is None and len(policy.states) == 2
+    assert judged.reason.startswith("no answer: " if isinstance(first, EndpointError) else "no verdict: ")
+    for script in ((first, EndpointError("e", "busy", status=503)), (EndpointError("e", "torn", status=200), first)):
+        assert judge(GenerativeJudge(Scripted(*script))).reason.startswith("no answer: ")
 
 
 def test_a_request_that_failed_for_good_is_masked_at_once():
@@ -197,7 +197,7 @@ def test_outcome():
     asked = OutcomeToJudge(question=QUESTION, prediction="the gilded one")
     assert [judge(outcome, asked).verdict for _ in range(3)] == ["GOOD", "BAD", None]
     assert "the golden one or gilded" in policy.states[0].prompt and "the gilded one" in policy.states[0].prompt
-    assert outcome.masked == 1 and len(policy.states) == 4
+    assert len(policy.states) == 4
     for nothing in (None, " "):
         assert judge(outcome, OutcomeToJudge(question=QUESTION, prediction=nothing)).verdict == "BAD"
     no_answer = Question(id="q", task="mine", question="?")
@@ -217,9 +217,10 @@ def test_reward_by_votes():
     judged = judge(GenerativeRewardModel(policy, votes=4))
     assert judged.reward == pytest.approx(4 / 9) and judged.verdict == "BAD"
     assert len({state.seed for state in policy.states}) == 5
-    model = GenerativeRewardModel(Scripted(*["none"] * 4), votes=2)
-    judged = judge(model)
-    assert judged.reward is None and judged.verdict is None and model.masked == 1
+    judged = judge(GenerativeRewardModel(Scripted(*["none"] * 4), votes=2))
+    assert judged.reward is None and judged.verdict is None and judged.reason.startswith("no verdict: ")
+    unanswered = Scripted("none", "none", EndpointError("e", "busy", status=503))
+    assert judge(GenerativeRewardModel(unanswered, votes=2)).reason == "no answer: busy"
     with pytest.raises(ConfigError):
         GenerativeRewardModel(Scripted(), votes=0)
 
@@ -267,47 +268,6 @@ def test_a_replaced_template_shows_in_the_name_and_the_request():
     assert own.version in generative.name and policy.states[0].prompt.startswith("Who {action} it?|MESSAGE 1\n")
 
 
-def test_many_keep_their_order():
-    class Slow:
-        name = "slow"
-        closed = running = most = 0
-
-        async def judge(self, item):
-            self.running += 1
-            self.most = max(self.most, self.running)
-            await asyncio.sleep((7 * item % 5) / 1000)
-            self.running -= 1
-            return Judgement(verdict="GOOD", reason=str(item))
-
-        async def close(self):
-            self.closed += 1
-
-    slow, done = Slow(), []
-    judgements = judge_many(slow, iter(range(50)), concurrency=8, advance=lambda: done.append(1))
-    assert [judgement.reason for judgement in judgements] == [str(k) for k in range(50)]
-    assert slow.most == 8 and slow.closed == 1 and len(done) == 50
-    assert judge_many(slow, []) == []
-
-
-def test_the_first_failure_ends_the_rest():
-    class Failing:
-        name = "failing"
-        running = 0
-
-        async def judge(self, item):
-            self.running += 1
-            try:
-                await asyncio.sleep(0.01 if item == 3 else 30)
-                raise EndpointUnusable("e", "down")
-            finally:
-                self.running -= 1
-
-    failing = Failing()
-    with pytest.raises(EndpointUnusable):
-        judge_many(failing, range(20), concurrency=5)
-    assert failing.running == 0
-
-
 def test_judging_over_the_wire(tmp_path, monkeypatch):
     monkeypatch.delenv("SWIRL_API_KEY", raising=False)
     steps = list(items(40))
@@ -320,7 +280,7 @@ def test_judging_over_the_wire(tmp_path, monkeypatch):
             for _ in range(2):
                 wire = open_judge(f"{server.url}/v1#model", cache=tmp_path / "answers.sqlite")
                 try:
-                    verdicts.append([judgement.verdict for judgement in await judge_all(wire, steps)])
+                    verdicts.append([judgement.verdict for judgement in await judge_all(wire, steps, in_flight=16)])
                 finally:
                     await wire.close()
             return verdicts

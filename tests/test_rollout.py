@@ -220,7 +220,7 @@ def test_a_checkpoint_judges_and_what_it_fails_to_say_is_masked(tiny_folder):
     question = Question(id="q", task="bridge", question="Where was Kelmor born?")
     item = StepToJudge(question=question, steps=(), action="<answer>Kelmor</answer>", tool="search")
     judgement = asyncio.run(judge.judge(item))
-    assert judgement.verdict is None and judgement.reason and judge.masked == 1
+    assert judgement.verdict is None and judgement.reason.startswith("no verdict: ")
 
 
 def test_a_state_that_comes_as_text_is_the_state_that_comes_as_ids(tiny_folder):

@@ -337,12 +337,38 @@ def test_unjudged_trajectories_are_judged_by_the_next_run(tmp_path):
             return first, again, mumbled
 
     first, again, mumbled = asyncio.run(all_of_it())
-    assert first.result["unjudged"] == first.result["dropped_now"]["unjudged"] > 0
-    assert "unjudged, the same command asks for them again" in first.warnings[0] and "HTTP 418" in first.warnings[0]
-    assert again.result["unjudged"] == 0 and not again.warnings
+    assert first.result["unanswered"] == first.result["dropped_now"]["unanswered"] > 0 == first.result["unjudged"]
+    assert "unanswered, the same command asks for them again" in first.warnings[0] and "HTTP 418" in first.warnings[0]
+    assert again.result["unjudged"] == again.result["unanswered"] == 0 and not again.warnings
     assert again.result["kept"] + again.result["dropped"] == 12
-    assert mumbled.result["unjudged"] == mumbled.result["dropped"] == 12
+    assert mumbled.result["unjudged"] == mumbled.result["dropped"] == 12 and mumbled.result["unanswered"] == 0
+    (warning,) = mumbled.warnings
+    assert "12 trajectories unjudged, which asking again would not change" in warning and "I cannot tell." in warning
     assert all(t.dropped.startswith("unjudged: ") for t in read_trajectories(tmp_path / "d.jsonl"))
+
+
+def test_an_outcome_or_a_reward_without_an_answer_is_asked_for_again(tmp_path):
+    broken = {"answers": 1, "reward": 99}  # requests of each model that fail
+
+    def failing(path, payload):
+        broken[payload["model"]] = broken.get(payload["model"], 0) - 1
+        return web.Response(status=418) if broken[payload["model"]] >= 0 else model(path, payload)
+
+    async def all_of_it():
+        async with FaultServer(failing) as server:
+            await generate(tmp_path, server.url)
+            flags = ("--data", "trajectories.jsonl", "--in-flight", 1, "--mode", "outcome", "--votes", 2)
+            flags += ("--outcome-judge", f"{server.url}/v1#answers", "--reward-judge", f"{server.url}/v1#reward")
+            first = await run(tmp_path, "filter", *flags)
+            broken.clear()
+            return first, await run(tmp_path, "filter", *flags)
+
+    first, again = asyncio.run(all_of_it())
+    (warning,) = first.warnings
+    assert "the final answer has no verdict (no answer: HTTP 418" in warning and "has no reward (no answer: " in warning
+    assert first.result["unanswered"] > 1 and first.result["unjudged"] == 0
+    assert again.result["unanswered"] == again.result["unjudged"] == 0 and not again.warnings
+    assert again.result["kept"] + again.result["dropped"] == 12
 
 
 def test_a_judge_s_template_can_be_replaced(tmp_path):

@@ -115,32 +115,22 @@ class Progress:
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def eta_s(self, total: int) -> float | None:
-        """Seconds until `total` are done or failed, at the pace of the paid ones; None before the first."""
-        paid = self.done + self.failed - self.cached
-        return (time.monotonic() - self.started) / paid * max(0, total - self.done - self.failed) if paid else None
 
     def note(self) -> str:
         """`text()`, or nothing where nothing was asked."""
         return self.text() if self.done or self.in_flight or self.failed else ""
 
-    def text(self, total: int | None = None) -> str:
-        """One line, such as `1200/10000 done · 256 in flight · 3 retried · 0 failed · 412k tokens · 0:42
-        left`.
-        """
-        eta_s = None if total is None else self.eta_s(total)
+    def text(self) -> str:
+        """One line, such as `1200 done · 256 in flight · 3 retried · 0 failed · 412k tokens`."""
         tokens = self.prompt_tokens + self.completion_tokens
         return " · ".join(
             [
-                f"{self.done} done" if total is None else f"{self.done}/{total} done",
+                f"{self.done} done",
                 *([f"{self.cached} cached"] if self.cached else []),
                 f"{self.in_flight} in flight",
                 f"{self.retried} retried",
                 f"{self.failed} failed",
                 f"{tokens // 1000}k tokens" if tokens >= 1000 else f"{tokens} tokens",
-                *([] if eta_s is None else [f"{int(eta_s) // 60}:{int(eta_s) % 60:02d} left"]),
             ]
         )
 

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
-
 _ENDED = object()
 
 

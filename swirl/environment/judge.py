@@ -13,7 +13,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -32,6 +32,7 @@ from swirl.errors import ConfigError, EndpointError, EndpointUnusable
 from swirl.trajectory import Question, Step, Verdict
 
 Kind = Literal["process", "outcome", "reward"]
+NO_ANSWER = "no answer: "
 _PROCESS_PROMPTS = ("search_prompt", "calculator_prompt")
 
 
@@ -57,7 +58,8 @@ class OutcomeToJudge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Judgement(msgspec.Struct, frozen=True, kw_only=True):
-    """A judge's word. `verdict` None: the judge failed, the step is masked and counted, never scored 0.
+    """A judge's word. `verdict` None: the judge failed, the step is masked and counted, never scored 0; the `reason`
+    then begins with NO_ANSWER where a server gave none, which may be asked again, and not where its answer is none.
 
     `reward` is the graded score of the action in [0, 1] where the judge gives one, else None.
     """
@@ -142,14 +144,12 @@ class GenerativeJudge:
         self.prompts = {"search": search_prompt, "calculator": calculator_prompt}
         versions = ",".join(f"{prompt.name}-v{prompt.version}" for prompt in self.prompts.values())
         self.name = f"{policy.name} ({versions})"
-        self.masked = 0
 
     async def judge(self, item: StepToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
         prompt = self.prompts[item.tool]
         text = step_text(prompt, item)
         verdict, reason, _ = await _ask(self.policy, text, prompt.reminder, read_verdict, self.max_new_tokens)
-        self.masked += verdict is None
         return Judgement(verdict=verdict, reason=reason)
 
     async def close(self) -> None:
@@ -164,7 +164,6 @@ class OutcomeJudge:
     def __init__(self, policy, *, prompt: JudgePrompt = OUTCOME, max_new_tokens: int = 512):
         self.policy, self.prompt, self.max_new_tokens = policy, prompt, max_new_tokens
         self.name = f"{policy.name} ({prompt.name}-v{prompt.version})"
-        self.masked = 0
 
     async def judge(self, item: OutcomeToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one answer, is at fault."""
@@ -181,7 +180,6 @@ class OutcomeJudge:
             lambda said: read_verdict(said, "YES", "NO"),
             self.max_new_tokens,
         )
-        self.masked += verdict is None
         return Judgement(verdict=verdict, reason=reason)
 
     async def close(self) -> None:
@@ -210,7 +208,6 @@ class GenerativeRewardModel:
         self.policy, self.prompt, self.votes = policy, prompt, votes
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.name = f"{policy.name} ({prompt.name}-v{prompt.version}, {votes} votes)"
-        self.masked = 0
 
     async def judge(self, item: StepToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
@@ -221,7 +218,8 @@ class GenerativeRewardModel:
             return self._judgement([expected], reason)
         others = await asyncio.gather(*(self._vote(text, draw) for draw in range(1, self.votes)))
         votes = [(score, reason), *((score, reason) for score, reason, _ in others)]
-        return self._judgement([score for score, _ in votes if score is not None], reason)
+        scores = [score for score, _ in votes if score is not None]
+        return self._judgement(scores, reason if scores else _why_none([reason for _, reason in votes]))
 
     def _vote(self, text: str, draw: int):
         return _ask(
@@ -237,7 +235,6 @@ class GenerativeRewardModel:
 
     def _judgement(self, scores: list[float], reason: str) -> Judgement:
         if not scores:
-            self.masked += 1
             return Judgement(verdict=None, reason=reason)
         reward = sum(scores) / len(scores)
         return Judgement(verdict="GOOD" if reward >= 0.5 else "BAD", reason=reason, reward=reward)
@@ -262,7 +259,7 @@ async def _ask(
     top_log_probs: int = 0,
 ) -> tuple[Any, str, TopLogProbs | None]:
     """(what `read` makes of the answer, its text, its log-probs), or (None, why not, None)."""
-    reason = ""
+    reasons = []
     for attempt, prompt in enumerate((text, f"{text}\n\n{reminder}")):
         state = PolicyState(
             prompt=prompt,
@@ -276,7 +273,7 @@ async def _ask(
         except EndpointUnusable:
             raise
         except EndpointError as error:
-            reason = f"no verdict: {error.reason}"
+            reasons.append(f"{NO_ANSWER}{error.reason}")
             if error.status != 200:
                 break  # no answer at all, and the client has tried what is worth trying
             continue
@@ -284,8 +281,13 @@ async def _ask(
         if value is not None:
             return value, _shorten(action.text, 1000), action.top_log_probs
         why = "the answer ends with" if action.stopped else "cut off after"
-        reason = f"no verdict: {why} '{_shorten(action.text, 80)}'"
-    return None, reason, None
+        reasons.append(f"no verdict: {why} '{_shorten(action.text, 80)}'")
+    return None, _why_none(reasons), None
+
+
+def _why_none(reasons: list[str]) -> str:
+    """The last, or the first that asking again might change."""
+    return next((reason for reason in reasons if reason.startswith(NO_ANSWER)), reasons[-1])
 
 
 def _shorten(text: str, characters: int) -> str:
@@ -334,45 +336,3 @@ def judge_with(policy, kind: Kind, *, prompt: str | os.PathLike | None = None, v
             prompt = REWARD if prompt is None else read_prompt(prompt, REWARD)
             return GenerativeRewardModel(policy, prompt=prompt, votes=votes)
     raise ConfigError(f"judge kind '{kind}' is unknown: expected process, outcome or reward")
-
-
-async def judge_all(
-    judge, items: Iterable[Any], *, concurrency: int = 128, advance: Callable[[], None] | None = None
-) -> list[Judgement]:
-    """A judgement for each item, in order, at most `concurrency` being judged; items are read lazily.
-
-    `advance` is called after each. The first exception cancels the others and is raised.
-    """
-    waiting = enumerate(items)
-    judgements: dict[int, Judgement] = {}
-
-    async def work() -> None:
-        for place, item in waiting:
-            judgements[place] = await judge.judge(item)
-            if advance:
-                advance()
-
-    workers = [asyncio.create_task(work()) for _ in range(concurrency)]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
-    return [judgements[place] for place in range(len(judgements))]
-
-
-def judge_many(
-    judge, items: Iterable[Any], *, concurrency: int = 128, advance: Callable[[], None] | None = None
-) -> list[Judgement]:
-    """`judge_all` in an event loop of its own, for code that has none. Closes the judge's connections at the
-    end.
-    """
-
-    async def run() -> list[Judgement]:
-        try:
-            return await judge_all(judge, items, concurrency=concurrency, advance=advance)
-        finally:
-            await _close(judge)
-
-    return asyncio.run(run())
