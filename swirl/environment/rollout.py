@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from swirl.environment.concurrency import as_done
 from swirl.environment.policy import PolicyState, TokenCoder
-from swirl.environment.prompts import observation_text, parse_action, question_prompt
+from swirl.environment.prompts import ParsedAction, observation_text, parse_action, question_prompt
 from swirl.errors import EndpointError, EndpointUnusable
 from swirl.trajectory import Question, Step, Trajectory
 
@@ -63,6 +63,17 @@ class Unanswered(msgspec.Struct, frozen=True):
         return trajectory_id(self.question, self.sample)
 
 
+def _why_it_ends(parsed: ParsedAction | None, tool: Tool, *, last: bool) -> str | None:
+    """None: the trajectory goes on with the tool's result. In its last step no state can follow, so the tool is not
+    asked.
+    """
+    if parsed is None or parsed.kind not in ("answer", tool.name):
+        return "invalid_action"
+    if parsed.kind == "answer":
+        return "answer"
+    return "step_limit" if last else None
+
+
 async def rollout(
     question: Question,
     sample: int,
@@ -75,18 +86,15 @@ async def rollout(
 ) -> Trajectory:
     """One trajectory. With a `coder`, token ids travel along; ids the policy gives are kept as they are.
 
-    Raises EndpointError as the policy does.
+    Raises EndpointError as the policy and the tool do.
     """
     prompt = question_prompt(question.question, tool.name, limits.max_queries)
     prompt_ids = tuple(coder.prompt_ids(prompt)) if coder else None
     state = list(prompt_ids or ())
     steps: list[Step] = []
-    stop, prediction, retokenized = "step_limit", None, False
+    stop, prediction, retokenized = None, None, False
     context = getattr(policy, "max_state_tokens", None)
-    while len(steps) < limits.max_steps:
-        if steps and context is not None and len(state) + limits.max_new_tokens > context:
-            stop = "context_limit"
-            break
+    while stop is None:
         action = await policy.act(
             PolicyState(
                 prompt=prompt,
@@ -97,36 +105,28 @@ async def rollout(
                 max_new_tokens=limits.max_new_tokens,
             )
         )
-        ids, log_probs = action.ids, action.log_probs
+        ids, log_probs = (action.ids, action.log_probs) if coder else (None, None)
         if coder and ids is None:
             ids, log_probs, retokenized = tuple(coder.action_ids(action.text)), None, True
         parsed = parse_action(action.text) if action.stopped else None
-        made = Step(
-            action=action.text, action_ids=ids if coder else None, log_probs=log_probs if coder else None
-        )
-        if parsed is not None and parsed.kind == "answer":
-            stop, prediction = "answer", parsed.argument
-            steps.append(made)
-            break
-        if parsed is None or parsed.kind != tool.name:
-            stop = "invalid_action"
-            steps.append(made)
-            break
-        if len(steps) + 1 == limits.max_steps:
-            steps.append(made)  # no state can follow, so the tool is not asked
-            break
-        observation = observation_text(parsed.argument, await tool(parsed.argument))
-        observation_ids = tuple(coder.observation_ids(observation)) if coder else None
+        stop = _why_it_ends(parsed, tool, last=len(steps) + 1 == limits.max_steps)
+        prediction = parsed.argument if stop == "answer" else None
+        observation = observation_ids = None
+        if stop is None:
+            observation = observation_text(parsed.argument, await tool(parsed.argument))
+            observation_ids = tuple(coder.observation_ids(observation)) if coder else None
         steps.append(
             Step(
-                action=made.action,
-                action_ids=made.action_ids,
-                log_probs=made.log_probs,
+                action=action.text,
+                action_ids=ids,
+                log_probs=log_probs,
                 observation=observation,
                 observation_ids=observation_ids,
             )
         )
-        state += (ids or ()) + (observation_ids or ()) if coder else ()
+        state += (ids or ()) + (observation_ids or ())
+        if stop is None and context is not None and len(state) + limits.max_new_tokens > context:
+            stop = "context_limit"
     return Trajectory(
         id=trajectory_id(question, sample),
         question=question,
