@@ -189,7 +189,14 @@ def test_the_command_builds_once(tmp_path, monkeypatch, capsys):
     assert searching.main() == 0
     assert capsys.readouterr().out.startswith("7 pages")
     assert searching.main() == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    (tmp_path / "file").touch()
+    for words in ((tmp_path / "absent.jsonl", tmp_path / "i"), (corpus, tmp_path / "file" / "index")):
+        monkeypatch.setattr("sys.argv", ["search", *map(str, words)])
+        assert searching.main() == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
     monkeypatch.setattr("sys.argv", ["search", str(corpus)])
     assert searching.main() == 2
 

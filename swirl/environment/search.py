@@ -256,8 +256,8 @@ def main() -> int:
     try:
         build_index(read_pages(sys.argv[1]), sys.argv[2])
         print(f"{len(open_index(sys.argv[2]).pages)} pages indexed in {sys.argv[2]}")
-    except SwirlError as error:
-        print(error, file=sys.stderr)
+    except (SwirlError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
