@@ -16,7 +16,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,11 +30,10 @@ from swirl import config as configs
 from swirl import open as opening
 from swirl.config import TrainConfig
 from swirl.environment.client import Client
-from swirl.environment.judge import Judgement
 from swirl.environment.rollout import draw_seed, with_ids
 from swirl.errors import ConfigError, EndpointUnusable, InputError
 from swirl.evaluate import answer
-from swirl.filter import filter_in_memory, step_to_judge
+from swirl.filter import filter_in_memory
 from swirl.generate import collect, limits_for
 from swirl.learning import distributed, usage
 from swirl.learning.learner import Learner, ScoredAction
@@ -40,8 +41,9 @@ from swirl.learning.objective import leave_one_out_advantages
 from swirl.model.local_policy import LocalPolicy, completion_action
 from swirl.progress import progress
 from swirl.report import print_comparison, write_report
+from swirl.rewards import mean_reward, recorded_rewards, reward_metrics, rewards_of
 from swirl.score import Score, compared, score_trajectories
-from swirl.trajectory import Step, Trajectory, read_trajectories, write_trajectories
+from swirl.trajectory import Trajectory, read_trajectories, write_trajectories
 
 _UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on would only pay for more of the same
 
@@ -145,7 +147,7 @@ class Actor:
         )
         actions = [completion_action(completion, self.tokenizer) for completion in completions]
         owners = [state for state in mine for _ in range(G)]
-        rewards = self._runner.run(_rewards(self.judge, trajectories, owners, actions))
+        rewards = self._runner.run(rewards_of(self.judge, trajectories, owners, actions))
         drawn = [(actions[i * G : i * G + G], rewards[i * G : i * G + G]) for i in range(len(mine))]
         drawn = distributed.gather_shares(drawn)
 
@@ -153,19 +155,19 @@ class Actor:
         if config.baseline in ("auto", "leave_one_out"):
             advantages = leave_one_out_advantages(table)
         else:
-            advantages = table - ((_mean(table) or 0.0) if config.baseline == "mean" else 0.0)
+            advantages = table - ((mean_reward(table) or 0.0) if config.baseline == "mean" else 0.0)
         scored = [
             ScoredAction(tree, ids, action.ids, float(advantage), action.log_probs)
             for (tree, _), ids, (draws, _), row in zip(states, state_ids, drawn, advantages, strict=True)
             for action, advantage in zip(draws, row, strict=True)
         ]
         cut_off = sum(not action.stopped for draws, _ in drawn for action in draws)
-        return scored, {**_reward_metrics(table), "cut_off": cut_off}
+        return scored, {**reward_metrics(table), "cut_off": cut_off}
 
     def recorded_actions(self, trajectories: list[Trajectory]) -> tuple[list[ScoredAction], dict]:
         """The actions in the data with their recorded rewards; steps without one are masked."""
-        table = _recorded_rewards(trajectories, self.config.reward)
-        advantages = table - ((_mean(table) or 0.0) if self.config.baseline == "mean" else 0.0)
+        table = recorded_rewards(trajectories, self.config.reward)
+        advantages = table - ((mean_reward(table) or 0.0) if self.config.baseline == "mean" else 0.0)
         places = [(tree, k) for tree, t in enumerate(trajectories) for k in range(len(t.steps))]
         scored = [
             ScoredAction(
@@ -177,55 +179,12 @@ class Actor:
             )
             for (tree, k), advantage in zip(places, advantages, strict=True)
         ]
-        return scored, _reward_metrics(table)
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """Of those that are not NaN; None where all are."""
-    return None if np.isnan(values).all() else float(np.nanmean(values))
-
-
-def _reward_metrics(rewards: np.ndarray) -> dict:
-    return {"reward": _mean(rewards), "actions": rewards.size, "masked": int(np.isnan(rewards).sum())}
-
-
-async def _rewards(judge, trajectories, owners, actions) -> list[float]:
-    """Reward of each action in [0, 1]; NaN where the judge failed. One cut off before its end is bad, unasked."""
-
-    async def reward(owner, action):
-        tree, k = owner
-        if not action.stopped:
-            return 0.0
-        return _graded(await judge.judge(step_to_judge(trajectories[tree], k, action.text)))
-
-    return list(await asyncio.gather(*(reward(*pair) for pair in zip(owners, actions, strict=True))))
-
-
-def _graded(judged: Judgement | Step) -> float:
-    """Its reward, else its verdict as 1 or 0, else NaN."""
-    if judged.reward is not None:
-        return judged.reward
-    return {"GOOD": 1.0, "BAD": 0.0, None: float("nan")}[judged.verdict]
-
-
-def _recorded_reward(trajectory: Trajectory, k: int, reward: str) -> float:
-    """Of step k as the data grades it; under `outcome` the trajectory's."""
-    if reward == "outcome":
-        outcome = trajectory.outcome
-        if outcome is None and trajectory.question.answer is not None:
-            outcome = tasks.is_correct(trajectory.question, trajectory.prediction)
-        return float("nan") if outcome is None else float(outcome)
-    return _graded(trajectory.steps[k])
-
-
-def _recorded_rewards(trajectories: list[Trajectory], reward: str) -> np.ndarray:
-    """(N,) float64, of all steps of all trajectories in turn; NaN where the data does not say."""
-    return np.array([_recorded_reward(t, k, reward) for t in trajectories for k in range(len(t.steps))])
+        return scored, reward_metrics(table)
 
 
 def _require_rewards(config: TrainConfig, trajectories: list[Trajectory]) -> None:
     """Raises InputError where recorded actions have nothing to teach: not one of them is graded."""
-    if config.actions == "recorded" and np.isnan(_recorded_rewards(trajectories, config.reward)).all():
+    if config.actions == "recorded" and np.isnan(recorded_rewards(trajectories, config.reward)).all():
         if config.reward == "outcome":
             raise InputError(config.data, "no trajectory has an outcome or a golden answer: take --reward recorded")
         raise InputError(config.data, "no step has a reward or a verdict: filter it, or take --reward outcome")
@@ -318,12 +277,26 @@ def _rescue(folder: Path, actor: Actor) -> None:
     """The weights as they are, if they are numbers. An error is on its way already: what fails here only warns."""
     what = "the weights of the last good update"
     try:
-        if all(weight.isfinite().all() for weight in actor.policy.engine.model.parameters()):
-            _save(folder, actor, what)
-        else:
-            cli.warn(f"{what} are not saved: some are NaN or infinite")
+        with _deaf_to_sigterm():
+            if all(weight.isfinite().all() for weight in actor.policy.engine.model.parameters()):
+                _save(folder, actor, what)
+            else:
+                cli.warn(f"{what} are not saved: some are NaN or infinite")
     except Exception as error:
         cli.warn(f"{what} could not be saved ({error})")
+
+
+@contextmanager
+def _deaf_to_sigterm():
+    """torchrun sends it to all ranks as soon as one has failed: just when the main rank saves its weights."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+    heard = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, heard)
 
 
 def _train(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajectory]) -> list[dict]:

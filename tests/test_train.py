@@ -230,6 +230,37 @@ def test_the_first_error_is_the_one_reported(small, monkeypatch, capsys):
     assert "could not be saved" in capsys.readouterr().err and in_the_way.read_bytes() == b""
 
 
+PEER_FAILS = """
+import os, sys
+from swirl.learning.learner import Learner
+update = Learner.update
+
+def failing(learner, scored, at):
+    if at == 2 and os.environ["RANK"] == "1":
+        os._exit(9)
+    return update(learner, scored, at)
+
+Learner.update = failing
+from swirl import cli
+from swirl.config import TrainConfig
+from swirl.train import main
+cli.run(main, TrainConfig, "")
+"""
+
+
+def test_a_peer_that_dies_leaves_the_weights(tiny_folder, small, tmp_path):
+    config = small(told(6), updates=50)
+    (tmp_path / "peer_fails.py").write_text(PEER_FAILS)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += [tmp_path / "peer_fails.py", "--out", config.out, "--model", tiny_folder, "--data", config.data]
+    words += ["--actions", "recorded", "--updates", "50", "--evaluate-on"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    (left,) = config.out.glob("checkpoint-*")
+    assert left.name == "checkpoint-2"
+    opening.load_model(str(left))
+
+
 def test_sigterm_is_an_exception(tiny_folder, small):
     config = small(told(6), updates=100_000)
     words = [sys.executable, "-m", "swirl.train", "--out", config.out, "--model", tiny_folder, "--data", config.data]
