@@ -79,6 +79,13 @@ def test_zero_advantages_are_counted_but_not_computed():
     )
 
 
+def test_the_ratio_of_draws_from_the_policy_itself_is_1():
+    scored = [replace(action, behaviour_log_probs=None) for action in scored_actions()]
+    idle = [replace(action, advantage=0.0) if i % 3 else action for i, action in enumerate(scored)]
+    metrics = learner().accumulate(idle)
+    assert metrics["ratio"] == pytest.approx(1.0, rel=1e-12) and metrics["clipped"] == 0.0
+
+
 def test_an_update_with_nothing_to_learn_leaves_the_weights():
     one = learner(weight_decay=0.0)
     before = {name: weight.clone() for name, weight in one.model.named_parameters()}

@@ -73,11 +73,13 @@ class Learner:
         """Add this rank's part of the gradient of the update's loss to the weights' `grad`.
 
         Actions of advantage 0 have no gradient: they are not computed unless a KL is, but they count among the action
-        tokens the loss is divided by. Raises ConfigError where a tree forks and `attention` computes chains alone.
+        tokens the loss is divided by. `ratio` and `clipped` are means over the tokens that are computed. Raises
+        ConfigError where a tree forks and `attention` computes chains alone.
         """
         scored = [action for action in scored if not np.isnan(action.advantage)]
         num_action_tokens = max(1, sum(len(action.action_ids) for action in scored))
         live = [action for action in scored if action.advantage != 0.0 or self.reference is not None]
+        num_live_tokens = max(1, sum(len(action.action_ids) for action in live))
         mine = _my_trees(live)
         totals = dict.fromkeys(("loss", "kl", "clipped", "ratio", "tokens", "computed_tokens", "flops"), 0.0)
         for batch, members in self._micro_batches(mine):
@@ -85,7 +87,7 @@ class Learner:
             (loss_sum / num_action_tokens).backward()
             totals["loss"] += loss_sum.item() / num_action_tokens
             for name, value in metrics.items():
-                totals[name] += value.item() / num_action_tokens
+                totals[name] += value.item() / (num_action_tokens if name == "kl" else num_live_tokens)
             totals["tokens"] += batch.num_separate_tokens
             totals["computed_tokens"] += batch.num_tokens
             totals["flops"] += usage.update_flops(self.model.config, batch)

@@ -295,7 +295,15 @@ def _pack(ids, offsets, state_lengths):
 # The tree. Node 0 is an empty root above the forest; node n spells ids[start[n] : start[n] + length[n]].
 
 
-@njit(cache=True)
+def _compiled(function):
+    """By numba, kept on disk; anew in every process where no folder can be written to."""
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:
+        return njit(function)
+
+
+@_compiled
 def _probe(keys, node, token):
     """Slot of the child of `node` that begins with `token`, or the empty slot where it belongs."""
     key = (np.int64(node) << 31) | np.int64(token)
@@ -307,7 +315,7 @@ def _probe(keys, node, token):
     return slot, key
 
 
-@njit(cache=True)
+@_compiled
 def _radix_tree(ids, offsets):
     """(start, length, parent, last_node): nodes of the radix tree, and the node that ends with each pair."""
     S = offsets.size - 1
@@ -350,7 +358,7 @@ def _radix_tree(ids, offsets):
     return start[:num_nodes], length[:num_nodes], parent[:num_nodes], last_node
 
 
-@njit(cache=True)
+@_compiled
 def _layout(start, length, parent, last_node):
     """(order, place, depth, subtree): the nodes, parents first; and of each node the packed index and the
     depth of its first token, and its tokens, descendants included.
@@ -379,7 +387,7 @@ def _layout(start, length, parent, last_node):
     return order, place, depth, subtree
 
 
-@njit(cache=True)
+@_compiled
 def _fill_tree(ids, start, length, order, place, depth, subtree):
     """(input_ids, position_ids, subtree_end), each (T,)."""
     T = subtree[0]
@@ -395,7 +403,7 @@ def _fill_tree(ids, start, length, order, place, depth, subtree):
     return input_ids, position_ids, subtree_end
 
 
-@njit(cache=True)
+@_compiled
 def _fill_rows(ids, offsets, state_lengths, parent, last_node, place, depth):
     """(source_rows, target_ids, sub_trajectory), each (M,)."""
     S = state_lengths.size
@@ -424,7 +432,7 @@ def _fill_rows(ids, offsets, state_lengths, parent, last_node, place, depth):
 # Cuts along the depth-first order of the pairs.
 
 
-@njit(cache=True)
+@_compiled
 def _shared_with_previous(ids, offsets, order):
     """(S,) tokens a pair shares with the one before it in `order`: all that it shares with any before."""
     shared = np.zeros(order.size, np.int64)
@@ -438,7 +446,7 @@ def _shared_with_previous(ids, offsets, order):
     return shared
 
 
-@njit(cache=True)
+@_compiled
 def _cheapest_cuts(lengths, shared, budget):
     """Bounds (0, ..., S) of runs that fit and repeat the fewest tokens in all, then of fewest runs.
 
