@@ -99,7 +99,7 @@ def decode_trajectory(
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         raise InputError(file, message, line=line, field=path.strip("`.") or None) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(file, f"expected one JSON object a line, in UTF-8 ({error})", line=line) from None
     _validate(trajectory, file, line)
     return trajectory
@@ -179,14 +179,19 @@ def write_trajectories(path: str | os.PathLike, trajectories: Iterable[Trajector
     return count
 
 
+class _Asked(msgspec.Struct, frozen=True):
+    question: str = ""
+
+
 class _Name(msgspec.Struct):
     id: str
+    question: _Asked = _Asked()
 
 
 class TrajectoryLog:
     """An append-only JSONL file that survives being killed: half a trajectory at its end is cut off on reopening.
 
-    `done` holds the ids already there. Lines are flushed to disk in groups of `group`; use it as a context manager.
+    `done` holds the ids already there; `answers_another` tells whether one is of another question. Lines are flushed to disk in groups of `group`; use it as a context manager.
     Raises InputError where an existing line is neither a trajectory nor the first half of one (the file is left as
     it is), and where another process has the file open as a log: a second run of a command that is still at work.
     """
@@ -194,6 +199,7 @@ class TrajectoryLog:
     def __init__(self, path: str | os.PathLike, *, group: int = 64):
         self.path, self._group, self._unsynced = os.fspath(path), group, 0
         self.done: set[str] = set()
+        self._asked: dict[str, int] = {}  # id: hash of the question's text
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
         self._file = open(self.path, "a+b")
         try:
@@ -218,8 +224,10 @@ class TrajectoryLog:
         for number, line in enumerate(self._file, 1):
             if line.strip():
                 try:
-                    self.done.add(decoder.decode(line).id)
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    found = decoder.decode(line)
+                    self.done.add(found.id)
+                    self._asked[found.id] = hash(found.question.question)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                     if _is_half(line, error):
                         self._file.truncate(end)
                         return
@@ -227,6 +235,10 @@ class TrajectoryLog:
             end += len(line)
         if end and not line.endswith(b"\n"):
             self._file.write(b"\n")  # killed, or edited by hand, just before it
+
+    def answers_another(self, trajectory_id: str, question: Question) -> bool:
+        """Whether the trajectory of that id, found when the log was opened, answers another question's text."""
+        return self._asked.get(trajectory_id, hash(question.question)) != hash(question.question)
 
     def append(self, trajectory: Trajectory) -> None:
         self.done.add(trajectory.id)

@@ -113,6 +113,20 @@ def test_a_log_cut_anywhere_resumes_with_whole_lines_only(tmp_path):
         assert path.read_bytes() == whole
 
 
+def test_a_log_knows_whether_an_id_has_come_to_mean_another_question(tmp_path):
+    with TrajectoryLog(tmp_path / "t.jsonl") as log:
+        log.append(made("q#0"))
+    with TrajectoryLog(tmp_path / "t.jsonl") as log:
+        question = made("q#0").question
+        assert not log.answers_another("q#0", question) and not log.answers_another("q#1", question)
+        assert log.answers_another("q#0", replace(question, question="another"))
+
+
+def test_json_nested_too_deep_is_one_line():
+    with pytest.raises(InputError, match="expected one JSON object"):
+        decode_trajectory("[" * 100_000)
+
+
 def test_a_log_cut_within_a_character_or_left_with_zeros_by_a_power_cut(tmp_path):
     lines = [encode_trajectory(replace(made(f"q#{i}"), prompt="Où? 走 \u2028 \"\\", sample=-3)) for i in range(2)]
     path = tmp_path / "t.jsonl"
