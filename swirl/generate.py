@@ -2,7 +2,7 @@
 
 The file grows line by line and survives being killed; the same command again goes on where it stopped. So it does
 after a server failed: a trajectory whose request got no answer is not written, is counted as unanswered, and is asked
-for again by the next run. Nothing that a server has answered is asked, or paid for, twice.
+for again by the next run. Nothing that a server has answered, so that it can be read, is asked or paid for twice.
 """
 
 from __future__ import annotations
