@@ -46,6 +46,7 @@ from swirl.score import Score, compared, score_trajectories
 from swirl.trajectory import Trajectory, read_trajectories, write_trajectories
 
 _UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on would only pay for more of the same
+_TERMINATED = threading.Event()  # SIGTERM has come
 
 
 class Actor:
@@ -345,6 +346,8 @@ def _loop(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Trajec
                 _append_json(config.out / "metrics.jsonl", history[-1])
             if last:
                 break
+            if _TERMINATED.is_set():
+                sys.exit(128 + signal.SIGTERM)
             started = time.perf_counter()
             trajectories = [kept[i] for i in next(batches)]
             if config.actions == "sampled":
@@ -455,7 +458,11 @@ def main(config: TrainConfig) -> None:
 
 
 def _terminated(number: int, frame) -> None:
-    """A scheduler's or torchrun's SIGTERM as an exception, so that what is under way is left in order."""
+    """A scheduler's or torchrun's SIGTERM as an exception, so that what is under way is left in order.
+
+    Raised in a finalizer it would be swallowed: hence the event, which the loop looks at before each update.
+    """
+    _TERMINATED.set()
     sys.exit(128 + number)
 
 
