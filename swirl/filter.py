@@ -16,7 +16,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -256,6 +256,16 @@ def _open_judges(config: FilterConfig, client: Client) -> Judges:
     )
 
 
+def _each_once(path: Path) -> Iterator[Trajectory]:
+    """Streamed. Raises InputError at an id that stands there twice: what is kept or dropped is told apart by it."""
+    seen: set[str] = set()
+    for trajectory in iter_trajectories(path):
+        if trajectory.id in seen:
+            raise InputError(path, f"trajectory '{trajectory.id}' stands there twice, expected an id each", field="id")
+        seen.add(trajectory.id)
+        yield trajectory
+
+
 async def _filter(config: FilterConfig) -> dict:
     if len({config.data.resolve(), config.kept.resolve(), config.dropped.resolve()}) < 3:
         raise ConfigError("--data, --kept and --dropped must be three different files")
@@ -267,7 +277,7 @@ async def _filter(config: FilterConfig) -> dict:
         with TrajectoryLog(config.kept) as kept, _begun_again(config, judges) as dropped:
             finished = kept.done | dropped.done
             decisions = judged_trajectories(
-                (t for t in iter_trajectories(config.data) if t.id not in finished),
+                (t for t in _each_once(config.data) if t.id not in finished),
                 judges,
                 mode=config.mode,
                 in_flight=config.in_flight,

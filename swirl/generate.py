@@ -20,7 +20,7 @@ from swirl import cli
 from swirl.environment.client import Client
 from swirl.environment.policy import EndpointLimits
 from swirl.environment.rollout import RolloutLimits, Unanswered, rollouts, trajectory_id
-from swirl.errors import ConfigError, EndpointError
+from swirl.errors import ConfigError, EndpointError, InputError
 from swirl.open import answers_beside, is_url, model_folder, open_policy, open_retriever
 from swirl.progress import progress
 from swirl.tasks import Task, open_task
@@ -157,6 +157,13 @@ async def _generate(config: GenerateConfig) -> dict:
             known_as = _known_as(config, coder)
             cli.refuse_other_settings(config, [config.out], may_change=_MAY_CHANGE, known_as=known_as)
             wanted = [(question, sample) for question in questions for sample in range(config.samples)]
+            for question, sample in wanted:
+                if log.answers_another(trajectory_id(question, sample), question):
+                    raise InputError(
+                        config.out,
+                        f"'{trajectory_id(question, sample)}' answers another question than '{question.id}' now is: "
+                        "the questions have changed, take another --out",
+                    )
             asked = [pair for pair in wanted if trajectory_id(*pair) not in log.done]
             playing = rollouts(
                 asked,

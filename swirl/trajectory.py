@@ -191,9 +191,10 @@ class _Name(msgspec.Struct):
 class TrajectoryLog:
     """An append-only JSONL file that survives being killed: half a trajectory at its end is cut off on reopening.
 
-    `done` holds the ids already there; `answers_another` tells whether one is of another question. Lines are flushed to disk in groups of `group`; use it as a context manager.
-    Raises InputError where an existing line is neither a trajectory nor the first half of one (the file is left as
-    it is), and where another process has the file open as a log: a second run of a command that is still at work.
+    `done` holds the ids already there; `answers_another` tells whether one is of another question. Lines are flushed
+    to disk in groups of `group`; use it as a context manager. Raises InputError where an existing line is neither a
+    trajectory nor the first half of one (the file is left as it is), and where another process has the file open as a
+    log: a second run of a command that is still at work.
     """
 
     def __init__(self, path: str | os.PathLike, *, group: int = 64):

@@ -124,7 +124,7 @@ def test_a_log_knows_whether_an_id_has_come_to_mean_another_question(tmp_path):
 
 def test_json_nested_too_deep_is_one_line():
     with pytest.raises(InputError, match="expected one JSON object"):
-        decode_trajectory("[" * 100_000)
+        decode_trajectory('{"x": ' + "[" * 100_000)
 
 
 def test_a_log_cut_within_a_character_or_left_with_zeros_by_a_power_cut(tmp_path):
