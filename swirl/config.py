@@ -54,7 +54,7 @@ class TrainConfig:
     samples_per_state: int = 4
     """Actions drawn at each state. Ours."""
     temperature: float = 1.0
-    """Of those draws. Ours; other than 1 the draws are off-policy, and the ratio corrects for it."""
+    """Of those draws. Ours; other than 1 the draws are off-policy, and the ratio corrects for it, within the clip."""
     max_new_tokens: int = 48
     """Tokens in an action at most."""
     baseline: Literal["auto", "none", "mean", "leave_one_out"] = "auto"
@@ -87,6 +87,7 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, or cuda (under torchrun each rank's own)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 computes in bfloat16 and steps on float32 copies of the weights."""
 
     def __post_init__(self):
         def require(holds: bool, flag: str, expected: str):
@@ -106,7 +107,7 @@ class TrainConfig:
         ):
             require(getattr(self, flag) >= 0, flag, "0 or more")
         for flag in ("learning_rate", "max_grad_norm", "clip", "temperature"):
-            require(getattr(self, flag) > 0, flag, "more than 0")
+            require(0 < getattr(self, flag) < float("inf"), flag, "more than 0, and finite")
         require(0 <= self.final_learning_rate <= 1, "final_learning_rate", "a share between 0 and 1")
         if self.attention != "tree":
             require(self.device != "cpu", "attention", "tree on a CPU")

@@ -97,7 +97,7 @@ def step_to_judge(trajectory: Trajectory, k: int, action: str) -> StepToJudge:
         question=trajectory.question,
         steps=trajectory.steps[:k],
         action=action,
-        tool=tool_name(trajectory.question.task, trajectory.prompt),
+        tool=tool_name(trajectory.question.task, trajectory.prompt, (step.action for step in trajectory.steps)),
     )
 
 

@@ -23,7 +23,7 @@ from swirl.environment.rollout import RolloutLimits, Unanswered, rollouts, traje
 from swirl.errors import ConfigError, EndpointError, InputError
 from swirl.open import answers_beside, is_url, model_folder, open_policy, open_retriever
 from swirl.progress import progress
-from swirl.tasks import Task, open_task
+from swirl.tasks import Task, open_task, require_use
 from swirl.trajectory import Question, Trajectory, TrajectoryLog
 
 
@@ -132,6 +132,8 @@ def _known_as(config: GenerateConfig, coder) -> dict[str, str]:
 
 
 async def _generate(config: GenerateConfig) -> dict:
+    if config.split != GenerateConfig.split:
+        require_use(["split"], [config.task])
     task = open_task(config.task, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
     questions = task.questions(config.split, config.limit)
     if not questions:

@@ -11,6 +11,7 @@ a reward model's answers, each on disk before it is used, into answers.sqlite th
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,11 +240,30 @@ def _set_aside(out: Path) -> None:
         return
     if not (out / "config.json").exists():
         raise ConfigError(f"--out {out}: is there already and is no run of swirl; name another folder")
+    with _alone_in(out):
+        pass
     number = 1
     while (aside := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
     out.rename(aside)
     print(f"{out} is an earlier run: set aside as {aside}", file=sys.stderr)
+
+
+@contextmanager
+def _alone_in(out: Path):
+    """Lock the folder while the body runs. Raises ConfigError where another run is at work."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ConfigError(f"--out {out}: another run is at work there; name another folder, or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def _batches(num_trajectories: int, config: TrainConfig):
@@ -417,7 +437,8 @@ def train(config: TrainConfig) -> dict | None:
             ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
             print(f"{config.actions} actions, {config.reward} reward, {device}{ranks}", file=sys.stderr)
         distributed.from_main(None)  # before any rank writes into the folder, it is there, and new
-        with Actor(config, model, tokenizer, judge, client) as actor:
+        alone = _alone_in(config.out) if distributed.is_main() else nullcontext()
+        with alone, Actor(config, model, tokenizer, judge, client) as actor:
             before = actor.evaluate(config.evaluate_on, "evaluate before")
             kept = data if data is not None else _generate(config, actor)
             history = _train(config, actor, Learner(config, model), kept)

@@ -235,6 +235,14 @@ def test_draws_stay_apart_where_seed_is_refused_and_are_found_again(kind, answer
     asyncio.run(run())
 
 
+def test_tool_calls_of_a_server_s_own_are_no_answer():
+    calls = [{"id": "1", "type": "function", "function": {"name": "search", "arguments": "{}"}}]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    answer = {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
+    with pytest.raises(EndpointError, match="expected text in .*, not tool_calls in the answer"):
+        act(ChatPolicy, lambda path, payload: answer)
+
+
 @pytest.mark.parametrize("kind, answer", SEEDLESS)
 def test_greedy_draws_are_one_where_seed_is_refused(kind, answer):
     states = [PolicyState(prompt="Who?", seed=k, temperature=0.0) for k in range(3)]

@@ -24,7 +24,7 @@ from swirl.environment.prompts import question_prompt
 from swirl.errors import ConfigError, EndpointUnusable, InputError
 from swirl.learning.learner import Learner
 from swirl.tasks import almanac
-from swirl.train import Actor, train
+from swirl.train import Actor, _alone_in, train
 from swirl.trajectory import Step, Trajectory, write_trajectories
 
 
@@ -274,3 +274,13 @@ def test_sigterm_is_an_exception(tiny_folder, small):
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said, said
     (left,) = config.out.glob("checkpoint-*")
     opening.load_model(str(left))
+
+
+def test_a_second_run_leaves_the_folder_of_one_at_work_alone(small):
+    config = small(list(told(4)))
+    train(config)
+    before = sorted(path.name for path in config.out.parent.iterdir())
+    with _alone_in(config.out), pytest.raises(ConfigError, match="another run is at work"):
+        train(config)
+    assert sorted(path.name for path in config.out.parent.iterdir()) == before
+    train(config)

@@ -200,7 +200,12 @@ class ChatPolicy(_Wire):
         """(the choice, its text)"""
         try:
             choice = answer["choices"][0]
-            text = choice["message"].get("content") or ""
+            text = choice["message"].get("content")
+            if text is None:
+                given = _given_instead(choice["message"])
+                if given and choice.get("finish_reason") not in _CUT_OFF:
+                    raise self._unreadable(f"text in choices[0].message.content, not {given}")
+                text = ""
             if not isinstance(text, str):
                 raise TypeError
         except (KeyError, IndexError, TypeError, AttributeError):
@@ -361,6 +366,11 @@ def _seed_32(seed: int) -> int:
 
 def _dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
+
+
+def _given_instead(message: dict) -> str:
+    """What a message without content holds, such as tool calls of the server's own making, or thoughts alone."""
+    return ", ".join(sorted(name for name, value in message.items() if value and name != "role"))
 
 
 def _choices(answer: Any) -> list[Any]:
