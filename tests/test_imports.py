@@ -1,4 +1,4 @@
-"""Who may import whom: design.md, section 3, read from the source. Imports inside functions count too."""
+"""Who may import whom: docs/structure.md, read from the source. Imports inside functions count too."""
 
 from __future__ import annotations
 
