@@ -96,9 +96,3 @@ def num_processors(device: torch.device) -> int:
 def describe(x: torch.Tensor, block: list[int], tma: bool):
     """What `tile` reads: x (contiguous) itself, or on sm_90 and later its TMA descriptor."""
     return x if not tma else TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-
-
-def describable(x: torch.Tensor) -> bool:
-    """Whether TMA can read x: last dimension dense, rows and base on 16 bytes, nothing empty."""
-    rows = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    return x.numel() > 0 and x.stride(-1) == 1 and rows and x.data_ptr() % 16 == 0
