@@ -32,7 +32,7 @@ IDENTITY = {
     "packing": ("workload", "hardware"),
     "client": ("calls", "latency_ms", "in_flight", "faults", "hardware"),
     "retrieval": ("slice", "method", "embeddings", "hardware"),
-    "kill_drill": ("job", "trajectories", "kills", "local", "hardware"),
+    "kill_drill": ("job", "trajectories", "local", "hardware"),
 }
 
 
