@@ -11,7 +11,6 @@ a reward model's answers, each on disk before it is used, into answers.sqlite th
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
@@ -44,7 +43,7 @@ from swirl.progress import progress
 from swirl.report import print_comparison, write_report
 from swirl.rewards import mean_reward, recorded_rewards, reward_metrics, rewards_of
 from swirl.score import Score, compared, score_trajectories
-from swirl.trajectory import Trajectory, read_trajectories, write_trajectories
+from swirl.trajectory import Trajectory, read_trajectories, take_lock, write_trajectories
 
 _UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on would only pay for more of the same
 _TERMINATED = threading.Event()  # SIGTERM has come
@@ -254,13 +253,8 @@ def _alone_in(out: Path):
     """Lock the folder while the body runs. Raises ConfigError where another run is at work."""
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise ConfigError(f"--out {out}: another run is at work there; name another folder, or stop it") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
+        if not take_lock(folder):
+            raise ConfigError(f"--out {out}: another run is at work there; name another folder, or stop it")
         yield
     finally:
         os.close(folder)

@@ -188,6 +188,20 @@ class _Name(msgspec.Struct):
     question: _Asked = _Asked()
 
 
+def take_lock(file) -> bool:
+    """Lock an open file, or the descriptor of a folder, until it is closed. False where another has it locked.
+
+    True on a file system without locks, too: there nothing tells.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 class TrajectoryLog:
     """An append-only JSONL file that survives being killed: half a trajectory at its end is cut off on reopening.
 
@@ -212,12 +226,8 @@ class TrajectoryLog:
 
     def _lock(self) -> None:
         """Ends with the process, however that ends."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(self.path, "another command is writing to it: wait for its end, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+        if not take_lock(self._file):
+            raise InputError(self.path, "another command is writing to it: wait for its end, or stop it")
 
     def _recover(self) -> None:
         self._file.seek(0)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import msgspec
@@ -221,17 +222,11 @@ class CompletionsPolicy(_Wire):
     Draws that share seed, temperature and length share a request, as all greedy ones do.
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        model: str,
-        client: Client,
-        *,
-        coder: TokenCoder | None = None,
-        owns_client: bool = False,
-    ):
-        super().__init__(endpoint, model, client, coder=coder, owns_client=owns_client)
-        self._batcher = Batcher(client, endpoint, "/completions", join=self._join, split=_choices, read=self._read)
+    @cached_property
+    def _batcher(self) -> Batcher:
+        return Batcher(
+            self.client, self.endpoint, "/completions", join=self._join, split=_choices, read=self._read
+        )
 
     async def act(self, state: PolicyState) -> PolicyAction:
         """Raises EndpointError where there is no answer, or none that can be read."""
