@@ -25,12 +25,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.fault_server import verdict_of
-from swirl.environment.client import Client, Endpoint
-from swirl.environment.concurrency import as_done
-from swirl.environment.judge import GenerativeJudge, Judgement, StepToJudge, step_text
-from swirl.environment.judge_prompts import SEARCH_PROCESS
-from swirl.environment.policy import ChatPolicy
-from swirl.trajectory import Question, Step
+from swirl.endpoints.chat import ChatPolicy
+from swirl.endpoints.client import Client, Endpoint
+from swirl.judging.judges import GenerativeJudge, Judgement, StepToJudge, step_text
+from swirl.judging.prompts import SEARCH_PROCESS
+from swirl.rollout.concurrency import as_done
+from swirl.trajectories.record import Question, Step
 
 STALL_READ_S = 2.0  # the client's read deadline; injected stalls last longer
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.harness import append
 from benchmarks.train_step import cpu_name
-from swirl.learning.packing import _flatten, pack, pack_flat, pack_micro_batches
 from swirl.learning.usage import commit
+from swirl.tree.pack import _flatten, pack, pack_flat, pack_micro_batches
 
 SHAPES = {"chain": (8, 20, 60, 1), "comb": (8, 20, 60, 4), "agent": (50, 60, 580, 1), "unrelated": (1, 2, 0, 1)}
 

@@ -31,13 +31,13 @@ import torch
 from aiohttp import web
 
 from benchmarks.harness import append, importable, machine
-from swirl.environment.batcher import embedder
-from swirl.environment.client import Client
-from swirl.environment.policy import endpoint_for, parse_spec
-from swirl.environment.retrieval import DenseSearchTool, build_dense_index
-from swirl.environment.search import Page, SearchTool, build_index
+from swirl.endpoints.address import endpoint_for, parse_spec
+from swirl.endpoints.batcher import embedder
+from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, SwirlError
 from swirl.tasks import hotpotqa, musique
+from swirl.tools.retrieval import DenseSearchTool, build_dense_index
+from swirl.tools.search import Page, SearchTool, build_index
 
 SLICES = (
     ("hotpotqa dev", hotpotqa, "hotpotqa/dev.slice.json"),

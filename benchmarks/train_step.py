@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.harness import append
 from benchmarks.workloads import Workload
+from swirl.app.resolve import load_model
 from swirl.config import TrainConfig
 from swirl.learning.learner import Learner, ScoredAction
-from swirl.learning.packing import pack
 from swirl.learning.usage import commit
 from swirl.model.gemma import Gemma
-from swirl.open import load_model
+from swirl.tree.pack import pack
 
 PROMPT, ACTION, OBSERVATION, STEPS, SAMPLES = 150, 20, 60, 8, 4
 

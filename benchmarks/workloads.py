@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from swirl.learning.packing import pack
+from swirl.tree.pack import pack
 
 STATISTICS = Path(__file__).with_name("workloads.json")
 PROMPT, CHARACTERS_A_TOKEN, SAMPLES, TRAJECTORIES = 150, 4, 4, 4

@@ -17,9 +17,7 @@ try:
 except ImportError:
     triton = tl = TensorDescriptor = None
 
-LOG2E = (
-    None if triton is None else tl.constexpr(1.4426950408889634)
-)  # exp(x) = exp2(LOG2E x), and exp2 is in hardware
+LOG2E = None if triton is None else tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2E x), and exp2 is in hardware
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -27,9 +27,7 @@ def _extension():
     except ImportError as error:
         reason_file = Path(__file__).with_name("_cpu_build_error.txt")  # written by setup.py
         reason = reason_file.read_text().strip() if reason_file.exists() else str(error)
-        warnings.warn(
-            f"swirl's C++ ops are not built, CPUs run on the slow reference in torch: {reason}", stacklevel=3
-        )
+        warnings.warn(f"swirl's C++ ops are not built, CPUs run on the slow reference in torch: {reason}", stacklevel=3)
         return None
 
 

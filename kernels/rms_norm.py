@@ -34,9 +34,7 @@ def _rms_norm_fwd_kernel(p_x, p_weight, p_residual, p_y, p_rstd, eps, D: tl.cons
     rstd = tl.rsqrt(tl.sum(x * x) / D + eps)
     y = (x * rstd * (1.0 + weight)).to(p_y.dtype.element_ty)
     if p_residual is not None:
-        y = (y.to(tl.float32) + tl.load(p_residual + row * D + i_d, mask=m_d, other=0.0).to(tl.float32)).to(
-            y.dtype
-        )
+        y = (y.to(tl.float32) + tl.load(p_residual + row * D + i_d, mask=m_d, other=0.0).to(tl.float32)).to(y.dtype)
     tl.store(p_y + row * D + i_d, y, mask=m_d)
     tl.store(p_rstd + row, rstd)
 
@@ -115,9 +113,7 @@ def rms_norm(
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual {tuple(residual.shape)} {residual.dtype} must be as x {tuple(x.shape)} {x.dtype}"
-        )
+        raise ValueError(f"residual {tuple(residual.shape)} {residual.dtype} must be as x {tuple(x.shape)} {x.dtype}")
     if _triton.takes(x) and _triton.takes(weight) and x.numel():
         with _triton.on_device(x):
             return _RMSNorm.apply(x, weight, residual, eps)

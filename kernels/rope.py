@@ -87,9 +87,7 @@ class _Rope(torch.autograd.Function):
 def rope(x: torch.Tensor, position_ids: torch.Tensor, *, theta: float = 10_000.0) -> torch.Tensor:
     """Rotate x (T, H, D), D even, by position_ids (T,): as x. Raises ValueError on shapes."""
     if x.shape[-1] % 2 or position_ids.shape != x.shape[:1]:
-        raise ValueError(
-            f"x {tuple(x.shape)} must be (T, H, even D), position_ids {tuple(position_ids.shape)} (T,)"
-        )
+        raise ValueError(f"x {tuple(x.shape)} must be (T, H, even D), position_ids {tuple(position_ids.shape)} (T,)")
     if _triton.takes(x) and x.numel():
         with _triton.on_device(x):
             return _Rope.apply(x, position_ids.contiguous(), theta)

@@ -21,9 +21,7 @@ from ._triton import jit, softcap_slope, softcapped, tile, tl
 from .schedule import live_blocks_of, schedule_of
 
 
-def tree_mask(
-    subtree_end: torch.Tensor, position_ids: torch.Tensor, window: int | None = None
-) -> torch.Tensor:
+def tree_mask(subtree_end: torch.Tensor, position_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """(T, T) bool: entry [i, j] says whether query i sees key j. The definition, in words of tensors."""
     index = torch.arange(subtree_end.numel(), device=subtree_end.device)
     mask = (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
@@ -121,9 +119,7 @@ def _tree_attention_dq_kernel(
     i_q = o_q + tl.arange(0, BLOCK_Q)
     m_q = i_q < T
     do = tile(do_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
-    delta = tl.sum(
-        tile(o_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA).to(tl.float32) * do.to(tl.float32), 1
-    )
+    delta = tl.sum(tile(o_rows, o_q, head * D, T, HEADS * D, BLOCK_Q, D, TMA).to(tl.float32) * do.to(tl.float32), 1)
     o_stat = head.to(tl.int64) * T + i_q
     tl.store(p_delta + o_stat, delta, mask=m_q)
     lse = tl.load(p_lse + o_stat, mask=m_q, other=0.0)
@@ -354,9 +350,7 @@ def _tree_attention_fwd(q, k, v, *mask):
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)  # (Hq, T), in log2
     fixed = softcap is not None and softcap <= 80 and q.dtype != torch.float16  # exp(80) T is finite
     p, keys = {"o": o, "lse": lse}, {"k": k, "v": v}
-    _launch(
-        _tree_attention_fwd_kernel, _configs(q).forward, "queries", {"q": q}, keys, p, *mask, FIXED_MAXIMUM=fixed
-    )
+    _launch(_tree_attention_fwd_kernel, _configs(q).forward, "queries", {"q": q}, keys, p, *mask, FIXED_MAXIMUM=fixed)
     return o, lse
 
 
@@ -481,9 +475,5 @@ def tree_attention(
         with _triton.on_device(q):
             return _tree_attention_triton(q, k, v, subtree_end, position_ids, scale, softcap, window)
     if cpu.supports(q):
-        return cpu.tree_attention(
-            q, k, v, subtree_end, position_ids, scale=scale, softcap=softcap, window=window
-        )
-    return tree_attention_reference(
-        q, k, v, subtree_end, position_ids, scale=scale, softcap=softcap, window=window
-    )
+        return cpu.tree_attention(q, k, v, subtree_end, position_ids, scale=scale, softcap=softcap, window=window)
+    return tree_attention_reference(q, k, v, subtree_end, position_ids, scale=scale, softcap=softcap, window=window)

@@ -17,9 +17,7 @@ from . import _triton
 from ._triton import jit, softcapped, tile, tl
 
 
-def tree_decode_reference(
-    q, trunk_k, trunk_v, branch_k, branch_v, branch_lengths, *, scale, softcap=None, window=None
-):
+def tree_decode_reference(q, trunk_k, trunk_v, branch_k, branch_v, branch_lengths, *, scale, softcap=None, window=None):
     """The definition: differentiable by autograd, any device."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     (B, Hq, D), (L, Hkv, _), N = q.shape, trunk_k.shape, branch_k.shape[1]
@@ -40,9 +38,7 @@ def tree_decode_reference(
 
 
 @jit()
-def _attend(
-    q, k, v, visible, o, maximum, total, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr
-):
+def _attend(q, k, v, visible, o, maximum, total, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """One block of keys into the running sums of softmax(scores) v."""
     scores = softcapped(tl.dot(q, k.T, input_precision=PRECISION), SCALE, SOFTCAP)
     scores = tl.where(visible, scores, float("-inf"))

@@ -8,14 +8,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Gemma": "swirl.model.gemma",
     "GemmaConfig": "swirl.model.gemma",
-    "PackedBatch": "swirl.learning.packing",
-    "pack": "swirl.learning.packing",
+    "PackedBatch": "swirl.tree.batch",
+    "pack": "swirl.tree.pack",
     "Tokenizer": "swirl.model.tokenizer",
-    "Question": "swirl.trajectory",
-    "Step": "swirl.trajectory",
-    "Trajectory": "swirl.trajectory",
-    "read_trajectories": "swirl.trajectory",
-    "write_trajectories": "swirl.trajectory",
+    "Question": "swirl.trajectories.record",
+    "Step": "swirl.trajectories.record",
+    "Trajectory": "swirl.trajectories.record",
+    "read_trajectories": "swirl.trajectories.log",
+    "write_trajectories": "swirl.trajectories.log",
 }
 __all__ = sorted(_HOMES)
 

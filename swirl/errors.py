@@ -21,9 +21,7 @@ class SwirlError(Exception):
 class InputError(SwirlError, ValueError):
     """Malformed data. `line` counts from 1; `field` is a path such as `steps[2].action_ids`."""
 
-    def __init__(
-        self, file: str | os.PathLike, expected: str, *, line: int | None = None, field: str | None = None
-    ):
+    def __init__(self, file: str | os.PathLike, expected: str, *, line: int | None = None, field: str | None = None):
         self.file, self.line, self.field, self.expected = os.fspath(file), line, field, expected
         where = self.file if line is None else f"{self.file}:{line}"
         super().__init__(f"{where}: {expected}" if field is None else f"{where}: field '{field}': {expected}")

@@ -16,18 +16,20 @@ from pathlib import Path
 
 import msgspec
 
-from swirl import cli, tasks
-from swirl.environment.client import Client
-from swirl.environment.policy import EndpointLimits
-from swirl.environment.rollout import RolloutLimits, Unanswered
+from swirl import tasks
+from swirl.app import command
+from swirl.app.progress import progress
+from swirl.app.resolve import answers_beside, open_judge, open_policy, open_retriever
+from swirl.app.scores import Score, score_trajectories
+from swirl.endpoints.address import EndpointLimits
+from swirl.endpoints.client import Client
 from swirl.errors import ConfigError
 from swirl.filter import judge_steps, with_outcome
 from swirl.generate import collect, tokens_in_an_action
-from swirl.open import answers_beside, open_judge, open_policy, open_retriever
-from swirl.progress import progress
 from swirl.report import print_scores
-from swirl.score import Score, score_trajectories
-from swirl.trajectory import Question, Trajectory, write_trajectories
+from swirl.rollout.rollout import RolloutLimits, Unanswered
+from swirl.trajectories.log import write_trajectories
+from swirl.trajectories.record import Question, Trajectory
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class EvaluateConfig:
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
-        cli.require_at_least(1, self, "top_k", "limit", "max_new_tokens", "in_flight")
-        cli.require_at_least(0, self, "temperature")
+        command.require_at_least(1, self, "top_k", "limit", "max_new_tokens", "in_flight")
+        command.require_at_least(0, self, "temperature")
 
 
 async def answer(
@@ -187,16 +189,16 @@ async def _evaluate(config: EvaluateConfig) -> dict[str, list[Trajectory | Unans
                     )
                 )
     if client.progress.cached:
-        cli.warn(
+        command.warn(
             f"{client.progress.cached} of {client.progress.done} answers were paid for before and come from {cache}: "
             "if another model answers at that address now, name another --cache"
         )
     for (task, _), of_task in zip(opened, made, strict=True):
         reasons = [t.reason for t in of_task if isinstance(t, Unanswered)]
         if reasons:
-            cli.warn(
+            command.warn(
                 f"{task.name}: {len(reasons)} of {len(of_task)} questions unanswered, scores are over the others "
-                f"({cli.first_reasons(reasons)})"
+                f"({command.first_reasons(reasons)})"
             )
     return {task.name: of_task for (task, _), of_task in zip(opened, made, strict=True)}
 
@@ -227,5 +229,10 @@ def _show(scores: list[Score]) -> None:
             sys.stdout.write(msgspec.json.encode(score).decode() + "\n")
 
 
+def run_command() -> None:
+    """Flags, then the work, then the exit code."""
+    command.run(main, EvaluateConfig, __doc__)
+
+
 if __name__ == "__main__":
-    cli.run(main, EvaluateConfig, __doc__)
+    run_command()

@@ -24,16 +24,18 @@ from typing import Literal, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from swirl import cli
-from swirl.environment.client import Client
-from swirl.environment.concurrency import as_done
-from swirl.environment.judge import NO_ANSWER, Kind, OutcomeToJudge, StepToJudge
-from swirl.environment.policy import EndpointLimits
+from swirl.app import command
+from swirl.app.progress import progress
+from swirl.app.resolve import answers_beside, is_url, model_folder, open_judge
+from swirl.endpoints.address import EndpointLimits
+from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, InputError
-from swirl.open import answers_beside, is_url, model_folder, open_judge
-from swirl.progress import progress
+from swirl.judging.judges import NO_ANSWER, Kind, OutcomeToJudge, StepToJudge
+from swirl.rollout.concurrency import as_done
+from swirl.storage.digest import checkpoint_digest
 from swirl.tasks import is_correct, tool_name
-from swirl.trajectory import Trajectory, TrajectoryLog, iter_trajectories
+from swirl.trajectories.log import TrajectoryLog, iter_trajectories
+from swirl.trajectories.record import Trajectory
 
 Mode = Literal["none", "process", "outcome", "both"]
 # As the encoder writes it; within a text its quotes would be escaped.
@@ -55,7 +57,7 @@ class FilterConfig:
     """Who says which steps are GOOD: `rule` (Almanac's own), the URL of a server's model, or a checkpoint folder."""
     judge_prompt: Path | None = None
     """File of another template for that model: text with {question}, {context} and {action}. The built-in ones:
-    python -m swirl.environment.judge_prompts NAME."""
+    python -m swirl.judging.prompts NAME."""
     outcome_judge: str | None = None
     """Who says whether an answer is correct: a URL or a checkpoint folder; default: the data set's official rule."""
     outcome_judge_prompt: Path | None = None
@@ -73,7 +75,7 @@ class FilterConfig:
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
-        cli.require_at_least(1, self, "votes", "in_flight")
+        command.require_at_least(1, self, "votes", "in_flight")
 
 
 # No verdict depends on these; templates are compared by content, in the names of the judges.
@@ -221,7 +223,7 @@ def _known_as(config: FilterConfig, judges: Judges) -> dict[str, str]:
     for flag in named:
         spec = getattr(config, flag)
         if spec != "rule" and not is_url(spec):
-            named[flag] += f" ({cli.checkpoint_digest(model_folder(spec))})"
+            named[flag] += f" ({checkpoint_digest(model_folder(spec))})"
     return named
 
 
@@ -232,7 +234,7 @@ def _begun_again(config: FilterConfig, judges: Judges) -> TrajectoryLog:
     aside = config.dropped.with_name(config.dropped.name + ".partial")
     with TrajectoryLog(config.dropped):
         known_as = _known_as(config, judges)
-        cli.refuse_other_settings(config, [config.kept, config.dropped], may_change=_MAY_CHANGE, known_as=known_as)
+        command.refuse_other_settings(config, [config.kept, config.dropped], may_change=_MAY_CHANGE, known_as=known_as)
         with open(config.dropped, "rb") as old, open(aside, "wb") as new:
             new.writelines(line for line in old if not any(mark in line for mark in _WITHOUT_VERDICT))
             new.flush()
@@ -245,9 +247,7 @@ def _open_judges(config: FilterConfig, client: Client) -> Judges:
     def opened(spec: str | None, kind: Kind, prompt: Path | None):
         if spec is None:
             return None
-        return open_judge(
-            spec, kind=kind, prompt=prompt, votes=config.votes, client=client, limits=config.endpoint
-        )
+        return open_judge(spec, kind=kind, prompt=prompt, votes=config.votes, client=client, limits=config.endpoint)
 
     return Judges(
         opened(config.judge, "process", config.judge_prompt),
@@ -297,11 +297,11 @@ async def _filter(config: FilterConfig) -> dict:
     unanswered = [reason.partition(": ")[2] for reason in reasons if reason.startswith("unanswered: ")]
     unjudged = [reason.partition(": ")[2] for reason in reasons if reason.startswith("unjudged: ")]
     if unanswered:
-        why = cli.first_reasons(unanswered)
-        cli.warn(f"{len(unanswered)} trajectories unanswered, the same command asks for them again ({why})")
+        why = command.first_reasons(unanswered)
+        command.warn(f"{len(unanswered)} trajectories unanswered, the same command asks for them again ({why})")
     if unjudged:
-        why = cli.first_reasons(unjudged)
-        cli.warn(f"{len(unjudged)} trajectories unjudged, which asking again would not change ({why})")
+        why = command.first_reasons(unjudged)
+        command.warn(f"{len(unjudged)} trajectories unjudged, which asking again would not change ({why})")
     return {
         "mode": config.mode,
         "judge": judges.steps.name,
@@ -323,5 +323,10 @@ def main(config: FilterConfig) -> None:
     sys.stdout.write(msgspec.json.encode(asyncio.run(_filter(config))).decode() + "\n")
 
 
+def run_command() -> None:
+    """Flags, then the work, then the exit code."""
+    command.run(main, FilterConfig, __doc__)
+
+
 if __name__ == "__main__":
-    cli.run(main, FilterConfig, __doc__)
+    run_command()

@@ -16,15 +16,17 @@ from pathlib import Path
 
 import msgspec
 
-from swirl import cli
-from swirl.environment.client import Client
-from swirl.environment.policy import EndpointLimits
-from swirl.environment.rollout import RolloutLimits, Unanswered, rollouts, trajectory_id
+from swirl.app import command
+from swirl.app.progress import progress
+from swirl.app.resolve import answers_beside, is_url, model_folder, open_policy, open_retriever
+from swirl.endpoints.address import EndpointLimits
+from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, EndpointError, InputError
-from swirl.open import answers_beside, is_url, model_folder, open_policy, open_retriever
-from swirl.progress import progress
+from swirl.rollout.rollout import RolloutLimits, Unanswered, rollouts, trajectory_id
+from swirl.storage.digest import checkpoint_digest
 from swirl.tasks import Task, open_task, require_use
-from swirl.trajectory import Question, Trajectory, TrajectoryLog
+from swirl.trajectories.log import TrajectoryLog
+from swirl.trajectories.record import Question, Trajectory
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class GenerateConfig:
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
-        cli.require_at_least(1, self, "top_k", "limit", "samples", "max_steps", "max_new_tokens", "in_flight")
-        cli.require_at_least(0, self, "temperature")
+        command.require_at_least(1, self, "top_k", "limit", "samples", "max_steps", "max_new_tokens", "in_flight")
+        command.require_at_least(0, self, "temperature")
 
 
 # No line depends on these, but by rounding where a checkpoint runs here.
@@ -127,7 +129,7 @@ async def collect(
 def _known_as(config: GenerateConfig, coder) -> dict[str, str]:
     """What the lines depend on beyond its name: a checkpoint's weights, a server's tokenizer."""
     if not is_url(config.policy):
-        return {"policy": f"{config.policy} ({cli.checkpoint_digest(model_folder(config.policy))})"}
+        return {"policy": f"{config.policy} ({checkpoint_digest(model_folder(config.policy))})"}
     return {"tokenizer": f"{config.tokenizer} ({coder.fingerprint})"} if config.tokenizer else {}
 
 
@@ -152,12 +154,10 @@ async def _generate(config: GenerateConfig) -> dict:
             limits=config.endpoint,
             tokenizer=config.tokenizer,
         )
-        task = await open_retriever(
-            task, config.retriever, top_k=config.top_k, client=client, limits=config.endpoint
-        )
+        task = await open_retriever(task, config.retriever, top_k=config.top_k, client=client, limits=config.endpoint)
         with TrajectoryLog(config.out) as log:
             known_as = _known_as(config, coder)
-            cli.refuse_other_settings(config, [config.out], may_change=_MAY_CHANGE, known_as=known_as)
+            command.refuse_other_settings(config, [config.out], may_change=_MAY_CHANGE, known_as=known_as)
             wanted = [(question, sample) for question in questions for sample in range(config.samples)]
             for question, sample in wanted:
                 if log.answers_another(trajectory_id(question, sample), question):
@@ -189,10 +189,10 @@ async def _generate(config: GenerateConfig) -> dict:
                     advance()
             total = len(log.done)
     if unanswered:
-        reasons = cli.first_reasons(one.reason for one in unanswered)
+        reasons = command.first_reasons(one.reason for one in unanswered)
         if not total:
             raise EndpointError(policy.name, f"none of {len(unanswered)} trajectories was answered ({reasons})")
-        cli.warn(f"{len(unanswered)} trajectories unanswered, the same command asks for them again ({reasons})")
+        command.warn(f"{len(unanswered)} trajectories unanswered, the same command asks for them again ({reasons})")
     return {
         "out": str(config.out),
         "trajectories": total,
@@ -207,5 +207,10 @@ def main(config: GenerateConfig) -> None:
     sys.stdout.write(msgspec.json.encode(result).decode() + "\n")
 
 
+def run_command() -> None:
+    """Flags, then the work, then the exit code."""
+    command.run(main, GenerateConfig, __doc__)
+
+
 if __name__ == "__main__":
-    cli.run(main, GenerateConfig, __doc__)
+    run_command()

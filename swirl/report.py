@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from swirl import cli
+from swirl.app import command
+from swirl.app.scores import Score, bootstrap_interval
 from swirl.errors import InputError
-from swirl.score import Score, bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -237,5 +237,10 @@ def main(config: ReportConfig) -> None:
     print(write_report(config.run))
 
 
+def run_command() -> None:
+    """Flags, then the work, then the exit code."""
+    command.run(main, ReportConfig, __doc__)
+
+
 if __name__ == "__main__":
-    cli.run(main, ReportConfig, __doc__)
+    run_command()

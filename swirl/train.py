@@ -25,12 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from swirl import cli, tasks
 from swirl import config as configs
-from swirl import open as opening
+from swirl import tasks
+from swirl.app import command, resolve
+from swirl.app.progress import progress
+from swirl.app.rewards import mean_reward, recorded_rewards, reward_metrics, rewards_of
+from swirl.app.scores import Score, compared, score_trajectories
 from swirl.config import TrainConfig
-from swirl.environment.client import Client
-from swirl.environment.rollout import draw_seed, with_ids
+from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, EndpointUnusable, InputError
 from swirl.evaluate import answer
 from swirl.filter import filter_in_memory
@@ -38,12 +40,12 @@ from swirl.generate import collect, limits_for
 from swirl.learning import distributed, usage
 from swirl.learning.learner import Learner, ScoredAction
 from swirl.learning.objective import leave_one_out_advantages
-from swirl.model.local_policy import LocalPolicy, completion_action
-from swirl.progress import progress
 from swirl.report import print_comparison, write_report
-from swirl.rewards import mean_reward, recorded_rewards, reward_metrics, rewards_of
-from swirl.score import Score, compared, score_trajectories
-from swirl.trajectory import Trajectory, read_trajectories, take_lock, write_trajectories
+from swirl.rollout.rollout import draw_seed, with_ids
+from swirl.sampling.local_policy import LocalPolicy, completion_action
+from swirl.storage.lock import take_lock
+from swirl.trajectories.log import read_trajectories, write_trajectories
+from swirl.trajectories.record import Trajectory
 
 _UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on would only pay for more of the same
 _TERMINATED = threading.Event()  # SIGTERM has come
@@ -65,7 +67,7 @@ class Actor:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._runner.run(opening.close(self.judge, self._client))
+        self._runner.run(resolve.close(self.judge, self._client))
         self._runner.close()
 
     def evaluate(self, families: tuple[str, ...], description: str, *, show: bool = True) -> list[Score]:
@@ -83,7 +85,7 @@ class Actor:
                     task=task,
                     policy=self.policy,
                     coder=self.tokenizer,
-                    judge=opening.open_judge("rule"),
+                    judge=resolve.open_judge("rule"),
                     temperature=0.0,
                     max_new_tokens=self.config.max_new_tokens,
                     in_flight=1024,
@@ -124,7 +126,7 @@ class Actor:
         """Those that pass `config.filter` by Almanac's judge, with its verdicts."""
         with progress("filter", len(trajectories), show=distributed.is_main()) as advance:
             judging = filter_in_memory(
-                trajectories, judge=opening.open_judge("rule"), mode=self.config.filter, advance=advance
+                trajectories, judge=resolve.open_judge("rule"), mode=self.config.filter, advance=advance
             )
             kept, _ = self._runner.run(judging)
         return kept
@@ -296,9 +298,9 @@ def _rescue(folder: Path, actor: Actor) -> None:
             if all(weight.isfinite().all() for weight in actor.policy.engine.model.parameters()):
                 _save(folder, actor, what)
             else:
-                cli.warn(f"{what} are not saved: some are NaN or infinite")
+                command.warn(f"{what} are not saved: some are NaN or infinite")
     except Exception as error:
-        cli.warn(f"{what} could not be saved ({error})")
+        command.warn(f"{what} could not be saved ({error})")
 
 
 @contextmanager
@@ -330,7 +332,7 @@ def _train(config: TrainConfig, actor: Actor, learner: Learner, kept: list[Traje
 def _tell_masked(history: list[dict]) -> None:
     masked, actions = (sum(metrics[name] for metrics in history) for name in ("masked", "actions"))
     if masked and distributed.is_main():
-        cli.warn(f"{masked} of {actions} actions had no reward: they were masked, and taught nothing")
+        command.warn(f"{masked} of {actions} actions had no reward: they were masked, and taught nothing")
 
 
 def _require_grades(config: TrainConfig, history: list[dict], judge) -> None:
@@ -410,24 +412,24 @@ def train(config: TrainConfig) -> dict | None:
     """The whole way. Returns the summary on the main rank, None on the others. Raises SwirlError."""
     started = time.perf_counter()
     config = configs.smoke(config) if config.smoke else config
-    device = distributed.local_device(opening.device_for(config.device))
+    device = distributed.local_device(resolve.device_for(config.device))
     data = read_trajectories(config.data) if config.data is not None else None
     config = _settle(config, data)
     if data is not None:
         _require_rewards(config, data)
     with distributed.process_group(device):
         dtype = getattr(torch, config.dtype)
-        model, tokenizer = opening.load_model(config.model, device=device, dtype=dtype, attention=config.attention)
+        model, tokenizer = resolve.load_model(config.model, device=device, dtype=dtype, attention=config.attention)
         model.recompute = config.recompute
         if data is not None:
             data = _with_ids(data, tokenizer, config.data)
             _require_context(data, model.config.max_position_embeddings, config.data)
         client, sampled = Client(config.out / "answers.sqlite"), config.actions == "sampled"
-        judge = opening.open_judge(config.reward, kind="reward", client=client) if sampled else None
+        judge = resolve.open_judge(config.reward, kind="reward", client=client) if sampled else None
         if distributed.is_main():
             _set_aside(config.out)
             config.out.mkdir(parents=True, exist_ok=True)
-            (config.out / "config.json").write_bytes(cli.config_to_json(config))
+            (config.out / "config.json").write_bytes(command.config_to_json(config))
             ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
             print(f"{config.actions} actions, {config.reward} reward, {device}{ranks}", file=sys.stderr)
         distributed.from_main(None)  # before any rank writes into the folder, it is there, and new
@@ -481,5 +483,10 @@ def _terminated(number: int, frame) -> None:
     sys.exit(128 + number)
 
 
+def run_command() -> None:
+    """Flags, then the work, then the exit code."""
+    command.run(main, TrainConfig, __doc__)
+
+
 if __name__ == "__main__":
-    cli.run(main, TrainConfig, __doc__)
+    run_command()

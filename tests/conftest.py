@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swirl.environment.policy import PolicyAction
+from swirl.rollout.policy import PolicyAction
 from swirl.tasks import almanac
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A Hugging Face folder: a random Gemma 2 of a few thousand weights, with a tokenizer for Almanac's texts."""
-    from swirl.imitate import learn_tokenizer
+    from benchmarks.almanac_base import learn_tokenizer
     from swirl.model.gemma import Gemma, GemmaConfig
 
     tokenizer = learn_tokenizer(("bridge", "arithmetic"), 512, seed=0, num=100)
@@ -46,7 +46,7 @@ class DemonstratingPolicy:
     async def act(self, state):
         import numpy as np
 
-        from swirl.environment.rollout import draw_seed
+        from swirl.rollout.rollout import draw_seed
 
         question = self._questions[state.prompt.partition("Question: ")[2]]
         habits = almanac.HABITS if self._slips else None

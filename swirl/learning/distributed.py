@@ -111,9 +111,7 @@ def sum_gradients(model: torch.nn.Module) -> None:
     if world_size() == 1:
         return
     weights = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat(
-        [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in weights]
-    )
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in weights])
     dist.all_reduce(flat)
     for weight, grad in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
         weight.grad = grad.view_as(weight).to(weight.dtype)

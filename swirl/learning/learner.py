@@ -15,7 +15,8 @@ from swirl.kernels.chain_attention import ForkError
 from swirl.learning import distributed, usage
 from swirl.learning.objective import policy_loss
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
-from swirl.learning.packing import PackedBatch, pack_chains, pack_micro_batches, separate
+from swirl.tree.batch import PackedBatch
+from swirl.tree.pack import pack_chains, pack_micro_batches, separate
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,7 @@ class Learner:
 
     def __init__(self, config: TrainConfig, model: torch.nn.Module):
         self.config, self.model = config, model
-        self.optimizer = make_optimizer(
-            model, learning_rate=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coefficient else None
 
     def update(self, scored: list[ScoredAction], update: int) -> dict[str, float]:

@@ -51,9 +51,7 @@ def make_optimizer(model: torch.nn.Module, *, learning_rate: float, weight_decay
         {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return Optimizer(
-        partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True), groups
-    )
+    return Optimizer(partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True), groups)
 
 
 def make_optimizers_from_nothing(
@@ -66,9 +64,7 @@ def make_optimizers_from_nothing(
     """
     layers = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     norms = [p for p in model.parameters() if p.ndim == 1]
-    muon = partial(
-        torch.optim.Muon, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = partial(torch.optim.Muon, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     adamw = partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     return [Optimizer(muon, [{"params": layers}]), Optimizer(adamw, [{"params": [embedding, *norms]}])]
 

@@ -126,9 +126,7 @@ def save(state: dict[str, torch.Tensor], config: dict, path: str | os.PathLike, 
     if target.exists() and not target.is_dir():
         raise CheckpointError(path, "is a file, expected a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise CheckpointError(
-            path, "holds files but no config.json: not a checkpoint, so it is left as it is"
-        )
+        raise CheckpointError(path, "holds files but no config.json: not a checkpoint, so it is left as it is")
     partial, old = _aside(target, "partial"), _aside(target, "old")
     try:
         shutil.rmtree(partial, ignore_errors=True)

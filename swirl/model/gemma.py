@@ -95,9 +95,7 @@ class GemmaConfig:
         if self.head_dim % 2:
             raise ConfigError(f"field 'head_dim': expected an even number, got {self.head_dim}")
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {SLIDING, FULL}:
-            raise ConfigError(
-                f"field 'layer_types': expected {self.num_hidden_layers} of '{SLIDING}' or '{FULL}'"
-            )
+            raise ConfigError(f"field 'layer_types': expected {self.num_hidden_layers} of '{SLIDING}' or '{FULL}'")
 
     def window(self, layer: int) -> int | None:
         """How far back this layer sees, itself included; None is everything."""
@@ -120,9 +118,7 @@ class GemmaConfig:
             "rope_type",
             "rope_theta",
         }:
-            raise ConfigError(
-                f"field 'rope_parameters': {rope_parameters} is not supported, only the default type"
-            )
+            raise ConfigError(f"field 'rope_parameters': {rope_parameters} is not supported, only the default type")
         if "rope_theta" in rope_parameters:
             known["rope_theta"] = rope_parameters["rope_theta"]
         for name in ("layer_types", "eos_token_id"):
@@ -134,9 +130,7 @@ class GemmaConfig:
         except TypeError:
             required = [field.name for field in fields(cls)][:6]
             missing = [name for name in required if name not in known]
-            raise ConfigError(
-                f"field '{missing[0]}' is missing" if missing else "fields of the wrong type"
-            ) from None
+            raise ConfigError(f"field '{missing[0]}' is missing" if missing else "fields of the wrong type") from None
 
     def to_json(self, dtype: torch.dtype = torch.float32) -> dict:
         """The content of config.json: what transformers 4 and 5, vLLM and llama.cpp look for."""

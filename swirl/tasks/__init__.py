@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swirl.errors import ConfigError
-from swirl.trajectory import Question
+from swirl.trajectories.record import Question
 
 if TYPE_CHECKING:
-    from swirl.environment.search import Page
+    from swirl.tools.search import Page
 
 ALMANAC_FAMILIES = ("bridge", "deep", "counterfactual", "mixed", "arithmetic")
 _CALCULATOR_TASKS = ("arithmetic", "gsm8k")
@@ -77,8 +77,8 @@ def require_use(flags: Iterable[str], names: Sequence[str]) -> None:
 
 
 def _almanac_task(name: str, top_k: int) -> Task:
-    from swirl.environment.search import SearchTool
     from swirl.tasks import almanac
+    from swirl.tools.search import SearchTool
 
     return Task(
         name=name,
@@ -101,20 +101,18 @@ def _data_set_task(name: str, path, corpus, top_k: int) -> Task:
     def pages() -> Iterable[Page]:
         if corpus is None:
             return module.corpus(path)
-        from swirl.environment.search import read_pages
+        from swirl.tools.search import read_pages
 
         return read_pages(Path(corpus, "pages.jsonl") if os.path.isdir(corpus) else corpus)
 
     def open_tool():
         if uses_calculator:
-            from swirl.environment.calculator import CalculatorTool
+            from swirl.tools.calculator.calculate import CalculatorTool
 
             return CalculatorTool()
-        from swirl.environment.search import SearchTool
+        from swirl.tools.search import SearchTool
 
-        return (
-            SearchTool.open(corpus, top_k) if corpus is not None else SearchTool(module.corpus(path), top_k)
-        )
+        return SearchTool.open(corpus, top_k) if corpus is not None else SearchTool(module.corpus(path), top_k)
 
     return Task(
         name=name,
@@ -135,7 +133,7 @@ def tool_name(task: str, prompt: str, actions: Iterable[str] = ()) -> str:
         return "calculator"
     if task != "own" and task in ALMANAC_FAMILIES + _DATA_SETS:
         return "search"
-    from swirl.environment.prompts import TAGS
+    from swirl.rollout.prompts import TAGS
 
     offered = prompt.partition("\nQuestion: ")[0]  # a question may speak of tags too
     for text in (offered, *actions):

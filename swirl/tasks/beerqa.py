@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from swirl.environment.search import Page
 from swirl.tasks.reading import each_once, golden_answers, read_array
 from swirl.tasks.scoring import exact_match, f1, mean_scores
-from swirl.trajectory import Question
+from swirl.tools.search import Page
+from swirl.trajectories.record import Question
 
 _HOPS = {"squad": 1, "hotpotqa": 2}
 

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from swirl.environment.search import Page
 from swirl.errors import ConfigError
 from swirl.tasks.reading import each_once, golden_answers, read_jsonl
 from swirl.tasks.scoring import exact_match, f1
-from swirl.trajectory import Question
+from swirl.tools.search import Page
+from swirl.trajectories.record import Question
 
 
 class _SubQuestion(msgspec.Struct):

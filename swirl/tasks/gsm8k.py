@@ -18,13 +18,14 @@ from pathlib import Path
 
 import msgspec
 
-from swirl.environment.calculator import calculate
-from swirl.environment.prompts import action_text, observation_text, question_prompt
-from swirl.environment.search import Page
 from swirl.errors import CalculatorError, InputError, SwirlError
+from swirl.rollout.prompts import action_text, observation_text, question_prompt
 from swirl.tasks.reading import golden_answers, read_jsonl
 from swirl.tasks.scoring import f1, same_number
-from swirl.trajectory import Question, Step, Trajectory, write_trajectories
+from swirl.tools.calculator.calculate import calculate
+from swirl.tools.search import Page
+from swirl.trajectories.log import write_trajectories
+from swirl.trajectories.record import Question, Step, Trajectory
 
 MAX_QUERIES = 10
 INVALID = "[invalid]"
@@ -51,9 +52,7 @@ def _questions(path) -> Iterator[tuple[int, _Record, Question]]:
         if answer == INVALID:
             raise InputError(path, "expected it to end in '#### ' and a number", line=line, field="answer")
         hops = len(_ANNOTATION.findall(record.answer)) or None
-        question = Question(
-            id=f"{name}-{line}", task="gsm8k", question=record.question, answer=answer, hops=hops
-        )
+        question = Question(id=f"{name}-{line}", task="gsm8k", question=record.question, answer=answer, hops=hops)
         yield line, record, question
 
 
@@ -148,9 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         made = list(islice(records(arguments.questions, dropped), arguments.limit))
         if not made:
-            raise InputError(
-                arguments.questions, "expected at least one solution whose annotations can be used"
-            )
+            raise InputError(arguments.questions, "expected at least one solution whose annotations can be used")
         write_trajectories(arguments.trajectories, made)
     except SwirlError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import msgspec
 
-from swirl.environment.search import Page
 from swirl.tasks.reading import each_once, golden_answers, read_array
 from swirl.tasks.scoring import exact_match, f1
-from swirl.trajectory import Question
+from swirl.tools.search import Page
+from swirl.trajectories.record import Question
 
 
 class _Record(msgspec.Struct):

@@ -17,12 +17,12 @@ from collections.abc import Iterator
 
 import msgspec
 
-from swirl.environment.prompts import action_text, observation_text, question_prompt
-from swirl.environment.search import Page, show_pages
 from swirl.errors import InputError
+from swirl.rollout.prompts import action_text, observation_text, question_prompt
 from swirl.tasks.reading import each_once, golden_answers, read_jsonl
 from swirl.tasks.scoring import exact_match, f1_squad
-from swirl.trajectory import Question, Step, Trajectory
+from swirl.tools.search import Page, show_pages
+from swirl.trajectories.record import Question, Step, Trajectory
 
 MAX_QUERIES = 5
 
@@ -109,9 +109,7 @@ def records(path: str | os.PathLike, dropped: Counter[str] | None = None) -> Ite
             query = _resolve(part.question, parts[:k])
             result = show_pages([_page(paragraphs[part.paragraph_support_idx])])
             observation = observation_text(query, result)
-            steps.append(
-                Step(action=action_text("search", query), observation=observation, verdict="GOOD", reward=1.0)
-            )
+            steps.append(Step(action=action_text("search", query), observation=observation, verdict="GOOD", reward=1.0))
         steps.append(Step(action=action_text("answer", record.answer), verdict="GOOD", reward=1.0))
         yield Trajectory(
             id=f"{question.id}#0",

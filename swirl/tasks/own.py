@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from swirl.environment.search import Page
 from swirl.errors import InputError
 from swirl.tasks.reading import each_once, golden_answers, read_jsonl
 from swirl.tasks.scoring import exact_match, f1, same_number
-from swirl.trajectory import Question
+from swirl.tools.search import Page
+from swirl.trajectories.record import Question
 
 
 class _Record(msgspec.Struct, forbid_unknown_fields=True):

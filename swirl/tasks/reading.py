@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import msgspec
 
-from swirl.environment.search import Page
 from swirl.errors import ConfigError, InputError
-from swirl.trajectory import Question, read_lines
+from swirl.tools.search import Page
+from swirl.trajectories.log import read_lines
+from swirl.trajectories.record import Question
 
 Record = TypeVar("Record")
 

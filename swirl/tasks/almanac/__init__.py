@@ -9,13 +9,13 @@ arithmetic      word problems of two to four operations, with the calculator, af
 
 from __future__ import annotations
 
-from swirl.environment.search import Page
 from swirl.tasks.almanac.demonstrator import HABITS, Habit, Habits, demonstrate, max_queries, tool
 from swirl.tasks.almanac.judge import RuleJudge
 from swirl.tasks.almanac.questions import FAMILIES, is_edited, questions
 from swirl.tasks.almanac.world import World, world
 from swirl.tasks.scoring import exact_match, f1, same_number
-from swirl.trajectory import Question
+from swirl.tools.search import Page
+from swirl.trajectories.record import Question
 
 __all__ = [
     "FAMILIES",

@@ -76,9 +76,7 @@ class Problem:
     @property
     def key(self) -> str:
         """The numbers and operators alone: problems that differ in words only are the same problem."""
-        return str(self.first) + "".join(
-            f" {PHRASE_OF[name].operator} {operand}" for name, operand in self.operations
-        )
+        return str(self.first) + "".join(f" {PHRASE_OF[name].operator} {operand}" for name, operand in self.operations)
 
 
 def _apply(operator: Operator, value: int, operand: int) -> int:

@@ -16,14 +16,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from swirl.environment.calculator import CalculatorTool, calculate
-from swirl.environment.prompts import action_text, observation_text
-from swirl.environment.search import SearchTool, show_pages
 from swirl.errors import CalculatorError, ConfigError
+from swirl.rollout.prompts import action_text, observation_text
 from swirl.tasks.almanac.arithmetic import PHRASE_OF, Problem, parse_problem
 from swirl.tasks.almanac.questions import Chain, is_edited, parse_question
 from swirl.tasks.almanac.world import world
-from swirl.trajectory import Question
+from swirl.tools.calculator.calculate import CalculatorTool, calculate
+from swirl.tools.search import SearchTool, show_pages
+from swirl.trajectories.record import Question
 
 MAX_QUERIES = {"search": 5, "calculator": 10}
 Demonstration = list[tuple[str, str | None]]
@@ -115,9 +115,7 @@ class Habits:
 HABITS = Habits()
 
 
-def demonstrate(
-    question: Question, rng: np.random.Generator, *, slips: Habits | None = HABITS
-) -> Demonstration:
+def demonstrate(question: Question, rng: np.random.Generator, *, slips: Habits | None = HABITS) -> Demonstration:
     """(action, observation) of each step, the last one's observation None where it answers.
 
     At most as many steps as the family allows queries; without an answer the demonstration just ends there.
@@ -209,9 +207,7 @@ def _calculate(expression: str) -> tuple[str, str]:
     return action_text("calculator", expression), observation_text(expression, result)
 
 
-def _demonstrate_arithmetic(
-    problem: Problem, rng: np.random.Generator, slips: Habits | None
-) -> Demonstration:
+def _demonstrate_arithmetic(problem: Problem, rng: np.random.Generator, slips: Habits | None) -> Demonstration:
     scale = 1.0 if slips is None else slips.scale.get("arithmetic", 1.0)
     values = problem.values
     steps: Demonstration = []

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 
-from swirl.environment.calculator import calculate
-from swirl.environment.judge import Judgement, StepToJudge
-from swirl.environment.prompts import ParsedAction, parse_action
 from swirl.errors import CalculatorError
+from swirl.judging.judges import Judgement, StepToJudge
+from swirl.rollout.prompts import ParsedAction, parse_action
 from swirl.tasks.almanac.arithmetic import PHRASE_OF, Problem, parse_problem
 from swirl.tasks.almanac.questions import Chain, parse_question
 from swirl.tasks.almanac.world import RELATIONS, names, read_facts
 from swirl.tasks.scoring import normalize_answer, read_number
-from swirl.trajectory import Step
+from swirl.tools.calculator.calculate import calculate
+from swirl.trajectories.record import Step
 
 MAX_CHARACTERS = 2000  # of an action; a longer one is BAD unread
 

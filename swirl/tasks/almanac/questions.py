@@ -19,7 +19,7 @@ from swirl.errors import ConfigError
 from swirl.tasks.almanac import arithmetic
 from swirl.tasks.almanac.arithmetic import MAX_CHARACTERS
 from swirl.tasks.almanac.world import RELATIONS, RELATIONS_OF, SEED, World, world
-from swirl.trajectory import Question
+from swirl.trajectories.record import Question
 
 Family = Literal["bridge", "deep", "counterfactual", "mixed", "arithmetic"]
 Split = Literal["train", "validation", "test"]
@@ -124,9 +124,7 @@ def _questions(family: Family, split: Split, num: int) -> tuple[Question, ...]:
     stream = _arithmetic_stream(split) if family == "arithmetic" else _chain_stream(family, split)
     drawn = tuple(islice(stream, num))
     if len(drawn) < num:
-        raise ConfigError(
-            f"almanac has no more than {len(drawn)} {split} questions in {family}, {num} were asked for"
-        )
+        raise ConfigError(f"almanac has no more than {len(drawn)} {split} questions in {family}, {num} were asked for")
     return drawn
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from swirl.environment.search import Page
+from swirl.tools.search import Page
 
 SEED = 2504
 EDITED_SHARE = 0.5

@@ -1,0 +1,187 @@
+"""From what a user names on the command line to the thing itself: policies, judges, search tools."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Literal
+
+from swirl.app.progress import progress
+from swirl.endpoints.address import EndpointLimits, endpoint_for, parse_spec
+from swirl.endpoints.client import Client
+from swirl.errors import CheckpointError, ConfigError, InputError
+from swirl.tasks import Task
+
+ALMANAC_BASE = Path(__file__).parents[1] / "tasks" / "almanac" / "base"
+
+
+def is_url(spec: str) -> bool:
+    return "://" in spec
+
+
+def model_folder(spec: str) -> Path:
+    """`almanac` is the base policy that ships with swirl; anything else is a Hugging Face folder."""
+    return ALMANAC_BASE if spec == "almanac" else Path(spec)
+
+
+def device_for(name: str) -> str:
+    """The device of that name; `auto` is `cuda` where there is one, else `cpu`. Without a number `cuda` is this rank's.
+
+    Raises ConfigError where it is none of these, or not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (":" in name and not number.isdecimal())):
+        raise ConfigError(f"--device {name}: expected cpu, cuda or cuda:0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(number or os.environ.get("LOCAL_RANK", 0)) >= count:
+        raise ConfigError(f"--device {name}: torch {torch.__version__} finds {count} CUDA devices here")
+    return name
+
+
+def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
+    """(Gemma, Tokenizer) from a folder or `almanac`. Raises CheckpointError, also where the two do not fit, and
+    ConfigError where there is no such device, or this `attention` cannot compute that model.
+    """
+    import torch
+
+    from swirl.model.checkpoint import check_tokenizer_fits
+    from swirl.model.gemma import Gemma
+    from swirl.model.tokenizer import Tokenizer
+
+    folder, device = model_folder(spec), device_for(str(device))
+    if not folder.is_dir():
+        raise CheckpointError(folder, "no such folder: expected `almanac` or a Hugging Face folder of a Gemma 2")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = Gemma.from_pretrained(folder, dtype=dtype or torch.float32, device=device, attention=attention)
+    check_tokenizer_fits(tokenizer, model.config.vocab_size, folder)
+    return model, tokenizer
+
+
+def open_policy(
+    spec: str,
+    *,
+    device: str = "cpu",
+    client: Client | None = None,
+    limits: EndpointLimits | None = None,
+    tokenizer: Path | None = None,
+):
+    """(policy, token coder or None) from `almanac`, a checkpoint folder, or the URL of a server, asked by `client`.
+
+    A server's policy has a coder where the folder of its `tokenizer` is given. Raises CheckpointError, ConfigError.
+    """
+    if is_url(spec):
+        from swirl.endpoints.address import open_policy as open_wire_policy
+
+        coder = None
+        if tokenizer is not None:
+            from swirl.model.tokenizer import Tokenizer
+
+            coder = Tokenizer.from_pretrained(tokenizer)
+        return open_wire_policy(spec, client=client, limits=limits, coder=coder), coder
+    if tokenizer is not None:
+        raise ConfigError(f"--tokenizer {tokenizer}: the policy '{spec}' has its own, expected a URL's")
+    from swirl.sampling.local_policy import LocalPolicy
+
+    model, tokenizer = load_model(spec, device=device)
+    return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
+
+
+def open_judge(
+    spec: str,
+    *,
+    kind: Literal["process", "outcome", "reward"] = "process",
+    prompt: Path | None = None,
+    votes: int = 4,
+    client: Client | None = None,
+    limits: EndpointLimits | None = None,
+):
+    """`rule` (knows Almanac only), the URL of a server whose model judges, or a checkpoint folder that does.
+
+    `kind` asks a model for a verdict on a step, for one on the final answer, or for a step's graded reward; `prompt`
+    is the file of another template for it. Without a `client` it has its own, and `close` must be awaited.
+    Raises ConfigError, CheckpointError, InputError.
+    """
+    if spec == "rule":
+        from swirl.tasks.almanac import RuleJudge
+
+        return RuleJudge()
+    from swirl.judging import judges as judge
+
+    if is_url(spec):
+        return judge.open_judge(spec, kind=kind, prompt=prompt, votes=votes, client=client, limits=limits)
+    if not model_folder(spec).is_dir():
+        raise ConfigError(f"judge '{spec}' is unknown: expected 'rule', a URL or a checkpoint folder")
+    policy, _ = open_policy(spec)
+    return judge.judge_with(policy, kind, prompt=prompt, votes=votes)
+
+
+async def open_retriever(
+    task: Task, spec: str, *, top_k: int, client: Client, limits: EndpointLimits | None = None
+) -> Task:
+    """The task with its search done by `spec`: `bm25`, `dense+http://host/v1#model`, or a URL of Search-R1's form.
+
+    Dense: the task's pages are embedded once, into a folder beside the file they come from; a later run opens that.
+    Raises ConfigError where the task searches nothing that could be embedded, InputError where the folder is of other
+    pages, EndpointError as the server does.
+    """
+    if spec == "bm25":
+        return task
+    if not is_url(spec):
+        raise ConfigError(
+            f"retriever '{spec}' is unknown: expected bm25, dense+http://host/v1#model or http://host:port/retrieve"
+        )
+    if task.tool_name != "search":
+        raise ConfigError(f"--retriever: task '{task.name}' calculates, and searches nothing")
+    from swirl.tools.retrieval import RetrievalServerTool, retriever
+
+    if spec.startswith("dense+"):
+        tool = await _open_dense(task, spec.removeprefix("dense+"), top_k, client, limits)
+    else:
+        endpoint = replace(endpoint_for(spec, limits=limits), key_env=None)  # that form knows no key
+        tool = RetrievalServerTool(spec, retriever(client, endpoint), top_k)
+    return replace(task, open_tool=lambda: tool)
+
+
+async def _open_dense(task: Task, spec: str, top_k: int, client: Client, limits: EndpointLimits | None):
+    from swirl.endpoints.batcher import embedder
+    from swirl.tools.retrieval import DenseSearchTool, build_dense_index
+
+    _, url, model = parse_spec(spec)
+    endpoint = endpoint_for(url, limits=limits)
+    embed = embedder(client, endpoint, model)
+    if task.corpus is None:
+        raise ConfigError(f"--retriever: task '{task.name}' has no file of pages to index, a server's URL would do")
+    folder = task.corpus.with_name(f"{task.corpus.name}.dense-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}")
+    if not folder.exists():
+        with progress("embed pages", None, note=client.progress.note) as advance:
+
+            async def embed_pages(texts: list[str]) -> list[list[float]]:
+                vectors = await embed(texts)
+                advance(len(texts))
+                return vectors
+
+            at_a_time = endpoint.batch_size * endpoint.concurrency
+            await build_dense_index(task.pages(), folder, embed_pages, pages_per_request=at_a_time)
+    tool = DenseSearchTool(folder, embed, top_k)
+    if any(old != new for old, new in zip_longest(tool.pages, task.pages())):
+        raise InputError(folder, f"expected an index of {task.corpus} as it is now: remove the folder to build it anew")
+    return tool
+
+
+def answers_beside(out: Path) -> Path:
+    """Where a command that writes `out` keeps the answers of servers, unless it is told another file."""
+    return out.with_name(out.name + ".answers.sqlite")
+
+
+async def close(*things) -> None:
+    """Close what holds connections: policies and judges over the wire."""
+    for thing in things:
+        if hasattr(thing, "close"):
+            await thing.close()

@@ -1,0 +1,98 @@
+"""OpenAI's /completions, as vLLM, SGLang and llama.cpp speak it: the one protocol that takes token ids."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from swirl.endpoints.batcher import Batcher
+from swirl.endpoints.wire import CUT_OFF, Wire, as_dict, chat_messages, id_of_name, read_ids, seed_32, token_details
+from swirl.rollout.policy import PolicyAction, PolicyState
+
+
+class CompletionsPolicy(Wire):
+    """OpenAI's /completions. The state goes out as its token ids where they are known, else as Gemma's turns
+    in text.
+
+    Draws that share seed, temperature and length share a request, as all greedy ones do.
+    """
+
+    @cached_property
+    def _batcher(self) -> Batcher:
+        return Batcher(self.client, self.endpoint, "/completions", join=self._join, split=_choices, read=self._read)
+
+    async def act(self, state: PolicyState) -> PolicyAction:
+        """Raises EndpointError where there is no answer, or none that can be read."""
+        prompt = list(state.ids) if state.ids else gemma_turns(state)
+        needed = {
+            "max_tokens": state.max_new_tokens,
+            "temperature": state.temperature,
+            "stop": ["<end_of_turn>"],
+        }
+        optional: dict[str, Any] = {"logprobs": max(1, state.top_log_probs), "return_token_ids": True}
+        if state.temperature > 0:
+            optional["seed"] = seed_32(state.seed)
+
+        async def ask(payload, draw):
+            group = msgspec.json.encode(payload)
+            if not draw:
+                return await self._batcher.ask(prompt, group)
+            body = self._join([prompt], group)
+            return await self.client.post(
+                self.endpoint,
+                "/completions",
+                body,
+                draw=draw,
+                tokens=state.max_new_tokens,
+                read=self._read_only_choice,
+            )
+
+        choice = await self._ask(state, needed, optional, ask)
+        given = as_dict(choice.get("logprobs"))
+        names, values, tops = (given.get(name) or [] for name in ("tokens", "token_logprobs", "top_logprobs"))
+        tokens = zip(names, values, tops if len(tops) == len(names) else [None] * len(names), strict=False)
+        ids, log_probs, top = token_details(
+            list(tokens),
+            token_id=lambda token: id_of_name(token[0]),
+            log_prob=lambda token: token[1],
+            top=lambda token: list(as_dict(token[2]).items()),
+        )
+        return self._action(
+            choice["text"],
+            read_ids(choice.get("token_ids")) or ids,
+            log_probs,
+            top,
+            stopped=choice.get("finish_reason") not in CUT_OFF,
+        )
+
+    def _read(self, choice: Any) -> dict:
+        if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):
+            raise self._unreadable("choices[…].text")
+        self._refuse_unfinished(choice)
+        return choice
+
+    def _read_only_choice(self, answer: Any) -> dict:
+        try:
+            (choice,) = _choices(answer)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise self._unreadable("choices[0]") from None
+        return self._read(choice)
+
+    def _join(self, prompts: list, group: bytes) -> dict:
+        prompt = prompts[0] if len(prompts) == 1 else prompts
+        return {"model": self.model, "prompt": prompt, **msgspec.json.decode(group)}
+
+
+def gemma_turns(state: PolicyState) -> str:
+    """The state as Gemma 2 was trained to read it, without <bos>, which servers add, up to where the model
+    speaks.
+    """
+    names = {"user": "user", "assistant": "model"}
+    turns = (f"<start_of_turn>{names[m['role']]}\n{m['content']}<end_of_turn>\n" for m in chat_messages(state))
+    return "".join(turns) + "<start_of_turn>model\n"
+
+
+def _choices(answer: Any) -> list[Any]:
+    return sorted(answer["choices"], key=lambda choice: choice["index"])

@@ -1,0 +1,145 @@
+"""Policies: what proposes the next action; those over the wire are here.
+
+A policy is any object with a `name` and `async def act(self, state: PolicyState) -> PolicyAction`. A server's
+policy speaks OpenAI's chat or completions, or Gemini's generateContent. Token ids and log-probs are kept
+where the server gives them (vLLM, SGLang, llama.cpp), and never made up from text.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from swirl.endpoints.client import Client, Endpoint
+from swirl.errors import EndpointError
+from swirl.rollout.policy import PolicyAction, PolicyState, TokenCoder
+
+# Of finish_reason; any other, or none, is the model's own end.
+CUT_OFF = ("length", "content_filter")
+_SERVER_FAILED = ("abort", "error")  # a server that shuts down, say: no answer, and none to be kept
+
+log = logging.getLogger("swirl.client")
+
+
+class Wire:
+    """What the protocols share: client, endpoint, and the optional fields that a server turned down."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        client: Client,
+        *,
+        coder: TokenCoder | None = None,
+        owns_client: bool = False,
+    ):
+        self.name = f"{endpoint.url}#{model}"
+        self.endpoint, self.model, self.client, self.coder = endpoint, model, client, coder
+        self._owns_client = owns_client
+        self._refused: set[str] = set()
+
+    async def close(self) -> None:
+        """Close the client, where it was opened for this policy alone."""
+        if self._owns_client:
+            await self.client.close()
+
+    async def _ask(self, state: PolicyState, needed: dict, optional: dict, ask) -> Any:
+        """`ask(payload, draw)`; an optional field that the server refuses by name is left out from then on.
+
+        `draw` is 0 where the payload says by itself which draw it is. Without `seed` the draws of one state are equal
+        requests, which would share one answer: there it is the seed, so that each has its own, found again.
+        """
+        while True:
+            sent = {name: value for name, value in optional.items() if name not in self._refused}
+            if "max_tokens" in self._refused:  # OpenAI's newer name for it
+                sent["max_completion_tokens"] = optional["max_tokens"]
+            draw = 0 if "seed" in sent or state.temperature == 0 else state.seed
+            try:
+                return await ask({**needed, **sent}, draw)
+            except EndpointError as error:
+                refused = error.status in (400, 422)
+                named = {name for name in sent if refused and re.search(rf"\b{name}\b", error.reason)}
+                if not named:
+                    raise
+                for name in sorted(named - self._refused):
+                    log.warning("%s: refuses '%s', going on without", self.endpoint.url, name)
+                self._refused |= named
+
+    def _action(self, text: str, ids, log_probs, top, *, stopped: bool) -> PolicyAction:
+        """Log-probs without an id each are of no use to training, and dropped."""
+        if ids is None or log_probs is None or len(ids) != len(log_probs):
+            log_probs = None
+        if ids is not None and self.coder is not None:
+            ids, log_probs = _in_our_form(ids, log_probs, text, self.coder, stopped=stopped)
+        return PolicyAction(text=text, ids=ids, log_probs=log_probs, stopped=stopped, top_log_probs=top)
+
+    def _unreadable(self, expected: str) -> EndpointError:
+        return EndpointError(self.endpoint.url, f"expected {expected} in the answer", status=200)
+
+    def _refuse_unfinished(self, choice: dict) -> None:
+        reason = choice.get("finish_reason")
+        if reason in _SERVER_FAILED:
+            raise EndpointError(self.endpoint.url, f"the server ended the answer with '{reason}'", status=200)
+
+
+def chat_messages(state: PolicyState) -> list[dict[str, str]]:
+    """The state as user and assistant turns in turn: prompt, action, observation, action, …"""
+    messages = [{"role": "user", "content": state.prompt}]
+    for step in state.steps:
+        messages.append({"role": "assistant", "content": step.action})
+        messages.append({"role": "user", "content": step.observation or ""})
+    return messages
+
+
+def seed_32(seed: int) -> int:
+    return seed % 2**31  # Gemini's is an int32, and numpy's behind other servers takes no more than 32 bits
+
+
+def as_dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def given_instead(message: dict) -> str:
+    """What a message without content holds, such as tool calls of the server's own making, or thoughts alone."""
+    return ", ".join(sorted(name for name, value in message.items() if value and name != "role"))
+
+
+def read_ids(value: Any) -> tuple[int, ...] | None:
+    good = isinstance(value, list) and value and all(type(n) is int and n >= 0 for n in value)
+    return tuple(value) if good else None
+
+
+def id_of_name(name: Any) -> int | None:
+    """vLLM and SGLang can give tokens as `token_id:123`."""
+    head, _, digits = name.partition("token_id:") if isinstance(name, str) else ("", "", "")
+    return int(digits) if not head and digits.isdecimal() and digits.isascii() else None
+
+
+def _in_our_form(ids, log_probs, text: str, coder: TokenCoder, *, stopped: bool):
+    """(ids, log_probs) with the turn's end, as the tokenizer writes an action; None where they are not this text's.
+
+    Servers leave the end out, or another text than the ids' own: then the text is what came back, and is what counts.
+    """
+    ends = (coder.end_of_turn_id, coder.eos_id)
+    ended = ids[-1] in ends
+    try:
+        same = coder.decode(ids[:-1] if ended else ids) == text
+    except ValueError:  # ids of another vocabulary
+        same = False
+    if not same:
+        return None, None
+    return (ids, log_probs) if ended or not stopped else ((*ids, coder.end_of_turn_id), None)
+
+
+def token_details(tokens: list, *, token_id, log_prob, top):
+    """(ids, log_probs, top_log_probs) of an answer's tokens, each None unless every token has it."""
+    if not tokens:
+        return None, None, None
+    try:
+        ids = read_ids([token_id(token) for token in tokens])
+        log_probs = tuple(float(log_prob(token)) for token in tokens) or None
+        tops = tuple(tuple((str(name), float(value)) for name, value in top(token)) for token in tokens)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None, None, None
+    return ids, log_probs, tops if any(tops) else None

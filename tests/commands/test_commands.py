@@ -1,0 +1,349 @@
+"""The commands as a user runs them: exit codes, one line for an error, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from swirl.app import progress
+from swirl.app import resolve as opening
+from swirl.errors import ConfigError
+from swirl.trajectories.log import iter_trajectories, read_trajectories
+from swirl.trajectories.record import encode_trajectory
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(name, *flags, cwd, check=None, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", f"swirl.{name}", *map(str, flags)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check is not None:
+        assert done.returncode == check, done.stderr
+    return done
+
+
+def one_line(done):
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def sorted_lines(*paths):
+    return sorted(line for path in paths for line in path.read_bytes().splitlines())
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory, tiny_folder):
+    folder = tmp_path_factory.mktemp("data")
+    flags = ("--policy", tiny_folder, "--limit", 6, "--samples", 2, "--max-new-tokens", 8)
+    done = command("generate", "--out", "t.jsonl", *flags, cwd=folder, check=0)
+    assert json.loads(done.stdout)["trajectories"] == 12
+    return folder / "t.jsonl"
+
+
+@pytest.mark.parametrize("name", ["generate", "filter", "train", "evaluate", "report"])
+def test_help_is_for_strangers_and_wrong_usage_exits_2(name, tmp_path):
+    assert "usage" in command(name, "--help", cwd=tmp_path, check=0).stdout
+    assert command(name, "--no-such-flag", cwd=tmp_path).returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, flag, value",
+    [
+        ("generate", "--in-flight", 0),
+        ("generate", "--samples", 0),
+        ("evaluate", "--limit", 0),
+        ("filter", "--votes", 0),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_wrong_usage(name, flag, value, tmp_path):
+    done = command(name, flag, value, cwd=tmp_path, check=2)
+    assert f"{flag} {value}: expected at least 1" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    assert "file" in one_line(command("generate", "--limit", 1, "--out", "file/t.jsonl", cwd=tmp_path))
+
+
+def test_progress_in_a_log_file(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
+    said = iter(["one in flight", "none in flight"])
+    with progress.progress("count", 5, completed=2, note=lambda: next(said)) as advance:
+        advance(2)
+        advance(note="as told")
+    shown = capsys.readouterr()
+    middle, told, end = shown.err.splitlines()
+    assert shown.out == "" and middle.split()[:2] == ["count", "4/5"] and middle.endswith("left  one in flight")
+    assert told.split()[1] == "5/5" and "left" not in told and told.endswith("as told")
+    assert end == told
+    with progress.progress("count", None) as advance:
+        advance(3)
+    assert capsys.readouterr().err.splitlines()[-1].split() == ["count", "3", "0:00:00"]
+    with progress.progress("count", 5, show=False) as advance:
+        advance(5)
+    assert capsys.readouterr().err == ""
+
+
+def test_filter_help_loads_no_torch(tmp_path):
+    script = "import sys, swirl.filter; assert 'torch' not in sys.modules and 'numba' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True
+    )
+
+
+def test_generate_again_adds_nothing_and_other_settings_are_refused(trajectories, tiny_folder):
+    before = trajectories.read_bytes()
+    flags = ("--policy", tiny_folder, "--limit", 6, "--samples", 2, "--max-new-tokens", 8)
+    done = command("generate", "--out", trajectories, *flags, cwd=trajectories.parent, check=0)
+    assert json.loads(done.stdout)["new"] == 0 and trajectories.read_bytes() == before
+    done = command("generate", "--out", trajectories, *flags, "--seed", 1, cwd=trajectories.parent)
+    assert "--seed" in one_line(done) and trajectories.read_bytes() == before
+
+
+def test_generate_killed_at_any_moment_resumes_to_the_same_file(trajectories, tiny_folder, tmp_path):
+    flags = [
+        "--policy",
+        str(tiny_folder),
+        "--limit",
+        "6",
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--in-flight",
+        "1",
+    ]
+    out = tmp_path / "t.jsonl"
+    words = [sys.executable, "-m", "swirl.generate", "--out", str(out), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out.exists() and out.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with open(out, "ab") as file:
+        file.write(b'{"id": "half a li')
+    command("generate", "--out", out, *flags, cwd=tmp_path, check=0)
+
+    def without_log_probs(path):  # their last bits depend on what is sampled in the same batch
+        made = sorted(read_trajectories(path), key=lambda t: t.id)
+        return [replace(t, steps=tuple(replace(step, log_probs=None) for step in t.steps)) for t in made]
+
+    assert without_log_probs(out) == without_log_probs(trajectories)
+
+
+def test_filter_keeps_and_drops_all_with_reasons_and_resumes(trajectories, tmp_path):
+    for mode in ("none", "process", "outcome", "both"):
+        flags = ("--data", trajectories, "--kept", f"{mode}.k", "--dropped", f"{mode}.d", "--mode", mode)
+        result = json.loads(command("filter", *flags, cwd=tmp_path, check=0).stdout)
+        kept, dropped = (
+            list(iter_trajectories(tmp_path / f"{mode}.k")),
+            list(iter_trajectories(tmp_path / f"{mode}.d")),
+        )
+        assert len(kept) == result["kept"] and len(dropped) == result["dropped"] and len(kept) + len(dropped) == 12
+        assert all(t.dropped for t in dropped) and not any(t.dropped for t in kept)
+        assert mode != "none" or len(kept) == 12
+        whole = sorted_lines(tmp_path / f"{mode}.k", tmp_path / f"{mode}.d")
+        part = (tmp_path / f"{mode}.d").read_bytes()
+        (tmp_path / f"{mode}.d").write_bytes(part[: len(part) // 2])
+        command("filter", *flags, cwd=tmp_path, check=0)
+        assert sorted_lines(tmp_path / f"{mode}.k", tmp_path / f"{mode}.d") == whole
+        other = command("filter", *flags[:-1], "both" if mode == "none" else "none", cwd=tmp_path)
+        assert f"was begun with --mode {mode}" in one_line(other)
+        assert sorted_lines(tmp_path / f"{mode}.k", tmp_path / f"{mode}.d") == whole
+
+
+def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_folder):
+    lines = trajectories.read_bytes().splitlines(keepends=True)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(lines[0] + lines[1].replace(b'"steps"', b'"stairs"'))
+    assert "bad.jsonl:2" in one_line(command("filter", "--data", bad, cwd=tmp_path))
+    assert "bad.jsonl:2" in one_line(command("train", "--data", bad, "--model", tiny_folder, cwd=tmp_path))
+    assert "no such file" in one_line(command("filter", "--data", "absent.jsonl", cwd=tmp_path))
+    (tmp_path / "empty.jsonl").touch()
+    assert "at least one" in one_line(command("train", "--data", "empty.jsonl", "--model", tiny_folder, cwd=tmp_path))
+    assert "no such folder" in one_line(command("train", "--model", tmp_path / "nowhere", cwd=tmp_path))
+    usage = command("train", "--updates", "0", cwd=tmp_path)
+    assert usage.returncode == 2 and "--updates 0: expected at least 1" in usage.stderr
+    (tmp_path / "c.json").write_text('{"updates": 0}')
+    assert "--updates 0" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
+    assert "expected" in one_line(command("evaluate", "--tasks", "trivia", cwd=tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, device", [("train", "cuda:99"), ("generate", "foo"), ("evaluate", "meta")])
+def test_a_device_that_is_not_there_is_one_line(name, device, tmp_path):
+    assert f"--device {device}: " in one_line(command(name, "--device", device, cwd=tmp_path))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "trajectories.jsonl").exists()
+
+
+@pytest.mark.parametrize("device", ["", "foo", "cuda:", "cuda:-1", "cuda:x", "cuda:99", "cpu:0", "mps"])
+def test_devices_that_there_are_none_of(device):
+    with pytest.raises(ConfigError, match=f"--device {device}: "):
+        opening.device_for(device)
+    assert opening.device_for("auto") in ("cpu", "cuda")
+
+
+def test_cuda_on_a_machine_without_it_is_one_line(tmp_path):
+    done = command("train", "--device", "cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert "--device cuda: torch " in one_line(done) and "finds 0 CUDA devices here" in done.stderr
+
+
+def test_an_unknown_config_key_is_named(tmp_path):
+    (tmp_path / "c.json").write_text('{"updates": 2, "learning_rat": 1}')
+    assert "learning_rat" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
+    (tmp_path / "c.json").write_text('{"updates": "many"}')
+    assert "updates" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
+    (tmp_path / "c.json").write_text('{"limit": 2, "endpoint": {"concurency": 1}}')
+    assert "endpoint.concurency" in one_line(command("generate", "--config", "c.json", cwd=tmp_path))
+
+
+def test_a_truncated_checkpoint_and_a_foreign_tokenizer_are_refused(tiny_folder, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert weights.name in one_line(command("train", "--smoke", "--model", broken, cwd=tmp_path))
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tiny_folder, foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    from benchmarks.almanac_base import learn_tokenizer
+
+    learn_tokenizer(("bridge",), 900, seed=1, num=200).save_pretrained(foreign)
+    assert config["vocab_size"] == 512
+    assert "token" in one_line(command("train", "--smoke", "--model", foreign, cwd=tmp_path))
+
+
+def test_a_folder_that_is_no_run_is_never_written_into(tmp_path, tiny_folder):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    done = command("train", "--smoke", "--model", tiny_folder, cwd=tmp_path)
+    assert "is no run" in one_line(done)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def recorded(trajectories, path):
+    """The fixture's trajectories with rewards, as a user's own data would carry them."""
+    with open(path, "wb") as file:
+        for number, t in enumerate(read_trajectories(trajectories)):
+            steps = tuple(replace(step, reward=float((number + k) % 2)) for k, step in enumerate(t.steps))
+            file.write(encode_trajectory(replace(t, steps=steps)))
+    return path
+
+
+SMALL = ("--updates", 2, "--test-questions", 4, "--trajectories-per-update", 4, "--max-new-tokens", 8)
+
+
+def test_train_on_recorded_actions_alone_and_on_two_ranks(trajectories, tiny_folder, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    data = recorded(trajectories, tmp_path / "data.jsonl")
+    flags = ("--data", data, "--model", tiny_folder, "--actions", "recorded", *SMALL)
+    done = command("train", "--packed", "--out", "one", *flags, cwd=tmp_path, check=0)
+    assert "bridge" in done.stdout
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    wanted = (
+        "accuracy_before accuracy_after relative_gain good_steps_before good_steps_after updates tokens_per_s wall_s "
+        "peak_rss_bytes seed commit"
+    )
+    assert set(wanted.split()) <= set(summary) and summary["updates"] == 2
+    assert (tmp_path / "one" / "report.html").read_text().startswith("<!doctype html>")
+    assert len((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()) == 2
+
+    command("train", "--no-packed", "--out", "separate", *flags, cwd=tmp_path, check=0)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    two = subprocess.run(
+        [*words, "swirl.train", "--packed", "--out", "two", *map(str, flags)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert two.stdout.count("GOOD steps") == 1
+    one = load_file(tmp_path / "one" / "checkpoint" / "model.safetensors")
+    start = load_file(tiny_folder / "model.safetensors")
+    assert any(not torch.equal(one[name], start[name]) for name in one)
+    for other in ("separate", "two"):
+        weights = load_file(tmp_path / other / "checkpoint" / "model.safetensors")
+        for name, weight in one.items():
+            # Adam's first steps divide by the gradient's own size: where it is rounding noise, so is the step
+            torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=2e-5)
+
+
+def test_an_earlier_run_is_set_aside_whole(trajectories, tiny_folder, tmp_path):
+    data = recorded(trajectories, tmp_path / "data.jsonl")
+    flags = ("--data", data, "--model", tiny_folder, "--actions", "recorded", *SMALL)
+    command("train", *flags, cwd=tmp_path, check=0)
+    first = (tmp_path / "run" / "summary.json").read_text()
+    done = command("train", *flags, "--config", tmp_path / "run" / "config.json", cwd=tmp_path, check=0)
+    assert "set aside" in done.stderr and (tmp_path / "run.1" / "summary.json").read_text() == first
+    command("report", "--run", "run.1", cwd=tmp_path, check=0)
+
+
+def test_a_reward_that_is_no_number_stops_the_run_and_keeps_the_weights(trajectories, tiny_folder, tmp_path):
+    data = recorded(trajectories, tmp_path / "data.jsonl")
+    lines = data.read_bytes().splitlines(keepends=True)
+    data.write_bytes(b"".join(lines).replace(b'"reward":1.0', b'"reward":1e300'))
+    flags = ("--data", data, "--model", tiny_folder, "--actions", "recorded", *SMALL)
+    assert "update 1" in one_line(command("train", *flags, cwd=tmp_path))
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_the_whole_way_in_miniature(tmp_path):
+    done = command("train", "--packed", "--smoke", cwd=tmp_path, check=0)
+    for family in ("bridge", "deep", "counterfactual", "mixed", "arithmetic"):
+        assert family in done.stdout
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {
+        "config.json",
+        "trajectories.jsonl",
+        "kept.jsonl",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+    } <= names
+    done = command("evaluate", "--policy", "run/checkpoint", "--limit", 5, "--tasks", "bridge", cwd=tmp_path, check=0)
+    assert json.loads(done.stdout)["task"] == "bridge"
+
+
+def test_evaluate_makes_the_folder_it_writes_into(tiny_folder, tmp_path):
+    flags = ("--policy", tiny_folder, "--tasks", "bridge", "--limit", 3, "--max-new-tokens", 4)
+    done = command("evaluate", *flags, "--out", "new/folder/t.jsonl", cwd=tmp_path, check=0)
+    assert json.loads(done.stdout)["questions"] == 3
+    assert len(read_trajectories(tmp_path / "new" / "folder" / "t.jsonl")) == 3
+    refused = command("evaluate", *flags, "--out", "new", cwd=tmp_path)
+    assert "is a folder" in one_line(refused) and refused.stdout == ""
+
+
+def test_evaluate_shows_the_scores_where_the_trajectories_cannot_be_written(tiny_folder, tmp_path):
+    (tmp_path / "t.jsonl.partial").mkdir()
+    flags = ("--policy", tiny_folder, "--tasks", "bridge", "--limit", 3, "--max-new-tokens", 4)
+    done = command("evaluate", *flags, "--out", "t.jsonl", cwd=tmp_path)
+    assert "t.jsonl" in one_line(done) and json.loads(done.stdout)["questions"] == 3
+
+
+def test_the_converter_of_gsm8k_feeds_the_trainer(tmp_path):
+    source = ROOT / "tests" / "fixtures" / "gsm8k.jsonl"
+    words = [sys.executable, "-m", "swirl.tasks.gsm8k", str(source), "g.jsonl"]
+    subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    done = command("train", "--packed", "--data", "g.jsonl", *SMALL, cwd=tmp_path, check=0)
+    assert "recorded actions, recorded reward" in done.stderr

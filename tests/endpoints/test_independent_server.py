@@ -1,0 +1,231 @@
+"""generate and filter against a server that is not ours: `transformers serve`, offline, on the Almanac base.
+
+The model is exported by swirl; the server reads it by transformers' own tokenizer, chat template and Gemma 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from swirl import generate
+from swirl.app.resolve import load_model
+from swirl.generate import GenerateConfig
+from swirl.trajectories.log import read_trajectories
+from swirl.trajectories.record import Trajectory
+
+MISSING = [name for name in ("transformers", "accelerate", "fastapi", "openai", "uvicorn") if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"transformers serve needs {', '.join(MISSING)}: pip install 'swirl[test]'"
+)
+
+ROOT = Path(__file__).parents[2]
+PROTOCOLS = ("chat", "completions")
+START_S = 90
+# The command `transformers`, and a thread that ends it as its standard input closes: however the tests end, so does it.
+SERVE = """
+import os, sys, threading
+threading.Thread(target=lambda: os._exit(len(sys.stdin.read())), daemon=True).start()
+from transformers.cli.transformers import main
+sys.exit(main())
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen
+    port: int
+    folder: Path  # of the model: also its name
+    log: Path
+
+    def policy(self, protocol: str) -> str:
+        return f"{protocol}+http://127.0.0.1:{self.port}/v1#{self.folder}"
+
+    def answered(self) -> int:
+        """Requests that this server says it answered with success."""
+        return len(re.findall(r'"POST /v1/\S+ HTTP/1.1" 200', self.log.read_text()))
+
+
+def export(folder: Path) -> None:
+    """The base in Hugging Face layout, by swirl."""
+    model, tokenizer = load_model("almanac")
+    model.save_pretrained(folder, tokenizer=tokenizer)
+
+
+def start(folder: Path, log: Path) -> Server:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, *flags],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(log.parent), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    return Server(process, port, folder, log)
+
+
+def wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + START_S
+    while server.process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=5) as answer:
+                assert json.load(answer) == {"status": "ok"}
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"transformers serve did not start:\n{server.log.read_text()[-2000:]}")
+
+
+def stop(server: Server) -> int:
+    """Ask it to end, insist after a while; its exit code."""
+    server.process.terminate()
+    try:
+        return server.process.wait(15)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        return server.process.wait()
+    finally:
+        server.process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    export(folder / "almanac")
+    server = start(folder / "almanac", folder / "server.log")
+    try:
+        wait_until_healthy(server)
+        yield server
+    finally:
+        code = stop(server)
+    assert code in (0, -signal.SIGTERM), f"it had to be killed, or failed ({code})"
+
+
+def command(name: str, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"swirl.{name}", *map(str, flags)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def result(done: subprocess.CompletedProcess) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def made(server: Server, protocol: str, out: Path, *flags: object) -> list[Trajectory]:
+    """Trajectories of `bridge` that `python -m swirl.generate` makes with the server's policy, sorted."""
+    asked = ("--policy", server.policy(protocol), "--task", "bridge", "--max-new-tokens", 48, "--out", out)
+    result(command("generate", *asked, *flags, cwd=out.parent))
+    return sorted(read_trajectories(out), key=lambda trajectory: trajectory.id)
+
+
+def texts(trajectories: list[Trajectory]) -> list:
+    return [
+        (t.id, t.prompt, t.stop, t.prediction, [(step.action, step.observation) for step in t.steps])
+        for t in trajectories
+    ]
+
+
+@pytest.fixture(scope="module")
+def drawn(server, tmp_path_factory):
+    """Two trajectories of each of three questions, drawn one after another by the chat protocol."""
+    out = tmp_path_factory.mktemp("drawn") / "trajectories.jsonl"
+    return out, made(server, "chat", out, "--limit", 3, "--samples", 2, "--in-flight", 1)
+
+
+@pytest.fixture(scope="module")
+def greedy_here(server, tmp_path_factory):
+    out = tmp_path_factory.mktemp("here") / "trajectories.jsonl"
+    generate.main(GenerateConfig(policy=str(server.folder), task="bridge", limit=34, samples=1, temperature=0, out=out))
+    return sorted(read_trajectories(out), key=lambda trajectory: trajectory.id)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_greedy_trajectories_are_those_of_our_own_policy(server, greedy_here, tmp_path, protocol):
+    there = made(server, protocol, tmp_path / "t.jsonl", "--limit", 34, "--samples", 1, "--temperature", 0)
+    assert len(there) == 34 and {t.stop for t in there} == {"answer"}
+    assert texts(there) == texts(greedy_here)
+
+
+def test_draws_go_by_their_seed_in_both_protocols(server, drawn, tmp_path):
+    """One after another: this server keeps one generator for all requests, so those in flight disturb each other."""
+    _, by_chat = drawn
+    again = made(server, "completions", tmp_path / "t.jsonl", "--limit", 3, "--samples", 2, "--in-flight", 1)
+    assert texts(again) == texts(by_chat)
+    samples = [[t for t in by_chat if t.sample == sample] for sample in (0, 1)]
+    assert [[s.action for s in t.steps] for t in samples[0]] != [[s.action for s in t.steps] for t in samples[1]]
+
+
+def test_an_action_that_was_cut_off_is_none(server, tmp_path):
+    cut = made(server, "chat", tmp_path / "t.jsonl", "--limit", 2, "--samples", 1, "--max-new-tokens", 3)
+    assert [(t.stop, len(t.steps), t.prediction) for t in cut] == [("invalid_action", 1, None)] * 2
+
+
+def test_the_rule_judge_keeps_and_drops_what_the_server_made(drawn, tmp_path):
+    out, trajectories = drawn
+    flags = ("--data", out, "--kept", "kept.jsonl", "--dropped", "dropped.jsonl", "--judge", "rule")
+    counts = result(command("filter", *flags, cwd=tmp_path))
+    kept = list(read_trajectories(tmp_path / "kept.jsonl")) if counts["kept"] else []
+    assert counts["kept"] + counts["dropped"] == len(trajectories) == 6
+    assert all(step.verdict == "GOOD" for t in kept for step in t.steps)
+
+
+def test_a_judge_that_talks_nonsense_scores_nothing_and_is_not_paid_twice(server, drawn, tmp_path):
+    out, _ = drawn
+    one = tmp_path / "one.jsonl"  # a step takes this judge two long answers
+    one.write_bytes(out.read_bytes().splitlines(keepends=True)[0])
+
+    def judged(name: str) -> tuple[dict, list[Trajectory]]:
+        files = ("--data", one, "--kept", f"{name}.kept", "--dropped", f"{name}.dropped", "--cache", "answers.sqlite")
+        judges = ("--judge", server.policy("chat"), "--outcome-judge", server.policy("completions"))
+        counts = result(command("filter", *files, *judges, "--mode", "both", cwd=tmp_path))
+        return counts, list(read_trajectories(tmp_path / f"{name}.dropped"))
+
+    before = server.answered()
+    counts, dropped = judged("first")
+    paid = server.answered()
+    assert (counts["kept"], counts["dropped"], counts["dropped_now"]) == (0, 1, {"unjudged": 1})
+    steps = [step for t in dropped for step in t.steps]
+    assert all(step.verdict is None and step.reward is None for step in steps)
+    assert all(step.reason.startswith("no verdict: ") for step in steps)
+    assert all(t.outcome is None and t.dropped.startswith("unjudged: ") for t in dropped)
+    assert paid > before
+    assert judged("second") == (counts, dropped) and server.answered() == paid
+
+
+def test_a_model_that_is_not_served_is_one_line(server, tmp_path):
+    flags = ("--policy", f"http://127.0.0.1:{server.port}/v1#other", "--limit", 1, "--out", "t.jsonl")
+    done = command("generate", *flags, cwd=tmp_path)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1 and "other" in errors[0] and "Traceback" not in done.stderr
+
+
+def test_the_server_ends_with_its_tests(server, tmp_path):
+    another = start(server.folder, tmp_path / "server.log")
+    try:
+        another.process.stdin.close()  # as it does when this process is killed
+        another.process.wait(60)
+    finally:
+        another.process.kill()
+        another.process.wait()

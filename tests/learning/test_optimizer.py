@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from swirl.errors import NonFiniteError
+from swirl.learning.learner import ScoredAction
+from swirl.learning.optimizer import (
+    clip_grad_norm,
+    make_optimizer,
+    make_optimizers_from_nothing,
+    set_learning_rate,
+)
+from swirl.model.checkpoint import read_json
+from swirl.model.gemma import Gemma
+from tests.learning.test_learner import learner, scored_actions
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+class Weights(torch.nn.Module):
+    """A matrix, an embedding and a norm whose values and gradients bfloat16 holds exactly."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {"embedding": (7, 6), "matrix": (5, 6), "norm": (6,)}
+        values = {name: (torch.randn(shape).bfloat16() + 1).bfloat16() for name, shape in shapes.items()}
+        for name, value in values.items():
+            setattr(self, name, torch.nn.Parameter(value.to(dtype)))
+
+    def gradients(self, update):
+        torch.manual_seed(1 + update)
+        for weight in self.parameters():
+            drift = torch.linspace(-1, 1, weight.numel()).view(weight.shape)
+            weight.grad = (drift + 0.1 * torch.randn(weight.shape)).bfloat16().to(weight.dtype)
+
+
+def adamw(model):
+    return [make_optimizer(model, learning_rate=1.0, weight_decay=0.1)]
+
+
+def from_nothing(model):
+    return make_optimizers_from_nothing(model, embedding=model.embedding, learning_rate=1.0, weight_decay=0.1)
+
+
+def train(dtype, make, updates=200):
+    model = Weights(dtype)
+    optimizers = make(model)
+    for update in range(updates):
+        model.gradients(update)
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, 6e-5 if update < 150 else 1e-4)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        assert all(weight.grad is None for weight in model.parameters())
+    return [weight.detach() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("make", [adamw, from_nothing])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_many_tiny_steps_are_those_of_float32_rounded_once(dtype, make):
+    start = Weights(dtype)
+    for weight, wide, first in zip(train(dtype, make), train(torch.float32, make), start.parameters()):
+        assert weight.dtype == dtype and torch.equal(weight, wide.to(dtype))
+        assert (wide - first.float()).abs().max() > 1e-3 and not torch.equal(weight, first)
+
+
+def test_without_copies_they_would_all_be_rounded_away():
+    def plain(model):
+        return [torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+
+    stalled = [w.abs() > 0.1 for w in Weights(torch.bfloat16).parameters()]
+    for weight, first, still in zip(train(torch.bfloat16, plain), Weights(torch.bfloat16).parameters(), stalled):
+        assert torch.equal(weight[still], first[still]) and still.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_weights_are_stepped_on_as_by_torch_itself(dtype):
+    def plain(model):
+        settings = dict(lr=1e-5, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        groups = [([model.embedding, model.matrix], 0.1), ([model.norm], 0.0)]
+        return [torch.optim.AdamW([{"params": p, "weight_decay": decay} for p, decay in groups], **settings)]
+
+    for ours, theirs in zip(train(dtype, adamw), train(dtype, plain), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_gradients_may_be_kept_as_zeros_and_absent_ones_move_nothing():
+    model = Weights(torch.bfloat16)
+    optimizer = make_optimizer(model, learning_rate=1.0)
+    model.gradients(0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(not weight.grad.any() for weight in model.parameters())
+    optimizer.zero_grad()
+    before = [weight.clone() for weight in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_an_update_in_bfloat16_clips_learns_and_refuses_what_is_not_finite(tmp_path):
+    one = learner(torch.bfloat16, learning_rate=1e-5, warmup=0, updates=9, max_grad_norm=1e-3)
+    start = [weight.detach().clone() for weight in one.model.parameters()]
+    one.accumulate(scored_actions())
+    assert clip_grad_norm(one.model, 1e-3) > 1e-3  # as update() does
+    assert torch.stack([w.grad.float().norm() for w in one.model.parameters()]).norm() < 1.01e-3
+    one.optimizer.zero_grad()
+    for update in range(8):
+        one.update(scored_actions(update), update)
+    moved = [weight.detach().clone() for weight in one.model.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(start, moved, strict=True))
+    broken = [ScoredAction(0, [1, 2], (3,), float("inf"))]
+    with pytest.raises(NonFiniteError, match="update 9: loss"):
+        one.update(broken, 8)
+    assert all(torch.equal(a, b) for a, b in zip(moved, one.model.parameters(), strict=True))
+    with torch.no_grad():
+        one.model.save_pretrained(tmp_path / "saved")
+    assert read_json(tmp_path / "saved" / "config.json")["torch_dtype"] == "bfloat16"
+    back = Gemma.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(moved, back.parameters(), strict=True))
+    size = (tmp_path / "saved" / "model.safetensors").stat().st_size
+    assert size < 2.5 * sum(weight.numel() for weight in moved) + 4096
