@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def take_lock(file) -> bool:
@@ -17,3 +20,17 @@ def take_lock(file) -> bool:
     except OSError:
         return True
     return True
+
+
+@contextmanager
+def folder_lock(folder: str | os.PathLike) -> Iterator[bool]:
+    """Whether this process has the folder for itself, and keeps it while the body runs; the lock ends with the process.
+
+    The lock is the folder's, not its name's: whoever waits for a name must look again whether it is still that folder.
+    Raises OSError where there is no such folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield take_lock(descriptor)
+    finally:
+        os.close(descriptor)

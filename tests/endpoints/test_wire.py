@@ -22,6 +22,7 @@ from benchmarks.fault_server import FaultServer, verdict_of
 from swirl.app import command
 from swirl.app.resolve import ALMANAC_BASE
 from swirl.model.tokenizer import Tokenizer
+from swirl.storage.digest import checkpoint_digest
 from swirl.tasks import almanac
 from swirl.trajectories.log import read_trajectories
 
@@ -491,7 +492,7 @@ def test_what_other_weights_began_is_not_gone_on_with(tmp_path, tiny_folder):
     for folder in (model, copy):
         shutil.copytree(tiny_folder, folder)
     weights = model / "model.safetensors"
-    assert command.checkpoint_digest(model) == command.checkpoint_digest(copy)
+    assert checkpoint_digest(model) == command.checkpoint_digest(copy)
 
     async def all_of_it():
         flags = ("--policy", "model", "--limit", 1, "--samples", 2, "--max-new-tokens", 4, "--out", "t.jsonl")
@@ -517,7 +518,7 @@ def test_a_checkpoint_s_digest_sees_both_ends_and_the_size(size, tmp_path):
     digests = []
     for one in (content, *others, content):
         path.write_bytes(one)
-        digests.append(command.checkpoint_digest(tmp_path))
+        digests.append(checkpoint_digest(tmp_path))
     assert digests[0] == digests[-1] not in digests[1:-1]
 
 
