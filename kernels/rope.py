@@ -1,6 +1,6 @@
 """Rotary position embedding, halves rotated: (a, b) -> (a cos - b sin, b cos + a sin).
 
-x (T, H, D), position_ids (T,) int -> (T, H, D) as x; angle of pair i is position * theta^(-2i/D).
+x (T, H, D), position_ids (T,) int -> (T, H, D) as x; angle of pair i is position / factor * theta^(-2i/D).
 Numerics: angles and rotation in float32 (float64 for float64), one cast at the store.
 Floor: the forward moves 2 * T * H * D * itemsize bytes; the backward is the same rotation, turned back.
 Source: arXiv:2104.09864, in the half-split layout of Hugging Face checkpoints.
@@ -15,20 +15,21 @@ from . import _triton, cpu
 from ._triton import jit, tl
 
 
-def _inverse_frequency(half, theta, dtype, device):
-    return theta ** (-torch.arange(half, dtype=dtype, device=device) / half)
+def inverse_frequency(half, theta, factor, dtype, device):
+    """(half,): what each pair is turned by from one position to the next."""
+    return theta ** (-torch.arange(half, dtype=dtype, device=device) / half) / factor
 
 
-def _angle(position_ids, half, theta, dtype):
+def angles(position_ids, half, theta, factor, dtype):
     """(T, half): what each pair is turned by."""
-    return position_ids.to(dtype)[:, None] * _inverse_frequency(half, theta, dtype, position_ids.device)
+    return position_ids.to(dtype)[:, None] * inverse_frequency(half, theta, factor, dtype, position_ids.device)
 
 
-def rope_reference(x, position_ids, *, theta=10_000.0):
+def rope_reference(x, position_ids, *, theta=10_000.0, factor=1.0):
     """The definition."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
-    angle = _angle(position_ids, half, theta, dtype)[:, None, :]
+    angle = angles(position_ids, half, theta, factor, dtype)[:, None, :]
     cos, sin = angle.cos(), angle.sin()
     a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
@@ -73,25 +74,25 @@ def _rope(x, position_ids, inverse_frequency, sign):
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, position_ids, theta):
-        inverse_frequency = _inverse_frequency(x.shape[-1] // 2, theta, torch.float32, x.device)
-        ctx.save_for_backward(position_ids, inverse_frequency)
-        return _rope(x.contiguous(), position_ids, inverse_frequency, 1)
+    def forward(ctx, x, position_ids, theta, factor):
+        frequency = inverse_frequency(x.shape[-1] // 2, theta, factor, torch.float32, x.device)
+        ctx.save_for_backward(position_ids, frequency)
+        return _rope(x.contiguous(), position_ids, frequency, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _rope(dy.contiguous(), *ctx.saved_tensors, -1), None, None
+        return _rope(dy.contiguous(), *ctx.saved_tensors, -1), None, None, None
 
 
-def rope(x: torch.Tensor, position_ids: torch.Tensor, *, theta: float = 10_000.0) -> torch.Tensor:
-    """Rotate x (T, H, D), D even, by position_ids (T,): as x. Raises ValueError on shapes."""
+def rope(x: torch.Tensor, position_ids: torch.Tensor, *, theta: float = 10_000.0, factor: float = 1.0) -> torch.Tensor:
+    """Rotate x (T, H, D), D even, by position_ids (T,) / factor: as x. Raises ValueError on shapes."""
     if x.shape[-1] % 2 or position_ids.shape != x.shape[:1]:
         raise ValueError(f"x {tuple(x.shape)} must be (T, H, even D), position_ids {tuple(position_ids.shape)} (T,)")
     if _triton.takes(x) and x.numel():
         with _triton.on_device(x):
-            return _Rope.apply(x, position_ids.contiguous(), theta)
+            return _Rope.apply(x, position_ids.contiguous(), theta, factor)
     if x.shape[-1] % 32 == 0 and cpu.supports_pointwise(x):
-        angle = _angle(position_ids, x.shape[-1] // 2, theta, torch.float32)
+        angle = angles(position_ids, x.shape[-1] // 2, theta, factor, torch.float32)
         return cpu.rope(x, angle.cos(), angle.sin())
-    return rope_reference(x, position_ids, theta=theta)
+    return rope_reference(x, position_ids, theta=theta, factor=factor)

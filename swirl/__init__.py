@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 # Names are handed on lazily, so that `python -m swirl.filter --help` loads no torch.
 _HOMES = {
     "Gemma": "swirl.model.gemma",
-    "GemmaConfig": "swirl.model.gemma",
+    "GemmaConfig": "swirl.model.config",
     "PackedBatch": "swirl.tree.batch",
     "pack": "swirl.tree.pack",
     "Tokenizer": "swirl.model.tokenizer",

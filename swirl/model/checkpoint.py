@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -18,6 +20,25 @@ from swirl.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What stands before a text model's names: in a checkpoint of its own, and in those of a Gemma 3 that sees.
+PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+VISION_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The folder that a model was read from, and what a save has to keep of it.
+
+    config: the content of its config.json. prefix: what stands there for `model.` before the text model's names.
+    others: the names of tensors that are not the text model's.
+    """
+
+    folder: Path
+    config: dict
+    prefix: str = PREFIXES[0]
+    others: tuple[str, ...] = ()
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -39,11 +60,11 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def check_tokenizer_fits(tokenizer, vocab_size: int, path: str | os.PathLike) -> None:
-    """Raises CheckpointError where the tokenizer has ids the model has no embedding for."""
-    if tokenizer.vocab_size > vocab_size:
+    """Raises CheckpointError where text can become ids that the model has no embedding for."""
+    if tokenizer.num_text_ids > vocab_size:
         raise CheckpointError(
             path,
-            f"the tokenizer's ids go to {tokenizer.vocab_size - 1}, the model's vocabulary is {vocab_size}",
+            f"the tokenizer's ids go to {tokenizer.num_text_ids - 1}, the model's vocabulary is {vocab_size}",
         )
 
 
@@ -81,14 +102,19 @@ def load_weights(
     dtype: torch.dtype,
     device: str | torch.device,
     tied: dict[str, str],
-) -> None:
+) -> tuple[str, tuple[str, ...]]:
     """Give `module`, built on the meta device, the weights of a folder, one tensor at a time.
 
-    `tied` maps names that some writers repeat to the parameter they must equal.
+    `tied` maps names that some writers repeat to the parameter they must equal. Returns the prefix that stands for
+    `model.` in the folder, and the names of the vision tower's tensors, which are not read.
     Raises CheckpointError naming the file: missing, truncated, or a tensor missing, unknown or misshaped.
     """
     folder = Path(folder)
-    where = _files_of_tensors(folder)
+    files = _files_of_tensors(folder)
+    prefix = next((prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in files), PREFIXES[0])
+    others = tuple(name for name in files if name.startswith(VISION))
+    theirs = {_our_name(name, prefix): name for name in files if name not in others}
+    where = {name: files[their_name] for name, their_name in theirs.items()}
     expected = {name: parameter.shape for name, parameter in module.state_dict().items()}
     missing = [name for name in expected if name not in where]
     unknown = [name for name in where if name not in expected and name not in tied]
@@ -99,12 +125,12 @@ def load_weights(
     state = {}
     for file in sorted(set(where.values())):
         with _open(file) as tensors:
-            for name in sorted(tensors.keys()):
+            for name in sorted(name for name in where if where[name] == file):
                 shape = expected[tied.get(name, name)]
-                if tuple(tensors.get_slice(name).get_shape()) != tuple(shape):
-                    got = tuple(tensors.get_slice(name).get_shape())
+                got = tuple(tensors.get_slice(theirs[name]).get_shape())
+                if got != tuple(shape):
                     raise CheckpointError(file, f"tensor '{name}': expected shape {tuple(shape)}, got {got}")
-                tensor = tensors.get_tensor(name)
+                tensor = tensors.get_tensor(theirs[name])
                 if not tensor.is_floating_point():
                     raise CheckpointError(file, f"tensor '{name}': expected floats, got {tensor.dtype}")
                 # A copy, so that no parameter stays a window onto a file that may change.
@@ -115,12 +141,27 @@ def load_weights(
                 where[name], f"tensor '{name}' differs from '{same}': an untied head is not supported"
             )
     module.load_state_dict(state, assign=True)
+    return prefix, others
 
 
-def save(state: dict[str, torch.Tensor], config: dict, path: str | os.PathLike, tokenizer=None) -> None:
+def _our_name(name: str, prefix: str) -> str:
+    if name in HEADS:
+        return HEADS[0]
+    return PREFIXES[0] + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+
+def save(
+    state: dict[str, torch.Tensor],
+    config: dict,
+    path: str | os.PathLike,
+    tokenizer=None,
+    origin: Origin | None = None,
+) -> None:
     """Write a model folder aside, sync, rename it into place; a model card beside older weights is kept.
 
-    Raises CheckpointError where it cannot be written, or where `path` holds something that is no checkpoint.
+    With an `origin`, names get its prefix, and its other tensors are copied from its folder. Raises CheckpointError
+    where the folder cannot be written, where `path` holds something that is no checkpoint, or where those tensors are
+    gone.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
@@ -131,7 +172,7 @@ def save(state: dict[str, torch.Tensor], config: dict, path: str | os.PathLike, 
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(partial, state, config, tokenizer)
+        _write(partial, state, config, tokenizer, origin)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
@@ -156,26 +197,35 @@ def _keep_other_files(old: Path, new: Path) -> None:
             entry.rename(new / entry.name)
 
 
-def _write(folder: Path, state, config, tokenizer) -> None:
-    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+def _write(folder: Path, state, config, tokenizer, origin) -> None:
+    text = config.get("text_config", config)
+    generation = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         eos = generation["eos_token_id"]
-        ends = [*(eos if isinstance(eos, list | tuple) else [eos]), tokenizer.end_of_turn_id]
+        ends = [*(eos if isinstance(eos, list | tuple) else [eos]), *tokenizer.stop_ids]
         generation["eos_token_id"] = sorted({end for end in ends if end is not None})
     # transformers' server draws only where this file says so, and then from 50 words unless told otherwise.
-    generation |= {"do_sample": True, "top_k": config["vocab_size"]}
-    shards = _shards(state)
-    names = [SINGLE] if len(shards) == 1 else []
-    names = names or [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        tensors = {key: state[key].detach().cpu().contiguous() for key in shard}
+    generation |= {"do_sample": True, "top_k": text["vocab_size"]}
+    if origin is not None:
+        state = {origin.prefix + name.removeprefix(PREFIXES[0]): tensor for name, tensor in state.items()}
+    shards = [{name: state[name] for name in names} for names in _shards(state)]
+    others = _others(origin) if origin is not None and origin.others else {}
+    num_shards = len(shards) + len(others)
+    names = [SINGLE] if num_shards == 1 else []
+    names = names or [f"model-{i:05}-of-{num_shards:05}.safetensors" for i in range(1, num_shards + 1)]
+    total, weight_map = 0, {}
+    for name, shard in zip(names, chain(shards, map(_read, others.items())), strict=True):
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
         (folder / name).chmod(0o644)  # safetensors leaves it readable by its owner alone
-    if len(shards) > 1:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if num_shards > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name in VISION_FILES if others else ():
+        if (origin.folder / name).is_file():
+            shutil.copyfile(origin.folder / name, folder / name)
     _write_json(folder / "generation_config.json", generation)
     _write_json(folder / "config.json", config)
     for entry in folder.iterdir():
@@ -194,6 +244,23 @@ def _shards(state) -> list[list[str]]:
         shards[-1].append(name)
         size += bytes_
     return shards
+
+
+def _others(origin: Origin) -> dict[Path, list[str]]:
+    """Files of the origin and the tensors to copy from each."""
+    files = _files_of_tensors(origin.folder)
+    gone = [name for name in origin.others if name not in files]
+    if gone:
+        raise CheckpointError(
+            origin.folder, f"tensor '{gone[0]}' is gone, which a save has to keep beside the text model read from here"
+        )
+    return {file: [name for name in origin.others if files[name] == file] for file in {files[n] for n in origin.others}}
+
+
+def _read(entry: tuple[Path, list[str]]) -> dict[str, torch.Tensor]:
+    file, names = entry
+    with _open(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in names}
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -2,6 +2,8 @@
 
     <bos><start_of_turn>user\\n{prompt}<end_of_turn>\\n<start_of_turn>model\\n{action}<end_of_turn>\\n<start_of_turn>user\\n...
 
+The turns of Gemma 2 and of Gemma 3 alike. A prompt or an observation loses the white space around it where the chat
+template of the folder trims it; an action never does: what was sampled is what is learnt.
 Text is text: a control token spelled out in a prompt, page or action becomes ordinary pieces, never its id.
 So no tool result can close a turn, and `decode(encode(text)) == text` with a tokenizer of `train_tokenizer`.
 """
@@ -39,10 +41,12 @@ _FILES = (
 class Tokenizer:
     """A tokenizer.json that knows Gemma's control tokens, and the files that lie beside it.
 
-    `vocab_size` is one past the largest id; `fingerprint` the SHA-256 of tokenizer.json.
+    `vocab_size` is one past the largest id, `num_text_ids` one past the largest that text or a turn can become (a
+    Gemma 3 without a vision tower has no embedding for its tokenizer's image token). `stop_ids` end an action:
+    <end_of_turn>, <eos>, and those given. `fingerprint` is the SHA-256 of tokenizer.json.
     """
 
-    def __init__(self, files: dict[str, bytes], source: str | os.PathLike = "<memory>"):
+    def __init__(self, files: dict[str, bytes], source: str | os.PathLike = "<memory>", stop_ids: Iterable[int] = ()):
         self._files = files
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
@@ -52,12 +56,19 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = set(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(ids)
         for token in CONTROL_TOKENS:
             if self.token_id(token) is None and token != "<unk>":
                 raise CheckpointError(source, f"expected a token {token}, as Gemma's turns are made of")
         self.pad_id, self.eos_id, self.bos_id = map(self.token_id, ("<pad>", "<eos>", "<bos>"))
         self.start_of_turn_id, self.end_of_turn_id = map(self.token_id, ("<start_of_turn>", "<end_of_turn>"))
+        never = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.num_text_ids = 1 + max(ids - never | {self.token_id(token) or 0 for token in CONTROL_TOKENS})
+        self.stop_ids = tuple(dict.fromkeys((self.end_of_turn_id, self.eos_id, *stop_ids)))
+        if not all(0 <= id < self.vocab_size for id in self.stop_ids):
+            raise CheckpointError(source, f"expected stop ids below {self.vocab_size}, got {self.stop_ids}")
+        self._trims = _trims(files)
         self._to_model = [
             self.end_of_turn_id,
             *self.encode("\n"),
@@ -67,7 +78,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Tokenizer:
-        """From a Hugging Face folder. Raises CheckpointError where there is none with Gemma's turns."""
+        """From a Hugging Face folder, the stop ids of its generation_config.json included.
+
+        Raises CheckpointError where there is none with Gemma's turns.
+        """
         folder = Path(folder)
         try:
             files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
@@ -75,7 +89,7 @@ class Tokenizer:
             raise CheckpointError(folder, f"cannot be read ({error.strerror})") from None
         if "tokenizer.json" not in files:
             raise CheckpointError(folder / "tokenizer.json", "no such file")
-        return cls(files, folder / "tokenizer.json")
+        return cls(files, folder / "tokenizer.json", _stop_ids(folder / "generation_config.json"))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json, byte for byte as it was read, and the files beside it."""
@@ -111,7 +125,27 @@ class Tokenizer:
         return [*self.encode("\n"), *self._user_turn(observation)]
 
     def _user_turn(self, text: str) -> list[int]:
+        text = text.strip() if self._trims else text
         return [self.start_of_turn_id, *self.encode(f"user\n{text}"), *self._to_model]
+
+
+def _stop_ids(path: Path) -> list[int]:
+    """`eos_token_id` of a generation_config.json: none, one or many; none where there is no such file."""
+    if not path.is_file():
+        return []
+    try:
+        ids = json.loads(path.read_bytes()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(path, f"expected a JSON object ({error})") from None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(id) is int for id in ids):
+        raise CheckpointError(path, f"field 'eos_token_id': expected token ids, got {ids}")
+    return ids
+
+
+def _trims(files: dict[str, bytes]) -> bool:
+    """Whether the chat template strips the text of a turn."""
+    return any(b"| trim" in files.get(name, b"") for name in ("chat_template.jinja", "tokenizer_config.json"))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -223,16 +223,17 @@ class _Decoding:
                 pair.append(cache)
             self.caches.append(pair)
             layer.clear()
-        self.rotations = self._rotations(int(lengths.max()) + max_new_tokens)
+        kinds = {model.config.rope(layer) for layer in range(model.config.num_hidden_layers)}
+        self.rotations = {kind: self._rotations(int(lengths.max()) + max_new_tokens, *kind) for kind in kinds}
         # 1 + weight, in the wide type, so that a norm is one fused op.
         norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
         self.gains = {norm: 1 + norm.weight.to(self.wide) for norm in norms}
 
-    def _rotations(self, num_positions):
+    def _rotations(self, num_positions, theta, factor):
         """(positions, 4, 1, D): cos and signed sin for keys, then for queries, the scores' scale within."""
         config, device = self.config, self.position.device
         half = config.head_dim // 2
-        frequency = config.rope_theta ** (-torch.arange(half, dtype=self.wide, device=device) / half)
+        frequency = theta ** (-torch.arange(half, dtype=self.wide, device=device) / half) / factor
         angle = torch.arange(num_positions, dtype=self.wide, device=device)[:, None] * frequency
         cos = angle.cos().repeat(1, 2)
         sin = torch.cat((-angle.sin(), angle.sin()), -1)
@@ -267,9 +268,11 @@ class _Decoding:
     def step(self, ids):
         """Append one token a row, ids (B,); returns the (B, V) logits of the next."""
         x = self.model.model.embed(ids)
-        rotation = self.rotations[self.position].unbind(1)
+        rotations = {kind: of_kind[self.position].unbind(1) for kind, of_kind in self.rotations.items()}
         for layer, (keys, values) in zip(self.model.model.layers, self.caches, strict=True):
-            h = self.attention(layer.self_attn, self.norm(x, layer.input_layernorm), rotation, keys, values)
+            attention = layer.self_attn
+            rotation = rotations[attention.rope_theta, attention.rope_factor]
+            h = self.attention(attention, self.norm(x, layer.input_layernorm), rotation, keys, values)
             x = x + self.norm(h, layer.post_attention_layernorm)
             h, mlp = self.norm(x, layer.pre_feedforward_layernorm), layer.mlp
             h = mlp.down_proj(geglu(mlp.gate_proj(h), mlp.up_proj(h)))
@@ -282,6 +285,8 @@ class _Decoding:
         B, D, Hkv = x.shape[0], attention.head_dim, keys.shape[1]
         cos, sin, q_cos, q_sin = rotation
         q, k = attention.q_proj(x).view(B, -1, D), attention.k_proj(x).view(B, -1, D)
+        if attention.q_norm is not None:
+            q, k = self.norm(q, attention.q_norm), self.norm(k, attention.k_norm)
         q = (q * q_cos + q.roll(D // 2, -1) * q_sin).to(x.dtype)
         keys[:, :, self.end] = k * cos + k.roll(D // 2, -1) * sin
         values[:, :, self.end] = attention.v_proj(x).view(B, Hkv, D)

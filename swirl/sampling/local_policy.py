@@ -23,7 +23,7 @@ class LocalPolicy:
         self.max_state_tokens = model.config.max_position_embeddings
         self.engine = Engine(model)
         self._tokenizer = tokenizer
-        self.stop_ids = (tokenizer.end_of_turn_id, tokenizer.eos_id)
+        self.stop_ids = tokenizer.stop_ids
         self._waiting: list[tuple[PolicyState, asyncio.Future]] = []
         self._worker: asyncio.Task | None = None
 

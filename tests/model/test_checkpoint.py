@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2ForCausalLM
+from transformers import Gemma2ForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from swirl import Gemma, GemmaConfig
+from swirl import Gemma, GemmaConfig, pack
 from swirl.errors import CheckpointError
 from swirl.model import checkpoint
 from swirl.model.tokenizer import train_tokenizer
@@ -92,6 +92,75 @@ def test_a_shard_of_their_writing(folder):
     Gemma2ForCausalLM.from_pretrained(folder).save_pretrained(folder.parent / "theirs", max_shard_size="20KB")
     assert (folder.parent / "theirs" / "model.safetensors.index.json").exists()
     assert same(Gemma.from_pretrained(folder.parent / "theirs"), gemma())
+
+
+SEES = dict(
+    text_config=dict(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=7,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=5,
+    ),
+    vision_config=dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=4, patch_size=2
+    ),
+    mm_tokens_per_image=4,
+    image_token_index=299,
+)
+
+
+@pytest.fixture
+def seeing(tmp_path):
+    """A folder of transformers' Gemma 3 with a vision tower."""
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(Gemma3Config(**SEES)).save_pretrained(tmp_path / "seeing")
+    return tmp_path / "seeing"
+
+
+def all_tensors(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_a_vision_tower_is_left_alone_and_kept(seeing, tmp_path, prefix):
+    """Under the names of either spelling, through a second reading and writing, and in the folder itself."""
+    their_prefix = next(name for name in all_tensors(seeing) if name.endswith("embed_tokens.weight"))[:-19]
+    renamed = {name.replace(their_prefix, prefix): tensor for name, tensor in all_tensors(seeing).items()}
+    save_file(renamed, seeing / "model.safetensors", metadata={"format": "pt"})
+    (seeing / "preprocessor_config.json").write_text('{"size": 4}')
+    model = Gemma.from_pretrained(seeing)
+    assert model.config.qk_norm and not [name for name in model.state_dict() if "vision" in name]
+    model.save_pretrained(tmp_path / "once")
+    again = Gemma.from_pretrained(tmp_path / "once")
+    with torch.no_grad():
+        again.model.norm.weight += 1
+    again.save_pretrained(tmp_path / "once")
+    kept = all_tensors(tmp_path / "once")
+    assert kept.keys() == renamed.keys()
+    for name, tensor in renamed.items():
+        assert torch.equal(kept[name], tensor + 1 if name == f"{prefix}norm.weight" else tensor), name
+    assert (tmp_path / "once" / "preprocessor_config.json").read_text() == '{"size": 4}'
+    theirs = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "once")
+    assert torch.equal(theirs.model.language_model.norm.weight, again.model.norm.weight)
+    assert torch.equal(theirs.model.multi_modal_projector.mm_soft_emb_norm.weight, torch.zeros(8))
+    ids = torch.arange(5, 40)
+    truth = theirs(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    ours = again.token_log_probs(pack([([5], list(range(6, 40)))]))
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-6)
+
+
+def test_a_vision_tower_that_is_gone_is_said_and_nothing_is_written(seeing, tmp_path):
+    model = Gemma.from_pretrained(seeing)
+    kept = {name: tensor for name, tensor in all_tensors(seeing).items() if "vision" not in name}
+    save_file(kept, seeing / "model.safetensors")
+    with pytest.raises(CheckpointError, match="seeing: tensor '.*vision_tower.*' is gone") as caught:
+        model.save_pretrained(tmp_path / "out")
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == ["seeing"]
 
 
 def test_missing_pieces(folder, tmp_path):

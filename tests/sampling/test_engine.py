@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from swirl import Gemma, GemmaConfig, pack
 from swirl.errors import NonFiniteError
+from swirl.model.config import GEMMA3
 from swirl.sampling import engine as engine_module
 from swirl.sampling.engine import Completion, Engine
 
@@ -26,6 +28,7 @@ BASE = dict(
     sliding_window=6,
 )
 STOP = (3, 17)
+THIRD = GEMMA3 | BASE | dict(num_hidden_layers=7, rope_factor=8.0)
 
 
 def loud_gemma(std=0.3, **changes) -> Gemma:
@@ -64,6 +67,7 @@ def assert_log_probs_are_the_models(model, states, completions, tolerance):
         {},
         dict(attn_logit_softcapping=None, final_logit_softcapping=None),
         dict(num_key_value_heads=6, sliding_window=1),
+        THIRD,
     ]
     + [
         dict(
@@ -107,10 +111,13 @@ def test_greedy_log_probs_are_those_of_temperature_one():
     assert_log_probs_are_the_models(model, states, sample(model, states, temperature=0), 1e-9)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(attn_logit_softcapping=None, num_key_value_heads=3)])
+@pytest.mark.parametrize("changes", [{}, dict(attn_logit_softcapping=None, num_key_value_heads=3), THIRD])
 def test_greedy_is_transformers_generate(changes):
     model = loud_gemma(std=0.5, **changes).double()
-    theirs = Gemma2ForCausalLM(Gemma2Config(**BASE | changes, attn_implementation="eager")).double().eval()
+    third = model.config.qk_norm
+    configured, causal = (Gemma3TextConfig, Gemma3ForCausalLM) if third else (Gemma2Config, Gemma2ForCausalLM)
+    content = json.loads(json.dumps(model.config.to_json()))
+    theirs = causal(configured(**content, attn_implementation="eager")).double().eval()
     theirs.load_state_dict(model.state_dict(), strict=False)
     states = forest(1, 6)
     settings = dict(do_sample=False, max_new_tokens=25, eos_token_id=list(STOP), pad_token_id=0)
