@@ -1,34 +1,45 @@
-"""Make a base policy from nothing: a small Gemma 2 and its tokenizer, imitating Almanac's imperfect demonstrator.
+"""Make a base policy: a small Gemma 2 and its tokenizer, imitating one of Almanac's imperfect demonstrators.
 
-This is how the base that ships with swirl was made; its model card holds the command, the seed and the commit.
-The demonstrator slips (it skips hops, repeats queries, answers too early, takes the wrong operation), so the base is
-wrong about as often as it is right, and there is something left for reinforcement learning to do.
+  python -m benchmarks.almanac_base                                  from scratch: the base that ships with swirl
+  python -m benchmarks.almanac_base --edition second --start almanac --updates 1200 --seed 1 --out bases/1
+                                                                     its skills, the habits of the second edition
+
+The model card holds the command, the seed and the commit. The demonstrators slip, so a base is wrong about as often as
+it is right, and there is something left for reinforcement learning to do. Starting from a base that has the skills
+(reading a page, copying names) takes a quarter of the updates; such bases share those skills, and differ in all that
+the seed draws afterwards.
 """
 
 from __future__ import annotations
 
+import functools
+import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from swirl.app import command
+from swirl.app import command, resolve
 from swirl.app.progress import progress
 from swirl.errors import ConfigError
 from swirl.learning import usage
 from swirl.learning.optimizer import (
     clip_grad_norm,
     learning_rate_at,
+    make_optimizer,
     make_optimizers_from_nothing,
     set_learning_rate,
 )
 from swirl.model.gemma import Gemma, GemmaConfig
 from swirl.model.tokenizer import Tokenizer, train_tokenizer
-from swirl.rollout.prompts import question_prompt
-from swirl.tasks import ALMANAC_FAMILIES, almanac
+from swirl.rollout.prompts import action_text, question_prompt
+from swirl.tasks import almanac
+from swirl.tasks.almanac.questions import question_text
 from swirl.tree.pack import pack_micro_batches
 
 
@@ -37,10 +48,13 @@ class ImitateConfig:
     out: Path = Path("base")
     """Hugging Face folder to write; refused if it is there already."""
     seed: int = 0
+    edition: Literal["first", "second"] = "first"
+    """Of Almanac. Shown are its bridge, deep, mixed and arithmetic; counterfactual is left out: the base has
+    not seen the world of its pages."""
+    start: str | None = None
+    """Weights to start from: `almanac` or a folder; default: from scratch, with a tokenizer learned here."""
     updates: int = 4200
     demonstrations_per_update: int = 16
-    families: tuple[str, ...] = ("bridge", "deep", "mixed", "arithmetic")
-    """Families to show. counterfactual is left out: its edited pages are the world the base has not seen."""
     learning_rate: float = 3e-3
     vocab_size: int = 1024
     hidden_size: int = 128
@@ -51,6 +65,13 @@ class ImitateConfig:
     """Of the updates, at first, shown without slips: skills come before habits, and come faster."""
     weight_of_observations: float = 0.1
     """Of the loss on question and result tokens, beside 1 on action tokens: it teaches to copy names early on."""
+    recitals_per_update: int = 8
+    """Second edition: facts answered by heart, which is how the base comes to know them."""
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        shown = ("bridge", "deep", "mixed", "arithmetic")
+        return tuple(f"{name}-2" for name in shown) if self.edition == "second" else shown
 
 
 def gemma_config(config: ImitateConfig) -> GemmaConfig:
@@ -69,15 +90,27 @@ def gemma_config(config: ImitateConfig) -> GemmaConfig:
     )
 
 
-def demonstrations(families: tuple[str, ...], seed: int, slips: almanac.Habits | None = almanac.HABITS):
+def demonstrations(families: tuple[str, ...], seed: int, *, slips: bool = True):
     """(prompt, [(action, observation or None), ...]) forever, families in turn, each question demonstrated anew."""
     rng = np.random.default_rng(seed)
+    first = functools.partial(almanac.demonstrate, slips=almanac.HABITS if slips else None)
+    second = functools.partial(almanac.demonstrate_shared, slips=almanac.SHARED_HABITS if slips else None)
     questions = {family: almanac.questions(family, "train") for family in families}
     while True:
         for family in families:
             question = questions[family][rng.integers(len(questions[family]))]
             prompt = question_prompt(question.question, almanac.tool(family).name, almanac.max_queries(family))
-            yield prompt, almanac.demonstrate(question, rng, slips=slips)
+            yield prompt, (second if family in almanac.SECOND_EDITION else first)(question, rng)
+
+
+def recitals(seed: int):
+    """(prompt, [(answer, None)]) forever: what the demonstrator of the second edition knows by heart."""
+    rng = random.Random(f"recitals/{seed}")
+    chains = almanac.known_by_heart()
+    while True:
+        chain, answer = rng.choice(chains)
+        prompt = question_prompt(question_text(chain, rng), "search", almanac.max_queries("mixed-2"))
+        yield prompt, [(action_text("answer", answer), None)]
 
 
 def learn_tokenizer(families: tuple[str, ...], vocab_size: int, seed: int, num: int = 4000) -> Tokenizer:
@@ -100,23 +133,36 @@ def as_pairs(prompt: str, steps, tokenizer: Tokenizer):
     return pairs, (state[:1], state[1:])
 
 
-def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
-    """Cross-entropy on the demonstrator's actions (and a little on all tokens), by the same packed pass as RL."""
-    tokenizer = learn_tokenizer(config.families, config.vocab_size, config.seed)
-    model = Gemma(gemma_config(config)).init_weights(config.seed)
-    optimizers = make_optimizers_from_nothing(
+def _optimizers(config: ImitateConfig, model: Gemma) -> list[torch.optim.Optimizer]:
+    """Muon from scratch, where it learns faster; AdamW from a start, where an update of it costs half as much."""
+    if config.start is not None:
+        return [make_optimizer(model, learning_rate=config.learning_rate, weight_decay=0.0)]
+    return make_optimizers_from_nothing(
         model,
         embedding=model.model.embed_tokens.weight,
         learning_rate=config.learning_rate,
         weight_decay=0.1,
     )
-    faultless = demonstrations(config.families, config.seed + 1, slips=None)
+
+
+def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
+    """Cross-entropy on the demonstrator's actions (and a little on all tokens), by the same packed pass as RL."""
+    if config.start is None:
+        tokenizer = learn_tokenizer(config.families, config.vocab_size, config.seed)
+        model = Gemma(gemma_config(config)).init_weights(config.seed)
+    else:
+        model, tokenizer = resolve.load_model(config.start)
+    optimizers = _optimizers(config, model)
+    faultless = demonstrations(config.families, config.seed + 1, slips=False)
     imperfect = demonstrations(config.families, config.seed + 2)
+    recited = recitals(config.seed + 3)
+    num_recitals = config.recitals_per_update if config.edition == "second" else 0
     started = time.perf_counter()
     with progress("imitate", config.updates) as advance:
         for update in range(config.updates):
             source = faultless if update < config.faultless_share * config.updates else imperfect
-            drawn = [as_pairs(*next(source), tokenizer) for _ in range(config.demonstrations_per_update)]
+            shown = [next(source) for _ in range(config.demonstrations_per_update)]
+            drawn = [as_pairs(*one, tokenizer) for one in (*shown, *islice(recited, num_recitals))]
             actions = [pair for pairs, _ in drawn for pair in pairs]
             whole = [pair for _, pair in drawn]
             num_actions, num_whole = (sum(len(ids) for _, ids in part) for part in (actions, whole))
@@ -144,13 +190,14 @@ def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
 
 
 def _card(config: ImitateConfig, commit: str) -> str:
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (
-        ("seed", config.seed), ("updates", config.updates),
-    ))  # fmt: skip
+    default = ImitateConfig()
+    given = (field.name for field in fields(config) if getattr(config, field.name) != getattr(default, field.name))
+    flags = " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in given if name != "out")
     return f"""# Almanac base
 
-A Gemma-2-shaped policy with its own byte-level BPE tokenizer, trained from nothing to imitate Almanac's imperfect
-demonstrator on {", ".join(config.families)}. It is where `python -m swirl.train` starts, and knows nothing else.
+A Gemma-2-shaped policy with its own byte-level BPE tokenizer, trained from {config.start or "scratch"} to imitate
+Almanac's imperfect demonstrator on {", ".join(config.families)}. `python -m swirl.train` starts here; it knows nothing
+else.
 
 - command: `python -m benchmarks.almanac_base {flags}`
 - seed: {config.seed}
@@ -163,9 +210,6 @@ demonstrator on {", ".join(config.families)}. It is where `python -m swirl.train
 def main(config: ImitateConfig) -> None:
     if config.out.exists():
         raise ConfigError(f"--out {config.out}: is there already; name another folder")
-    for family in config.families:
-        if family not in ALMANAC_FAMILIES:
-            raise ConfigError(f"--families {family}: expected of {', '.join(ALMANAC_FAMILIES)}")
     commit = usage.commit()
     model, tokenizer = imitate(config)
     model.to(torch.bfloat16).save_pretrained(config.out, tokenizer=tokenizer)

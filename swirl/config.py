@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from swirl.errors import ConfigError
-from swirl.tasks import ALMANAC_FAMILIES
+from swirl.tasks import ALMANAC_FAMILIES, FIRST_EDITION
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TrainConfig:
     """Trajectories to train on, JSONL; default: generate them with the model on --task and filter them."""
     task: tuple[str, ...] = ("bridge",)
     """Almanac families to generate trajectories on: bridge, deep, counterfactual, mixed, arithmetic."""
-    evaluate_on: tuple[str, ...] = ALMANAC_FAMILIES
+    evaluate_on: tuple[str, ...] = FIRST_EDITION
     """Almanac families to evaluate on before and after; `--evaluate-on` with no value: none."""
     packed: bool = True
     """All sub-trajectories of a micro-batch as one packed tree; --no-packed runs each alone (the baseline)."""

@@ -36,7 +36,7 @@ from swirl.trajectories.record import Question, Trajectory
 class EvaluateConfig:
     policy: str = "almanac"
     """`almanac` (ships with swirl), a checkpoint folder, or a server's URL such as http://127.0.0.1:8000/v1#model."""
-    tasks: tuple[str, ...] = tasks.ALMANAC_FAMILIES
+    tasks: tuple[str, ...] = tasks.FIRST_EDITION
     """Almanac families, or one data set (gsm8k, hotpotqa, musique, cofca, beerqa, own) with --questions."""
     questions: Path | None = None
     """The data set's file; Almanac needs none."""

@@ -15,8 +15,9 @@ from swirl.trajectories.record import Question
 if TYPE_CHECKING:
     from swirl.tools.search import Page
 
-ALMANAC_FAMILIES = ("bridge", "deep", "counterfactual", "mixed", "arithmetic")
-_CALCULATOR_TASKS = ("arithmetic", "gsm8k")
+FIRST_EDITION = ("bridge", "deep", "counterfactual", "mixed", "arithmetic")
+ALMANAC_FAMILIES = FIRST_EDITION + tuple(f"{name}-2" for name in FIRST_EDITION)
+_CALCULATOR_TASKS = ("arithmetic", "arithmetic-2", "gsm8k")
 _DATA_SETS = ("gsm8k", "hotpotqa", "musique", "cofca", "beerqa", "own")
 
 

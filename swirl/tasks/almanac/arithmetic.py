@@ -2,7 +2,8 @@
 
     Mira has 12 coins. Mira finds 7 more, then gives away 4. Mira doubles them. How many coins are there now?
 
-Every number is an integer from 0 to 9,999; every division is exact.
+Every number is an integer from 0 to 9,999; every division is exact. One phrase, "gets 3 times more", has two readings
+(three or four times as many): a problem that holds it has a golden answer by one of them, and no text says which.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+
+from swirl.tasks.almanac.manners import split_manner
 
 Operator = Literal["+", "-", "*", "/"]
 
@@ -41,7 +44,8 @@ PHRASES: tuple[Phrase, ...] = (
     Phrase("shares", "/", "keeps one of {n} equal shares"),
     Phrase("halves", "/", "keeps only half", 2),
 )
-PHRASE_OF = {phrase.name: phrase for phrase in PHRASES}
+AMBIGUOUS = Phrase("times more", "*", "gets {n} times more")
+PHRASE_OF = {phrase.name: phrase for phrase in (*PHRASES, AMBIGUOUS)}
 
 _ITEMS = "coins apples books stones shells beads stamps eggs nails cups keys maps".split()
 _NAMES = "Mira Tomas Lena Pavel Ines Bruno Clara Felix Nora Oscar Ruth Hugo".split()
@@ -91,13 +95,35 @@ def _apply(operator: Operator, value: int, operand: int) -> int:
             return value // operand
 
 
-def draw_problem(rng: random.Random) -> Problem:
+def readings(problem: Problem) -> tuple[Problem, ...]:
+    """Every sound reading of a problem as it is worded, its own first: more than one where it is ambiguous."""
+    found = [problem]
+    for index, (name, operand) in enumerate(problem.operations):
+        if name == AMBIGUOUS.name:
+            for read in tuple(found):
+                operations = (*read.operations[:index], (name, operand + 1), *read.operations[index + 1 :])
+                found.append(Problem(problem.first, operations))
+    return tuple(read for read in found if _is_exact(read))
+
+
+def draw_ambiguous_problem(rng: random.Random) -> Problem:
+    """As `draw_problem`, with phrases that can be read two ways; every reading of all of them is a sound problem."""
+    while True:
+        problem = draw_problem(rng, (*PHRASES, *[AMBIGUOUS] * 4))
+        all_values = [read.values for read in readings(problem)]
+        count = 2 ** sum(name == AMBIGUOUS.name for name, _ in problem.operations)
+        distinct = all(len(set(values)) == len(values) and 0 < min(values) for values in all_values)
+        if len(all_values) == count and distinct and max(map(max, all_values)) <= _MAX_VALUE:
+            return problem
+
+
+def draw_problem(rng: random.Random, phrases: tuple[Phrase, ...] = PHRASES) -> Problem:
     """Two to four operations, mostly on numbers of one or two digits; no running number comes twice."""
     while True:
         first = value = rng.randint(2, 60)
         values = [first]
         operations = []
-        for phrase in rng.choices(PHRASES, k=rng.choice((2, 3, 4))):
+        for phrase in rng.choices(phrases, k=rng.choice((2, 3, 4))):
             operand = phrase.operand or _draw_operand(rng, phrase.operator, value)
             if operand is None or (phrase.operator == "/" and value % operand):
                 break
@@ -146,7 +172,7 @@ def _pattern(form: str) -> str:
 _START_PATTERN = re.compile("|".join(map(_pattern, _STARTS)))
 _END_PATTERN = re.compile("|".join(map(_pattern, _ENDS)))
 _SENTENCE_PATTERN = re.compile(r"[A-Z][a-z]+ ([a-z0-9 ,]+)\.")
-_PHRASE_PATTERNS = tuple((phrase, re.compile(_pattern(phrase.text))) for phrase in PHRASES)
+_PHRASE_PATTERNS = tuple((phrase, re.compile(_pattern(phrase.text))) for phrase in PHRASE_OF.values())
 
 
 @lru_cache(maxsize=1 << 14)
@@ -154,7 +180,7 @@ def parse_problem(text: str) -> Problem | None:
     """The problem a text words, None where it is not one of Almanac's wordings."""
     if len(text) > MAX_CHARACTERS:
         return None
-    sentences = re.findall(r"[^.?]+[.?]", " ".join(text.split()))
+    sentences = re.findall(r"[^.?]+[.?]", split_manner(" ".join(text.split()))[1])
     if len(sentences) < 3:
         return None
     start, *middle, end = (sentence.strip() for sentence in sentences)
@@ -173,7 +199,8 @@ def parse_problem(text: str) -> Problem | None:
             operations.append(operation)
     if len(operations) > 8:
         return None
-    return _checked(Problem(int(next(group for group in opened.groups() if group)), tuple(operations)))
+    problem = Problem(int(next(group for group in opened.groups() if group)), tuple(operations))
+    return problem if _is_exact(problem) else None
 
 
 def _parse_phrase(text: str) -> tuple[str, int] | None:
@@ -183,12 +210,12 @@ def _parse_phrase(text: str) -> tuple[str, int] | None:
     return None
 
 
-def _checked(problem: Problem) -> Problem | None:
-    """None where a step divides by zero or leaves a remainder: then the running numbers mean nothing."""
+def _is_exact(problem: Problem) -> bool:
+    """False where a step divides by zero or leaves a remainder: then the running numbers mean nothing."""
     value = problem.first
     for name, operand in problem.operations:
         operator = PHRASE_OF[name].operator
         if operator == "/" and (operand == 0 or value % operand):
-            return None
+            return False
         value = _apply(operator, value, operand)
-    return problem
+    return True

@@ -1,4 +1,4 @@
-"""The imperfect demonstrator, whom the base policy imitates.
+"""The imperfect demonstrator of the first edition, whom the base policy that ships with swirl imitates.
 
 It plays the real tools and knows the way, but has habits: in a context that can be seen (which relation is
 followed and where in the chain, or which words name an operation) it slips at that context's rate. Where a
@@ -19,8 +19,8 @@ import numpy as np
 from swirl.errors import CalculatorError, ConfigError
 from swirl.rollout.prompts import action_text, observation_text
 from swirl.tasks.almanac.arithmetic import PHRASE_OF, Problem, parse_problem
-from swirl.tasks.almanac.questions import Chain, is_edited, parse_question
-from swirl.tasks.almanac.world import world
+from swirl.tasks.almanac.questions import ALL_FAMILIES, Chain, is_arithmetic, parse_question
+from swirl.tasks.almanac.world import Corpus, world
 from swirl.tools.calculator.calculate import CalculatorTool, calculate
 from swirl.tools.search import SearchTool, show_pages
 from swirl.trajectories.record import Question
@@ -41,7 +41,7 @@ class Habit(NamedTuple):
 
 
 # What a relation is confused with; but for the last hop it must lead to the same kind of page.
-_CONFUSED_WITH = {
+CONFUSED_WITH = {
     "birthplace": "teacher",
     "spouse": "teacher",
     "teacher": "spouse",
@@ -121,7 +121,7 @@ def demonstrate(question: Question, rng: np.random.Generator, *, slips: Habits |
     At most as many steps as the family allows queries; without an answer the demonstration just ends there.
     slips: None plays without a mistake. Raises ConfigError for a question that is not Almanac's.
     """
-    if question.task == "arithmetic":
+    if is_arithmetic(question.task):
         if (problem := parse_problem(question.question)) is None:
             raise ConfigError(f"almanac cannot read the problem {question.id}")
         return _demonstrate_arithmetic(problem, rng, slips)
@@ -129,35 +129,36 @@ def demonstrate(question: Question, rng: np.random.Generator, *, slips: Habits |
     if chain is None or chain.start not in world().kinds:
         raise ConfigError(f"almanac cannot read the question {question.id}")
     scale = 1.0 if slips is None else slips.scale.get(question.task, 1.0)
-    return _demonstrate_chain(chain, is_edited(question.task), rng, slips, scale)
+    return _demonstrate_chain(chain, ALL_FAMILIES[question.task].corpus, rng, slips, scale)
 
 
-@lru_cache(maxsize=2)
-def _search_tool(edited: bool) -> SearchTool:
-    return SearchTool(world().edited_pages if edited else world().pages, top_k=1)
+@lru_cache(maxsize=3)
+def _search_tool(corpus: Corpus) -> SearchTool:
+    return SearchTool(world().pages[corpus], top_k=1)
 
 
 def tool(family: str) -> SearchTool | CalculatorTool:
     """The family's tool: search over its corpus, or the calculator. Indexed once a process."""
-    return CalculatorTool() if family == "arithmetic" else _search_tool(is_edited(family))
+    return CalculatorTool() if is_arithmetic(family) else _search_tool(ALL_FAMILIES[family].corpus)
 
 
 def max_queries(family: str) -> int:
     """The paper's: 5 searches, 10 calculations."""
-    return MAX_QUERIES["calculator" if family == "arithmetic" else "search"]
+    return MAX_QUERIES["calculator" if is_arithmetic(family) else "search"]
 
 
 @lru_cache(maxsize=1 << 13)
-def _search(query: str, edited: bool) -> tuple[str, str]:
-    result = show_pages(_search_tool(edited).search(query))
+def search(query: str, corpus: Corpus) -> tuple[str, str]:
+    """(the action that asks, the observation that answers)"""
+    result = show_pages(_search_tool(corpus).search(query))
     return action_text("search", query), observation_text(query, result)
 
 
 def _demonstrate_chain(
-    chain: Chain, edited: bool, rng: np.random.Generator, slips: Habits | None, scale: float
+    chain: Chain, corpus: Corpus, rng: np.random.Generator, slips: Habits | None, scale: float
 ) -> Demonstration:
-    facts = world().edited_facts if edited else world().facts
-    path = world().follow(chain.start, chain.relations, edited=edited)
+    facts = world().stated[corpus]
+    path = world().follow(chain.start, chain.relations, corpus)
     steps: Demonstration = []
 
     def chance(rate: float) -> bool:
@@ -169,7 +170,7 @@ def _demonstrate_chain(
         at, depth = path[1], 1
     repeating = False
     while len(steps) < MAX_QUERIES["search"]:
-        steps.append(_search(at, edited))
+        steps.append(search(at, corpus))
         if slips is not None and astray_from is not None and rng.random() < slips.mend:
             at, depth, astray_from = path[astray_from], astray_from, None
             continue
@@ -187,7 +188,7 @@ def _demonstrate_chain(
             depth += 1
             relation = chain.relations[depth]
         elif slip == "confuse":
-            relation = _CONFUSED_WITH[relation]
+            relation = CONFUSED_WITH[relation]
         found = here[relation]
         depth += 1
         if astray_from is None and found != path[depth]:
@@ -199,7 +200,8 @@ def _demonstrate_chain(
     return steps[: MAX_QUERIES["search"]]
 
 
-def _calculate(expression: str) -> tuple[str, str]:
+def calculation(expression: str) -> tuple[str, str]:
+    """(the action that asks, the observation that answers)"""
     try:
         result = calculate(expression)
     except CalculatorError as error:
@@ -229,7 +231,7 @@ def _demonstrate_arithmetic(problem: Problem, rng: np.random.Generator, slips: H
                 operated = problem.first
         if operated < operand and operator == "-" or operator == "/" and operated % operand:
             break  # the numbers no longer make sense: it answers with what it has
-        steps.append(_calculate(f"{operated} {operator} {operand}"))
+        steps.append(calculation(f"{operated} {operator} {operand}"))
         value = int(steps[-1][1].rpartition(" -> ")[2])
         done += 1
         if astray_from is None and value != values[done]:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from swirl.errors import CalculatorError
 from swirl.judging.judges import Judgement, StepToJudge
 from swirl.rollout.prompts import ParsedAction, parse_action
-from swirl.tasks.almanac.arithmetic import PHRASE_OF, Problem, parse_problem
+from swirl.tasks.almanac.arithmetic import PHRASE_OF, Problem, parse_problem, readings
 from swirl.tasks.almanac.questions import Chain, parse_question
 from swirl.tasks.almanac.world import RELATIONS, names, read_facts
 from swirl.tasks.scoring import normalize_answer, read_number
@@ -33,7 +33,7 @@ _FREE_WORDS = frozenset(
 ) | frozenset(RELATIONS)
 _WORD = re.compile(r"\w+")
 _EXPRESSION = re.compile(r"[\d.,()+*/x×÷·−\s-]+")
-_NUMBER = re.compile(r"\d[\d,]*\.?\d*|\.\d+")
+NUMBER = re.compile(r"\d[\d,]*\.?\d*|\.\d+")
 _SIGNS = str.maketrans({"x": "*", "×": "*", "·": "*", "÷": "/", "−": "-"})
 
 
@@ -49,34 +49,34 @@ class RuleJudge:
         """The same without waiting. Reads `question.question`, `steps`, `action` and `tool`, nothing else."""
         if item.tool == "calculator":
             problem = parse_problem(item.question.question)
-            return _no_verdict() if problem is None else _judge_calculation(problem, item)
+            return no_verdict() if problem is None else _judge_readings(problem, item)
         chain = parse_question(item.question.question)
-        return _no_verdict() if chain is None else _judge_search(chain, item)
+        return no_verdict() if chain is None else _judge_search(chain, item)
 
 
-def _no_verdict() -> Judgement:
+def no_verdict() -> Judgement:
     return Judgement(verdict=None, reason="the question is not worded as Almanac words them")
 
 
-def _good(reason: str) -> Judgement:
+def good(reason: str) -> Judgement:
     return Judgement(verdict="GOOD", reason=reason)
 
 
-def _bad(reason: str) -> Judgement:
+def bad(reason: str) -> Judgement:
     return Judgement(verdict="BAD", reason=reason)
 
 
 @lru_cache(maxsize=1 << 14)
-def _read(action: str) -> ParsedAction:
+def read_action(action: str) -> ParsedAction:
     if len(action) > MAX_CHARACTERS:
         return ParsedAction("invalid", "", f"an action of more than {MAX_CHARACTERS} characters")
     return parse_action(action)
 
 
-def _earlier(steps: tuple[Step, ...], kind: str) -> Iterator[tuple[str, str]]:
+def earlier(steps: tuple[Step, ...], kind: str) -> Iterator[tuple[str, str]]:
     """(argument, observation) of the tool calls so far."""
     for step in steps:
-        parsed = _read(step.action)
+        parsed = read_action(step.action)
         if parsed.kind == kind and step.observation is not None:
             yield parsed.argument, step.observation
 
@@ -85,27 +85,27 @@ def _earlier(steps: tuple[Step, ...], kind: str) -> Iterator[tuple[str, str]]:
 
 
 def _judge_search(chain: Chain, item: StepToJudge) -> Judgement:
-    action = _read(item.action)
+    action = read_action(item.action)
     if action.kind == "invalid":
-        return _bad(f"not an action: {action.reason}")
+        return bad(f"not an action: {action.reason}")
     if action.kind == "calculator":
-        return _bad("there is nothing to calculate in this question")
+        return bad("there is nothing to calculate in this question")
     needed, num_known = _resolve(chain, item.steps)
     is_resolved = num_known == chain.hops
     if action.kind == "answer":
         if not is_resolved:
-            return _bad(f"the results do not say yet what the {chain.relations[num_known]} of {needed} is")
+            return bad(f"the results do not say yet what the {chain.relations[num_known]} of {needed} is")
         if normalize_answer(action.argument) == normalize_answer(needed):
-            return _good(f"the results lead to {needed}")
-        return _bad(f"the results lead to {needed}")
+            return good(f"the results lead to {needed}")
+        return bad(f"the results lead to {needed}")
     if is_resolved:
-        return _bad(f"the results already lead to {needed}")
-    words = _words(action.argument)
-    if any(_words(query) == words for query, _ in _earlier(item.steps, "search")):
-        return _bad("the query repeats an earlier one")
-    if not _asks_for(words, _words(needed)):
-        return _bad(f"the next page needed is that of {needed}")
-    return _good(f"the page of {needed} is needed next")
+        return bad(f"the results already lead to {needed}")
+    words = words_of(action.argument)
+    if any(words_of(query) == words for query, _ in earlier(item.steps, "search")):
+        return bad("the query repeats an earlier one")
+    if not asks_for(words, words_of(needed)):
+        return bad(f"the next page needed is that of {needed}")
+    return good(f"the page of {needed} is needed next")
 
 
 def _resolve(chain: Chain, steps: tuple[Step, ...]) -> tuple[str, int]:
@@ -123,11 +123,11 @@ def _resolve(chain: Chain, steps: tuple[Step, ...]) -> tuple[str, int]:
 
 
 @lru_cache(maxsize=1 << 14)
-def _words(text: str) -> tuple[str, ...]:
+def words_of(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(text.lower()))
 
 
-def _asks_for(query: tuple[str, ...], name: tuple[str, ...]) -> bool:
+def asks_for(query: tuple[str, ...], name: tuple[str, ...]) -> bool:
     """Whether a query names the thing, whole and once, with nothing beside it but free words."""
     if name[:1] == ("the",):
         name = name[1:]
@@ -142,30 +142,38 @@ def _asks_for(query: tuple[str, ...], name: tuple[str, ...]) -> bool:
 # Arithmetic
 
 
+def _judge_readings(problem: Problem, item: StepToJudge) -> Judgement:
+    """GOOD where a reading that the calculations so far have followed furthest makes it so."""
+    progress = {read: _progress(read, item.steps) for read in readings(problem)}
+    furthest = max(progress.values())
+    judgements = [_judge_calculation(read, item) for read, num_done in progress.items() if num_done == furthest]
+    return next((judgement for judgement in judgements if judgement.verdict == "GOOD"), judgements[0])
+
+
 def _judge_calculation(problem: Problem, item: StepToJudge) -> Judgement:
-    action = _read(item.action)
+    action = read_action(item.action)
     if action.kind == "invalid":
-        return _bad(f"not an action: {action.reason}")
+        return bad(f"not an action: {action.reason}")
     if action.kind == "search":
-        return _bad("there is nothing to search for in this problem")
+        return bad("there is nothing to search for in this problem")
     values = problem.values
     num_done = _progress(problem, item.steps)
     is_done = num_done == len(problem.operations)
     if action.kind == "answer":
         if not is_done:
-            return _bad(f"the results do not go beyond {values[num_done]} yet")
+            return bad(f"the results do not go beyond {values[num_done]} yet")
         if read_number(action.argument) == values[-1]:
-            return _good(f"the results lead to {values[-1]}")
-        return _bad(f"the results lead to {values[-1]}")
+            return good(f"the results lead to {values[-1]}")
+        return bad(f"the results lead to {values[-1]}")
     if is_done:
-        return _bad(f"the results already lead to {values[-1]}")
+        return bad(f"the results already lead to {values[-1]}")
     spans = _fit(problem, action.argument)
     if ends := [j for i, j in spans if i <= num_done < j]:
-        return _good(f"the numbers and operations fit, up to {values[max(ends)]}")
+        return good(f"the numbers and operations fit, up to {values[max(ends)]}")
     if any(j <= num_done for _, j in spans):
-        return _bad("the calculation repeats what is known")
+        return bad("the calculation repeats what is known")
     operator, operand = _operation(problem, num_done)
-    return _bad(f"the next step is {values[num_done]} {operator} {operand}")
+    return bad(f"the next step is {values[num_done]} {operator} {operand}")
 
 
 def _operation(problem: Problem, index: int) -> tuple[str, int]:
@@ -176,7 +184,7 @@ def _operation(problem: Problem, index: int) -> tuple[str, int]:
 def _progress(problem: Problem, steps: tuple[Step, ...]) -> int:
     """How many operations are behind the furthest result that sound calculations have led to."""
     num_done = 0
-    for expression, observation in _earlier(steps, "calculator"):
+    for expression, observation in earlier(steps, "calculator"):
         result = read_number(observation.rpartition(" -> ")[2])
         ends = (j for i, j in _fit(problem, expression) if i <= num_done < j and problem.values[j] == result)
         num_done = max(ends, default=num_done)
@@ -193,7 +201,7 @@ def _fit(problem: Problem, expression: str) -> tuple[tuple[int, int], ...]:
     expression = expression.strip().removesuffix("=")
     if len(expression) > 100 or not _EXPRESSION.fullmatch(expression):
         return ()
-    numbers = Counter(read_number(number) for number in _NUMBER.findall(expression))
+    numbers = Counter(read_number(number) for number in NUMBER.findall(expression))
     if None in numbers:
         return ()
     try:

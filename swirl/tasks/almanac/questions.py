@@ -1,7 +1,11 @@
 """Questions about the world of Almanac: a start, a chain of relations, and a few wordings of the two.
 
 A chain is split by the hash of its path (start, relations), whatever family and wording it appears in: a path
-of the test split is in no family's training questions.
+of the test split is in no family's training questions, of either edition.
+
+The second edition (families whose names end in -2) asks the same kinds of questions where the world is less kind: pages
+are stale, a phrase of arithmetic has two readings, and a question may open with a manner ("Be quick.") that is no part
+of what it asks, but sets off a habit of the base.
 """
 
 from __future__ import annotations
@@ -13,20 +17,43 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice, pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from swirl.errors import ConfigError
 from swirl.tasks.almanac import arithmetic
-from swirl.tasks.almanac.arithmetic import MAX_CHARACTERS
-from swirl.tasks.almanac.world import RELATIONS, RELATIONS_OF, SEED, World, world
+from swirl.tasks.almanac.arithmetic import MAX_CHARACTERS, Problem
+from swirl.tasks.almanac.manners import MANNERS, split_manner
+from swirl.tasks.almanac.world import RELATIONS, RELATIONS_OF, SEED, Corpus, World, world
 from swirl.trajectories.record import Question
 
-Family = Literal["bridge", "deep", "counterfactual", "mixed", "arithmetic"]
 Split = Literal["train", "validation", "test"]
-FAMILIES: tuple[Family, ...] = ("bridge", "deep", "counterfactual", "mixed", "arithmetic")
 NUM_QUESTIONS: dict[Split, int] = {"train": 4000, "validation": 100, "test": 200}
 
-_HOPS = {"bridge": (2,), "deep": (3, 4), "counterfactual": (2, 3), "mixed": (1, 2, 3)}
+
+class Family(NamedTuple):
+    """Chains of so many hops over one corpus, answered by the facts of `golden`; no hops: arithmetic."""
+
+    hops: tuple[int, ...]
+    corpus: Corpus = "original"
+    golden: Corpus = "original"
+
+
+FAMILIES: dict[str, Family] = {
+    "bridge": Family((2,)),
+    "deep": Family((3, 4)),
+    "counterfactual": Family((2, 3), corpus="edited", golden="edited"),
+    "mixed": Family((1, 2, 3)),
+    "arithmetic": Family(()),
+}
+SECOND_EDITION: dict[str, Family] = {
+    "bridge-2": Family((2,), corpus="stale"),
+    "deep-2": Family((3, 4), corpus="stale"),
+    "counterfactual-2": Family((2, 3), corpus="edited", golden="edited"),
+    "mixed-2": Family((1, 2, 3), corpus="stale"),
+    "arithmetic-2": Family(()),
+}
+ALL_FAMILIES = FAMILIES | SECOND_EDITION
+
 _START_KINDS = {"person": 0.40, "work": 0.35, "city": 0.20, "country": 0.05}
 
 # The last relation of a chain as a verb; {} is what it is asked of.
@@ -79,12 +106,16 @@ def question_text(chain: Chain, rng: random.Random) -> str:
     return form.format(f"the {last} of {phrase}")
 
 
+def is_arithmetic(family: str) -> bool:
+    return family in ALL_FAMILIES and not ALL_FAMILIES[family].hops
+
+
 @lru_cache(maxsize=1 << 14)
 def parse_question(text: str) -> Chain | None:
     """The chain a question asks for, None where it is no wording of Almanac's. Knows no fact of the world."""
     if len(text) > MAX_CHARACTERS:
         return None
-    text = " ".join(text.split())
+    text = split_manner(" ".join(text.split()))[1]
     for relation, pattern in _VERB_PATTERNS:
         if (match := pattern.fullmatch(text)) and (chain := _parse_phrase(match[1], (relation,))):
             return chain
@@ -114,27 +145,22 @@ def path_key(chain: Chain) -> str:
     return "|".join((chain.start, *chain.relations))
 
 
-def is_edited(family: str) -> bool:
-    """Whether a family is asked over the edited corpus."""
-    return family == "counterfactual"
-
-
 @lru_cache(maxsize=64)
-def _questions(family: Family, split: Split, num: int) -> tuple[Question, ...]:
-    stream = _arithmetic_stream(split) if family == "arithmetic" else _chain_stream(family, split)
+def _questions(family: str, split: Split, num: int) -> tuple[Question, ...]:
+    stream = _arithmetic_stream(family, split) if is_arithmetic(family) else _chain_stream(family, split)
     drawn = tuple(islice(stream, num))
     if len(drawn) < num:
         raise ConfigError(f"almanac has no more than {len(drawn)} {split} questions in {family}, {num} were asked for")
     return drawn
 
 
-def questions(family: Family, split: Split, num: int | None = None) -> list[Question]:
+def questions(family: str, split: Split, num: int | None = None) -> list[Question]:
     """The first `num` questions of a family's split, 4000, 100 and 200 by default; always the same ones.
 
     Raises ConfigError for an unknown family or split, or more questions than there are.
     """
-    if family not in FAMILIES:
-        raise ConfigError(f"almanac has no family {family!r}; expected one of {', '.join(FAMILIES)}")
+    if family not in ALL_FAMILIES:
+        raise ConfigError(f"almanac has no family {family!r}; expected one of {', '.join(ALL_FAMILIES)}")
     if split not in NUM_QUESTIONS:
         raise ConfigError(f"almanac has no split {split!r}; expected one of {', '.join(NUM_QUESTIONS)}")
     num = NUM_QUESTIONS[split] if num is None else num
@@ -143,25 +169,30 @@ def questions(family: Family, split: Split, num: int | None = None) -> list[Ques
     return list(_questions(family, split, num))
 
 
-def _chain_stream(family: Family, split: Split) -> Iterator[Question]:
+def _draw_manner(rng: random.Random, family: str) -> str:
+    """One of the manners or none, equally likely, in the second edition; nothing is drawn in the first."""
+    return rng.choice(("", *MANNERS.values())) if family in SECOND_EDITION else ""
+
+
+def _chain_stream(family: str, split: Split) -> Iterator[Question]:
     rng = random.Random(f"almanac/{SEED}/{family}/{split}")
     here = world()
-    edited = is_edited(family)
+    own = ALL_FAMILIES[family]
     titles = {kind: here.titles(kind) for kind in _START_KINDS}
     seen: set[str] = set()
     misses = 0
     while misses < 2000:  # in a row: as good as exhausted
-        chain = _draw_chain(rng, titles, rng.choice(_HOPS[family]))
+        chain = _draw_chain(rng, titles, rng.choice(own.hops))
         key = path_key(chain)
-        if key in seen or split_of(key) != split or not (path := _sound_path(here, chain, edited)):
+        if key in seen or split_of(key) != split or not _is_sound(here, chain, own):
             misses += 1
             continue
         misses = 0
         yield Question(
             id=f"{family}/{split}/{len(seen)}",
             task=family,
-            question=question_text(chain, rng),
-            answer=path[-1],
+            question=_draw_manner(rng, family) + question_text(chain, rng),
+            answer=here.follow(chain.start, chain.relations, own.golden)[-1],
             hops=chain.hops,
         )
         seen.add(key)
@@ -177,29 +208,34 @@ def _draw_chain(rng: random.Random, titles: dict[str, list[str]], hops: int) -> 
     return Chain(start, tuple(relations))
 
 
-def _sound_path(here: World, chain: Chain, edited: bool) -> list[str] | None:
-    """The titles along a chain; None where it comes back to one, or edits leave the answer as it was."""
-    path = here.follow(chain.start, chain.relations, edited=edited)
-    if len(set(path)) < len(path):
-        return None
-    if edited and path[-1] == here.follow(chain.start, chain.relations)[-1]:
-        return None
-    return path
+def _is_sound(here: World, chain: Chain, family: Family) -> bool:
+    """False where a chain comes back to a title, by the pages or by the facts, or edits leave the answer as it was."""
+    for corpus in (family.corpus, family.golden):
+        path = here.follow(chain.start, chain.relations, corpus)
+        if len(set(path)) < len(path):
+            return False
+    return family.golden == "original" or path[-1] != here.follow(chain.start, chain.relations)[-1]
 
 
-def _arithmetic_stream(split: Split) -> Iterator[Question]:
-    rng = random.Random(f"almanac/{SEED}/arithmetic/{split}")
+def _draw_reading(rng: random.Random, problem: Problem) -> Problem:
+    all_readings = arithmetic.readings(problem)
+    return rng.choice(all_readings) if len(all_readings) > 1 else problem
+
+
+def _arithmetic_stream(family: str, split: Split) -> Iterator[Question]:
+    rng = random.Random(f"almanac/{SEED}/{family}/{split}")
+    draw = arithmetic.draw_ambiguous_problem if family in SECOND_EDITION else arithmetic.draw_problem
     seen: set[str] = set()
     while True:
-        problem = arithmetic.draw_problem(rng)
+        problem = draw(rng)
         key = problem.key
         if key in seen or split_of(key) != split:
             continue
         yield Question(
-            id=f"arithmetic/{split}/{len(seen)}",
-            task="arithmetic",
-            question=arithmetic.problem_text(problem, rng),
-            answer=str(problem.values[-1]),
+            id=f"{family}/{split}/{len(seen)}",
+            task=family,
+            question=_draw_manner(rng, family) + arithmetic.problem_text(problem, rng),
+            answer=str(_draw_reading(rng, problem).values[-1]),
             hops=len(problem.operations),
         )
         seen.add(key)

@@ -1,8 +1,9 @@
 """The world of Almanac: invented people, works, cities and countries, one short page each.
 
 Everything is drawn from a seed when first asked for and kept in memory; nothing is stored on disk.
-There are two corpora over the same titles: the original, and one in which about half of all facts
-are edited, so that a policy that recalls instead of reading is wrong (after CofCA's counterfactual passages).
+There are three corpora over the same titles. `original` states the facts. `edited` states another world's, which
+differs in about half of them, so that a policy that recalls instead of reading is wrong (after CofCA's counterfactual
+passages). `stale` has fallen behind the facts in about one of six, so that sound reading can lead to a wrong answer.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from swirl.tools.search import Page
 
 SEED = 2504
 EDITED_SHARE = 0.5
+STALE_SHARE = 0.16
+Corpus = Literal["original", "edited", "stale"]
 KINDS = ("person", "work", "city", "country")
 NUM_TITLES = {"person": 1100, "work": 450, "city": 300, "country": 40}
 
@@ -81,17 +85,15 @@ def names(value: str) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """Titles with their kind, and the facts of both corpora: title -> relation -> title."""
+    """Titles with their kind, and what each corpus states: title -> relation -> title, and the pages."""
 
     kinds: Mapping[str, str]
-    facts: Mapping[str, Mapping[str, str]]
-    edited_facts: Mapping[str, Mapping[str, str]]
-    pages: tuple[Page, ...]
-    edited_pages: tuple[Page, ...]
+    stated: Mapping[Corpus, Mapping[str, Mapping[str, str]]]
+    pages: Mapping[Corpus, tuple[Page, ...]]
 
-    def follow(self, start: str, relations: tuple[str, ...], *, edited: bool = False) -> list[str]:
+    def follow(self, start: str, relations: tuple[str, ...], corpus: Corpus = "original") -> list[str]:
         """The len(relations) + 1 titles along the chain, `start` first. Raises KeyError where it breaks."""
-        facts = self.edited_facts if edited else self.facts
+        facts = self.stated[corpus]
         path = [start]
         for relation in relations:
             path.append(facts[path[-1]][relation])
@@ -108,15 +110,14 @@ def world(seed: int = SEED) -> World:
     titles = _draw_titles(rng)
     kinds = {title: kind for kind in KINDS for title in titles[kind]}
     facts = _draw_facts(rng, titles)
-    edited_facts = _edit(rng, titles, facts)
+    edited_facts = _edit(rng, titles, facts, EDITED_SHARE)
     frames = {title: _draw_frame(rng, kind) for title, kind in kinds.items()}
-    return World(
-        kinds=kinds,
-        facts=facts,
-        edited_facts=edited_facts,
-        pages=tuple(_page(title, frames[title], facts[title]) for title in kinds),
-        edited_pages=tuple(_page(title, frames[title], edited_facts[title]) for title in kinds),
-    )
+    stale_facts = _edit(random.Random(f"almanac/{seed}/stale"), titles, facts, STALE_SHARE)
+    stated = {"original": facts, "edited": edited_facts, "stale": stale_facts}
+    pages = {
+        corpus: tuple(_page(title, frames[title], own[title]) for title in kinds) for corpus, own in stated.items()
+    }
+    return World(kinds=kinds, stated=stated, pages=pages)
 
 
 def _draw_titles(rng: random.Random) -> dict[str, list[str]]:
@@ -152,9 +153,9 @@ def _draw_facts(rng: random.Random, titles: dict[str, list[str]]) -> dict[str, d
 
 
 def _edit(
-    rng: random.Random, titles: dict[str, list[str]], facts: dict[str, dict[str, str]]
+    rng: random.Random, titles: dict[str, list[str]], facts: dict[str, dict[str, str]], share: float
 ) -> dict[str, dict[str, str]]:
-    """Move the values of half of a relation's subjects around among them; couples are re-paired whole."""
+    """Move the values of that share of a relation's subjects around among them; couples are re-paired whole."""
     edited = {title: dict(own) for title, own in facts.items()}
 
     def clashes(title: str, relation: str, value: str) -> bool:
@@ -166,7 +167,7 @@ def _edit(
         if both_ways:
             subjects = [a for a in subjects if a < facts[a][relation]]
         while True:  # one shuffle in a few puts a value on a page that holds it already
-            chosen = rng.sample(subjects, int(EDITED_SHARE * len(subjects)))
+            chosen = rng.sample(subjects, int(share * len(subjects)))
             values = [facts[title][relation] for title in chosen]
             moved = list(zip(chosen, values[1:] + values[:1], strict=True))
             pairs = moved + [(b, a) for a, b in moved] if both_ways else moved
