@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -226,8 +227,10 @@ class Gemma(nn.Module):
         The head runs on `batch.source_rows` alone and never holds (M, V) logits.
         """
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.subtree_end, batch.chain_lengths)
+        # An embedding look-up and not hidden[rows]: at a fork rows repeat, and torch sums the gradients of an index in an
+        # order that changes from run to run.
         return linear_log_prob(
-            hidden[batch.source_rows],
+            F.embedding(batch.source_rows, hidden),
             self.model.embed_tokens.weight,
             batch.target_ids,
             softcap=self.config.final_logit_softcapping,

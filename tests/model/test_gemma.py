@@ -264,3 +264,25 @@ def test_the_guard_is_of_the_tensors_device_and_of_none_on_a_cpu(monkeypatch):
     assert _triton.on_device(OnSecond()) == ("current", torch.device("cuda", 1))
     with _triton.on_device(torch.ones(1)) as nothing:
         assert nothing is None
+
+
+def test_gradients_are_the_same_to_the_bit_each_time():
+    """Rows that repeat at forks were summed in the order in which threads came to them."""
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randint(0, 64, (40,), generator=generator).tolist()
+    branches = [(state[: 10 + i % 30], torch.randint(0, 64, (3,), generator=generator).tolist()) for i in range(1200)]
+    batch = pack(branches)
+    sizes = dict(hidden_size=32, head_dim=32, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1)
+    model = Gemma(GemmaConfig(**BASE | sizes)).init_weights(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = set()
+        for _ in range(40):
+            model.zero_grad(set_to_none=True)
+            log_probs = model.token_log_probs(batch)
+            (log_probs * torch.arange(log_probs.numel()).sin()).sum().backward()
+            seen.add(model.model.norm.weight.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
