@@ -227,7 +227,7 @@ class Gemma(nn.Module):
         The head runs on `batch.source_rows` alone and never holds (M, V) logits.
         """
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.subtree_end, batch.chain_lengths)
-        # An embedding look-up and not hidden[rows]: at a fork rows repeat, and torch sums the gradients of an index in an
+        # An embedding look-up, not hidden[rows]: at a fork rows repeat, and torch sums the gradients of an index in an
         # order that changes from run to run.
         return linear_log_prob(
             F.embedding(batch.source_rows, hidden),
