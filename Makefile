@@ -1,4 +1,5 @@
 # `make train` and `make test` do all the set-up on a fresh machine, then the job; a second call starts at once.
+# `make test-all` adds the full compile matrix and long fuzzing, `make drills` kills, corrupts and attacks for half an hour.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -11,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 
-.PHONY: train smoke test lint bench clean
+.PHONY: train smoke test test-all drills lint bench clean
 
 train: $(VENV)/.ready
 	$(RUN) -m swirl.train --packed $(ARGS)
@@ -19,12 +20,21 @@ train: $(VENV)/.ready
 smoke: $(VENV)/.ready
 	$(RUN) -m swirl.train --packed --smoke --out run-smoke $(ARGS)
 
-test: $(VENV)/.ready-tests
-	$(RUN) -m ruff check .
-	$(RUN) -m pytest tests $(ARGS)
+# One worker a core, one thread a worker.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(shell nproc) --dist worksteal
+
+test: lint
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: lint
+	$(PYTEST) $(ARGS)
+
+drills: $(VENV)/.ready-tests
+	$(RUN) -m tests.drills $(ARGS)
 
 lint: $(VENV)/.ready-tests
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/.ready-tests
 	$(RUN) -m benchmarks.train_step $(ARGS)
