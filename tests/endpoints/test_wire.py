@@ -492,7 +492,7 @@ def test_what_other_weights_began_is_not_gone_on_with(tmp_path, tiny_folder):
     for folder in (model, copy):
         shutil.copytree(tiny_folder, folder)
     weights = model / "model.safetensors"
-    assert checkpoint_digest(model) == command.checkpoint_digest(copy)
+    assert checkpoint_digest(model) == checkpoint_digest(copy)
 
     async def all_of_it():
         flags = ("--policy", "model", "--limit", 1, "--samples", 2, "--max-new-tokens", 4, "--out", "t.jsonl")
