@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -42,6 +42,33 @@ class Optimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for weight in self._weights:
             weight.grad = None if set_to_none or weight.grad is None else weight.grad.zero_()
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """All that the next step needs besides the weights: state such as moments by `N.name`, copies by `N.copy`."""
+        copies = {id(weight): copy for weight, copy in self._copies}
+        tensors = {}
+        for number, weight in enumerate(self._weights):
+            copy = copies.get(id(weight))
+            stepped = weight if copy is None else copy
+            tensors |= {f"{number}.{name}": value for name, value in self._torch.state.get(stepped, {}).items()}
+            if copy is not None:
+                tensors[f"{number}.copy"] = copy
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state_tensors` gave. Raises ValueError where it was of other weights."""
+        copies = {id(weight): copy for weight, copy in self._copies}
+        for number, weight in enumerate(self._weights):
+            copy = copies.get(id(weight))
+            mine = {name: value for name, value in tensors.items() if name.partition(".")[0] == str(number)}
+            mine = {name.partition(".")[2]: value.to(weight.device) for name, value in mine.items()}
+            shapes = {tuple(value.shape) for value in mine.values() if value.ndim}
+            if (copy is not None) != ("copy" in mine) or not shapes <= {tuple(weight.shape)}:
+                raise ValueError(f"expected the optimizer state of weight {number}, of shape {tuple(weight.shape)}")
+            if copy is not None:
+                copy.copy_(mine.pop("copy"))
+            self._torch.state[weight if copy is None else copy] = mine
 
 
 def make_optimizer(model: torch.nn.Module, *, learning_rate: float, weight_decay: float = 0.0) -> Optimizer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from swirl.errors import CheckpointError
+from swirl.storage.digest import DigestError, check_digests, digests_of, write_manifest
+from swirl.storage.files import sync_files, sync_folder
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,15 +51,28 @@ def read_json(path: str | os.PathLike) -> dict:
         aside = _aside(path.parent, "old")
         hint = f"; an interrupted save left {aside}" if aside.is_dir() else ""
         raise CheckpointError(path.parent, f"no such model folder{hint}")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(path, "expected a file")
+    require_digests(path.parent, path.name)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(path, f"cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"expected JSON ({error})") from None
     if not isinstance(content, dict):
         raise CheckpointError(path, "expected a JSON object")
     return content
+
+
+def require_digests(folder: Path, *names: str) -> None:
+    """Raises CheckpointError where a file of that name, written by swirl, is damaged. Others' files pass."""
+    try:
+        check_digests(folder, names)
+    except DigestError as error:
+        raise CheckpointError(folder, str(error)) from None
+    except OSError as error:
+        raise CheckpointError(folder, f"cannot be read ({error})") from None
 
 
 def check_tokenizer_fits(tokenizer, vocab_size: int, path: str | os.PathLike) -> None:
@@ -83,12 +99,20 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(folder / INDEX, "field 'weight_map': expected tensor names and their files")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:  # a path could lead out of the folder
+                raise CheckpointError(folder / INDEX, f"field 'weight_map': expected names of files, got '{name}'")
+        files = [folder / name for name in names]
     elif (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     else:
         raise CheckpointError(folder, f"expected {SINGLE} or {INDEX}")
     where = {}
+    for file in files:
+        if not file.is_file():  # a pipe would keep its reader waiting for ever
+            raise CheckpointError(file, "expected a file" if file.exists() else "no such file")
+    require_digests(folder, *(file.name for file in files))
     for file in files:
         with _open(file) as tensors:
             where.update(dict.fromkeys(tensors.keys(), file))
@@ -111,9 +135,7 @@ def load_weights(
     """
     folder = Path(folder)
     files = _files_of_tensors(folder)
-    prefix = next((prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in files), PREFIXES[0])
-    others = tuple(name for name in files if name.startswith(VISION))
-    theirs = {_our_name(name, prefix): name for name in files if name not in others}
+    prefix, theirs, others = _names(files)
     where = {name: files[their_name] for name, their_name in theirs.items()}
     expected = {name: parameter.shape for name, parameter in module.state_dict().items()}
     missing = [name for name in expected if name not in where]
@@ -144,6 +166,24 @@ def load_weights(
     return prefix, others
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The text model's tensors of a folder as they are, by the model's names. Raises CheckpointError."""
+    files = _files_of_tensors(folder)
+    _, theirs, _ = _names(files)
+    state = {}
+    for file in sorted(set(files.values())):
+        with _open(file) as tensors:
+            state |= {name: tensors.get_tensor(their) for name, their in theirs.items() if files[their] == file}
+    return state
+
+
+def _names(files: Mapping[str, Path]) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """Of the tensors in `files`: what stands for `model.`, their name by our name, and the vision tower's names."""
+    prefix = next((prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in files), PREFIXES[0])
+    others = tuple(name for name in files if name.startswith(VISION))
+    return prefix, {_our_name(name, prefix): name for name in files if name not in others}, others
+
+
 def _our_name(name: str, prefix: str) -> str:
     if name in HEADS:
         return HEADS[0]
@@ -172,11 +212,14 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(partial, state, config, tokenizer, origin)
+        write(partial, state, config, tokenizer, origin)
+        write_manifest(partial, digests_of(partial.iterdir()))
+        sync_files(partial)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         partial.rename(target)
+        sync_folder(target.parent)
         if old.exists():
             _keep_other_files(old, target)
             shutil.rmtree(old)
@@ -197,7 +240,10 @@ def _keep_other_files(old: Path, new: Path) -> None:
             entry.rename(new / entry.name)
 
 
-def _write(folder: Path, state, config, tokenizer, origin) -> None:
+def write(
+    folder: Path, state: Mapping[str, torch.Tensor], config: dict, tokenizer=None, origin: Origin | None = None
+) -> None:
+    """The files of a model folder into an empty one, without digests or fsync. Raises OSError, SafetensorError."""
     text = config.get("text_config", config)
     generation = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer is not None:
@@ -228,9 +274,6 @@ def _write(folder: Path, state, config, tokenizer, origin) -> None:
             shutil.copyfile(origin.folder / name, folder / name)
     _write_json(folder / "generation_config.json", generation)
     _write_json(folder / "config.json", config)
-    for entry in folder.iterdir():
-        with open(entry, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _shards(state) -> list[list[str]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import tokenizers
 
 from swirl.errors import CheckpointError, ConfigError
+from swirl.storage.digest import DigestError, check_digests
 
 CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 ACTION_TAGS = ("<search_query>", "</search_query>", "<math_exp>", "</math_exp>", "<answer>", "</answer>")
@@ -85,8 +86,11 @@ class Tokenizer:
         folder = Path(folder)
         try:
             files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+            check_digests(folder, files)
         except OSError as error:
             raise CheckpointError(folder, f"cannot be read ({error.strerror})") from None
+        except DigestError as error:
+            raise CheckpointError(folder, str(error)) from None
         if "tokenizer.json" not in files:
             raise CheckpointError(folder / "tokenizer.json", "no such file")
         return cls(files, folder / "tokenizer.json", _stop_ids(folder / "generation_config.json"))

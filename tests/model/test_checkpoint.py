@@ -13,7 +13,7 @@ from transformers import Gemma2ForCausalLM, Gemma3Config, Gemma3ForConditionalGe
 from swirl import Gemma, GemmaConfig, pack
 from swirl.errors import CheckpointError
 from swirl.model import checkpoint
-from swirl.model.tokenizer import train_tokenizer
+from swirl.model.tokenizer import Tokenizer, train_tokenizer
 
 CONFIG = GemmaConfig(300, 16, 24, 2, 2, 1, head_dim=8, sliding_window=5)
 NAME = "model.layers.1.self_attn.q_proj.weight"
@@ -30,7 +30,9 @@ def same(a, b):
 
 @pytest.fixture
 def folder(tmp_path):
+    """As others write one: without digests."""
     gemma().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "digests.json").unlink()
     return tmp_path / "model"
 
 
@@ -85,7 +87,38 @@ def test_shards_are_written_with_an_index_and_read_by_both(folder, monkeypatch):
     assert torch.equal(theirs[NAME], gemma(1).state_dict()[NAME])
     monkeypatch.undo()
     gemma(2).save_pretrained(folder)
-    assert sorted(os.listdir(folder)) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["config.json", "digests.json", "generation_config.json", "model.safetensors"]
+
+
+def test_damage_to_what_swirl_wrote_is_told(tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    gemma().save_pretrained(folder, tokenizer=tokenizer)
+    names = [name for name in os.listdir(folder) if name != "generation_config.json"]  # others' to read
+    assert {"config.json", "tokenizer.json", "model.safetensors", "digests.json"} <= set(names)
+    for name in names:
+        content = (folder / name).read_bytes()
+        at = len(content) * 2 // 3
+        (folder / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(CheckpointError, match=f"model: {name}") as caught:
+            Gemma.from_pretrained(folder)
+            Tokenizer.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+        (folder / name).write_bytes(content)
+    assert same(Gemma.from_pretrained(folder), gemma())
+
+
+def test_an_index_names_files_of_its_folder_alone(folder, tmp_path):
+    outside = tmp_path / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    for name in ("../outside.safetensors", str(outside), "a/b"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: name}}))
+        assert "field 'weight_map': expected names of files" in refusal(folder)
+    os.mkfifo(folder / "pipe")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: "pipe"}}))
+    assert "pipe: expected a file" in refusal(folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    assert "config.json: expected a file" in refusal(folder)
 
 
 def test_a_shard_of_their_writing(folder):
@@ -175,6 +208,7 @@ def test_missing_pieces(folder, tmp_path):
 def test_missing_shard_and_broken_index(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     gemma().save_pretrained(folder)
+    (folder / "digests.json").unlink()
     next(folder.glob("model-00002*")).unlink()
     assert "model-00002" in refusal(folder) and "no such file" in refusal(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')

@@ -1,0 +1,210 @@
+"""Checkpoints of a run: all that it needs to go on to the bit, written while it goes on, and never half.
+
+`RUN/checkpoint-N/`, after N updates, is a Hugging Face folder of the weights (config.json, model*.safetensors, the
+tokenizer) with `training.safetensors` (optimizer state, float32 copies) and `training.json` (place in the data, metrics
+so far, settings) beside them. `digests.json` holds a digest of each file. Nothing is ever unpickled.
+
+There is no generator's state to keep: every draw's seed is made of `--seed`, the update, the trajectory, the step and
+the draw. World size is no part of it either: weights and optimizer state are written whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from swirl.errors import CheckpointError
+from swirl.model import checkpoint as model_folder
+from swirl.storage.digest import DigestError, check_digests, digests_of, read_manifest, seal, unseal, write_manifest
+from swirl.storage.files import sync_files, sync_folder
+
+TENSORS, STATE = "training.safetensors", "training.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_FORMAT = 1
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two updates, on the CPU and its own: nothing that trains on writes to it.
+
+    `config`, `tokenizer` and `origin` go with `weights` into the Hugging Face folder; `training` are the tensors and
+    `state` the JSON of all else.
+    """
+
+    update: int
+    weights: Tensors
+    config: dict
+    tokenizer: object
+    training: Tensors
+    state: dict
+    origin: model_folder.Origin | None = None
+
+
+def copied(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """The same tensors on the CPU, as copies. Those of a GPU come over in one go, through pinned memory."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name].copy_(tensor.detach(), non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()  # the copies are still under way
+    return copies
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One on disk whose digests were found right."""
+
+    folder: Path
+    update: int
+    state: dict
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """By the model's names. Raises CheckpointError."""
+        return model_folder.read_weights(self.folder)
+
+    def training(self) -> dict[str, torch.Tensor]:
+        """The tensors beside the weights. Raises CheckpointError."""
+        return _load(self.folder / TENSORS)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(path, f"cannot be read ({error})") from None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Raises CheckpointError, in one line, where it is not whole: a file is missing, or does not match its digest."""
+    name = _NAME.fullmatch(folder.name)
+    try:
+        if not {TENSORS, STATE} <= read_manifest(folder).keys():
+            raise CheckpointError(folder, "expected a checkpoint of a run: digests.json, training.json and more")
+        check_digests(folder)
+        content = json.loads(unseal((folder / STATE).read_bytes()))
+        update, state = content["update"], content["state"]
+        if content["format"] != _FORMAT or (name and int(name[1]) != update):
+            raise CheckpointError(folder, f"is of update {update}, in format {content['format']}")
+        return Checkpoint(folder, update, state)
+    except DigestError as error:
+        raise CheckpointError(folder, str(error)) from None
+    except OSError as error:
+        raise CheckpointError(folder, f"cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(folder / STATE, f"expected the state of a run ({error})") from None
+
+
+def checkpoints_in(run: Path) -> dict[int, Path]:
+    """Folder by update, the newest first; whether they are whole is not looked at."""
+    entries = list(run.iterdir()) if run.is_dir() else []
+    found = {int(name[1]): path for path in entries if path.is_dir() and (name := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The last whole one in a run's folder; `warn` gets a line for each newer one that is not. None: there is none."""
+    for folder in checkpoints_in(run).values():
+        try:
+            return open_checkpoint(folder)
+        except CheckpointError as error:
+            warn(f"{error}: this checkpoint is left out")
+    return None
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time, in a thread: who saves waits for a copy, not for the disk.
+
+    A folder is written aside, its files' digests beside them, all of it fsynced, then renamed: a kill at any moment
+    leaves the earlier checkpoints as they were. The last `keep` stay. The run's folder must be this process's alone.
+    `warn` gets one line for each save that failed.
+    """
+
+    def __init__(self, run: Path, *, keep: int, warn: Callable[[str], None]):
+        self._run, self._keep, self._warn = run, keep, warn
+        self._thread: threading.Thread | None = None
+        self.last: int | None = None  # the update of the last whole one
+        self.held_up_s = 0.0  # what the saves have made training wait
+        for left in [*run.glob(".checkpoint-*.partial"), *run.glob(".checkpoint-*.old")]:
+            shutil.rmtree(left, ignore_errors=True)
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, snapshot: Callable[[], Snapshot]) -> None:
+        """Write `snapshot()`, in the background, once the save before it is done."""
+        started = time.perf_counter()
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(snapshot(),), name="swirl-checkpoint")
+        self._thread.start()
+        self.held_up_s += time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Until what was begun is on disk, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        folder = self._run / f"checkpoint-{snapshot.update}"
+        try:
+            if self.last != snapshot.update:
+                write_checkpoint(folder, snapshot)
+                self.last = snapshot.update
+            self._prune()
+        except Exception as error:  # whatever it is, training is not at fault
+            self._warn(f"{folder}: could not be saved ({error})")
+
+    def _prune(self) -> None:
+        for folder in list(checkpoints_in(self._run).values())[self._keep :]:
+            old = _aside(folder, "old")
+            folder.rename(old)  # so that no half of one is ever taken for a damaged checkpoint
+            shutil.rmtree(old)
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
+    """Write one aside, sync, rename. Raises OSError, also where the folder is there and not empty; SafetensorError."""
+    aside = _aside(folder, "partial")
+    state = {"format": _FORMAT, "update": snapshot.update, "state": snapshot.state}
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        model_folder.write(aside, snapshot.weights, snapshot.config, snapshot.tokenizer, snapshot.origin)
+        save_file(dict(snapshot.training), aside / TENSORS)
+        (aside / TENSORS).chmod(0o644)  # safetensors leaves it readable by its owner alone
+        (aside / STATE).write_bytes(seal(json.dumps(state).encode() + b"\n"))
+        write_manifest(aside, digests_of(aside.iterdir()))
+        sync_files(aside)
+        aside.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def set_newer_aside(run: Path, update: int) -> list[Path]:
+    """Rename the checkpoints after `update`, which a run that goes on from there will write anew; returns where to."""
+    asides = []
+    for number, folder in checkpoints_in(run).items():
+        if number > update:
+            count = 1
+            while (aside := run / f"{folder.name}.aside-{count}").exists():
+                count += 1
+            asides.append(folder.rename(aside))
+    return asides
+
+
+def _aside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
