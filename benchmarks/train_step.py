@@ -17,7 +17,6 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,48 +26,67 @@ from benchmarks.harness import append
 from benchmarks.workloads import Workload
 from swirl.app.resolve import load_model
 from swirl.config import TrainConfig
-from swirl.learning.learner import Learner, ScoredAction
+from swirl.learning.batches import SubTrajectory, micro_batches, num_tokens
+from swirl.learning.objective import Objective
 from swirl.learning.usage import commit
 from swirl.model.gemma import Gemma
+from swirl.trajectories.record import Step
 from swirl.tree.pack import pack
 
 PROMPT, ACTION, OBSERVATION, STEPS, SAMPLES = 150, 20, 60, 8, 4
 
 
-def workload(name: str, num_trees: int, vocab_size: int, seed: int = 0) -> list[ScoredAction]:
-    """Scored actions of `num_trees` chains or combs."""
+def workload(name: str, num_trees: int, vocab_size: int, seed: int = 0) -> list[SubTrajectory]:
+    """Actions of `num_trees` chains or combs."""
     rng = np.random.default_rng(seed)
 
     def ids(length):
         return rng.integers(16, vocab_size, length).tolist()
 
-    scored = []
+    actions = []
     for tree in range(num_trees):
         state = ids(PROMPT)
-        for _ in range(STEPS):
+        for k in range(STEPS):
             draws = [ids(ACTION) for _ in range(SAMPLES if name == "comb" else 1)]
-            scored += [ScoredAction(tree, list(state), tuple(draw), float(rng.normal())) for draw in draws]
+            steps = [Step(action="", action_ids=tuple(draw)) for draw in draws]
+            actions += [SubTrajectory(tree, k, list(state), step, float(rng.normal())) for step in steps]
             state += (ids(ACTION) if name == "comb" else draws[0]) + ids(OBSERVATION)
-    return scored
+    return actions
 
 
-def merged_tokens(scored: list[ScoredAction]) -> int:
+def merged_tokens(actions: list[SubTrajectory]) -> int:
     """Tokens of a trainer of whole conversations with loss masks: a row a leaf (benchmarks.workloads.Workload)."""
-    batch = pack([(action.state_ids, action.action_ids) for action in scored])
+    batch = pack([(action.state_ids, action.step.action_ids) for action in actions])
     return sum(Workload("", batch.subtree_end, batch.position_ids).merged)
 
 
-def measure(learner: Learner, scored: list[ScoredAction], repeats: int) -> tuple[list[float], dict]:
+class Swirl:
+    """The update of `swirl.train`: its forward and backward passes, packed or one a sub-trajectory."""
+
+    def __init__(self, model: Gemma, config: TrainConfig):
+        self.model, self.config, self.objective = model, config, Objective(config, model)
+
+    def accumulate(self, actions: list[SubTrajectory]) -> dict:
+        found = {"loss": 0.0, "computed_tokens": 0}
+        for batch, members in micro_batches(actions, self.config):
+            loss, _ = self.objective(self.model, batch.to(self.model.device), members)
+            (loss / num_tokens(actions)).backward()
+            found["loss"] += loss.item() / num_tokens(actions)
+            found["computed_tokens"] += batch.num_tokens
+        return found
+
+
+def measure(side: Swirl | Peer, actions: list[SubTrajectory], repeats: int) -> tuple[list[float], dict]:
     """Seconds of each forward and backward over the update, and what it computed."""
     times = []
     for _ in range(repeats + 1):
-        learner.model.zero_grad(set_to_none=True)
+        side.model.zero_grad(set_to_none=True)
         started = time.perf_counter()
-        metrics = learner.accumulate(scored)
-        if learner.model.device.type == "cuda":
+        metrics = side.accumulate(actions)
+        if side.model.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in learner.model.parameters()]).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in side.model.parameters()]).item()
     return times[1:], {**metrics, "grad_norm": norm}
 
 
@@ -86,12 +104,12 @@ class Peer:
         self.model.to(model.device)
         self.rows = rows
 
-    def accumulate(self, scored: list[ScoredAction]) -> dict:
-        num_action_tokens = sum(len(action.action_ids) for action in scored)
+    def accumulate(self, actions: list[SubTrajectory]) -> dict:
+        num_action_tokens = sum(len(action.step.action_ids) for action in actions)
         device, total = self.model.device, 0.0
-        for start in range(0, len(scored), self.rows):
-            part = scored[start : start + self.rows]
-            rows = [torch.tensor([*action.state_ids, *action.action_ids]) for action in part]
+        for start in range(0, len(actions), self.rows):
+            part = actions[start : start + self.rows]
+            rows = [torch.tensor([*action.state_ids, *action.step.action_ids]) for action in part]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
             length = torch.tensor([len(row) for row in rows], device=device)[:, None]
             first = torch.tensor([len(action.state_ids) for action in part], device=device)[:, None]
@@ -108,17 +126,15 @@ class Peer:
 
 def compare(name: str, model_name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | None) -> dict:
     """All sides in one run, in turn, so that a drift of the machine's speed meets all."""
-    scored = workload(name, num_trees, model.config.vocab_size)
-    config = TrainConfig()
-    sides = {"packed": Learner(replace(config, packed=True), model)}
-    sides["separate"] = Learner(replace(config, packed=False), model)
+    actions = workload(name, num_trees, model.config.vocab_size)
+    sides = {name: Swirl(model, TrainConfig(packed=name == "packed")) for name in ("packed", "separate")}
     if peer is not None:
         sides["transformers"] = peer
     times, found = {side: [] for side in sides}, {}
     for _ in range(repeats):
-        for side, learner in sides.items():
-            seconds, found[side] = measure(learner, scored, 1)
-            times[side] += seconds
+        for which, side in sides.items():
+            seconds, found[which] = measure(side, actions, 1)
+            times[which] += seconds
     a, b = found["packed"], found["separate"]
     for side, other in found.items():
         if abs(a["grad_norm"] - other["grad_norm"]) > 1e-4 * a["grad_norm"]:
@@ -133,10 +149,10 @@ def compare(name: str, model_name: str, model: Gemma, num_trees: int, repeats: i
         "workload": name,
         "model": model_name,
         "trees": num_trees,
-        "sub_trajectories": len(scored),
+        "sub_trajectories": len(actions),
         "packed_tokens": int(a["computed_tokens"]),
         "separate_tokens": int(b["computed_tokens"]),
-        "merged_tokens": merged_tokens(scored),
+        "merged_tokens": merged_tokens(actions),
         "ideal_ratio": b["computed_tokens"] / a["computed_tokens"],
         "measured_ratio": separate_s / packed_s,
         "packed_s": packed_s,

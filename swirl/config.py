@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from swirl.errors import ConfigError
 from swirl.tasks import ALMANAC_FAMILIES, FIRST_EDITION
+
+Mode = Annotated[
+    Literal["auto", "sampled", "recorded", "imitation"],
+    tyro.conf.arg(aliases=["--actions"]),
+]
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,10 @@ class TrainConfig:
     """Almanac families to evaluate on before and after; `--evaluate-on` with no value: none."""
     packed: bool = True
     """All sub-trajectories of a micro-batch as one packed tree; --no-packed runs each alone (the baseline)."""
-    actions: Literal["auto", "sampled", "recorded"] = "auto"
-    """sampled: drawn from the current policy at each recorded state (the paper's formula); recorded: those in the data.
-    auto: sampled where the reward can score a new action, else recorded."""
+    mode: Mode = "auto"
+    """What is learned from (docs/objective.md): sampled, actions drawn from the current policy at each recorded state
+    (the paper's formula); recorded, the actions in the data, weighted by their rewards; imitation, the actions in the
+    data, all alike. auto: sampled where the reward can score a new action, else recorded."""
     reward: str = "auto"
     """Who rewards an action: `rule` (Almanac's judge), `recorded` (the data's rewards or verdicts), `outcome` (recorded
     actions, 1 where the trajectory's answer is correct, else 0), or the URL of a reward model. An action without a
@@ -42,12 +50,12 @@ class TrainConfig:
     """Which generated trajectories to keep (the paper's best: process)."""
     num_questions: int = 600
     """Questions to generate trajectories of, per task. Ours; the paper takes 10,000."""
-    trajectories_per_question: int = 5
-    """The paper's 5."""
+    samples: int = 5
+    """Trajectories per question (the paper's 5)."""
     generate_temperature: float = 1.0
     """Ours."""
-    test_questions: int = 200
-    """Test questions per family."""
+    evaluate_num_questions: int = 200
+    """Questions to evaluate on, per task."""
 
     trajectories_per_update: int = 24
     """Ours. Each gives as many states as it has steps."""
@@ -95,7 +103,7 @@ class TrainConfig:
                 raise ConfigError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected {expected}")
 
         for flag in ("updates", "trajectories_per_update", "max_new_tokens", "tokens_per_micro_batch", "num_questions",
-                     "trajectories_per_question", "test_questions"):  # fmt: skip
+                     "samples", "evaluate_num_questions"):  # fmt: skip
             require(getattr(self, flag) >= 1, flag, "at least 1")
         for flag in (
             "save_every",
@@ -112,18 +120,42 @@ class TrainConfig:
         if self.attention != "tree":
             require(self.device != "cpu", "attention", "tree on a CPU")
             require(self.dtype != "float32", "attention", "--dtype bfloat16 beside it, as it has no float32")
-            require(self.actions != "sampled" or not self.packed, "attention",
-                    "--actions recorded (or --no-packed) beside it, as it computes chains alone and sampled actions "
+            require(self.mode != "sampled" or not self.packed, "attention",
+                    "--mode recorded (or --no-packed) beside it, as it computes chains alone and sampled actions "
                     "fork at every state")  # fmt: skip
         for flag in ("task", "evaluate_on"):
             for name in getattr(self, flag):
                 require(name in ALMANAC_FAMILIES, flag, f"of {', '.join(ALMANAC_FAMILIES)}")
         require(bool(self.task) or self.data is not None, "task", "at least one family, or --data")
-        sampled = self.actions == "sampled"
+        sampled = self.mode == "sampled"
         require(not sampled or self.samples_per_state >= 2 or self.baseline == "none" or self.baseline == "mean",
                 "samples_per_state", "at least 2, since the other draws are the baseline")  # fmt: skip
         require(not (sampled and self.reward in ("recorded", "outcome")), "reward",
                 "rule or a URL: sampled actions have no recorded reward")  # fmt: skip
+
+
+def settled(config: TrainConfig, tasks_of_data: set[str] | None) -> TrainConfig:
+    """Every `auto` replaced by what it means for this data; `tasks_of_data` None: for Almanac's own trajectories.
+
+    Raises ConfigError on flags that contradict one another.
+    """
+    on_almanac = tasks_of_data is None or tasks_of_data <= set(ALMANAC_FAMILIES)
+    mode, reward, baseline = config.mode, config.reward, config.baseline
+    if reward == "auto":
+        reward = "rule" if on_almanac and mode in ("auto", "sampled") else "recorded"
+    if reward == "rule" and not on_almanac:
+        raise ConfigError("--reward rule: Almanac's judge knows no other questions; take recorded, outcome or a URL")
+    if mode == "auto":
+        mode = "recorded" if reward in ("recorded", "outcome") else "sampled"
+    if mode == "recorded" and reward not in ("recorded", "outcome"):
+        raise ConfigError(f"--reward {reward}: recorded actions take recorded or outcome")
+    if baseline == "auto":
+        baseline = "leave_one_out" if mode == "sampled" else "none"
+    if baseline == "leave_one_out" and mode == "recorded":
+        raise ConfigError("--baseline leave_one_out: recorded actions have no other draws; take none or mean")
+    if mode == "recorded" and tasks_of_data is None and reward == "recorded" and config.filter in ("none", "outcome"):
+        raise ConfigError(f"--filter {config.filter}: gives no step a verdict; take process, both, or --reward outcome")
+    return replace(config, mode=mode, reward=reward, baseline=baseline)
 
 
 def smoke(config: TrainConfig) -> TrainConfig:
@@ -132,7 +164,7 @@ def smoke(config: TrainConfig) -> TrainConfig:
         config,
         updates=min(config.updates, 4),
         num_questions=min(config.num_questions, 12),
-        trajectories_per_question=min(config.trajectories_per_question, 3),
-        test_questions=min(config.test_questions, 10),
+        samples=min(config.samples, 3),
+        evaluate_num_questions=min(config.evaluate_num_questions, 10),
         trajectories_per_update=min(config.trajectories_per_update, 6),
     )

@@ -1,4 +1,4 @@
-"""Plain data parallelism under torchrun: trees dealt to ranks by cost, gradients summed, one voice.
+"""Plain data parallelism under torchrun: trees assigned to ranks by cost, gradients summed, rank-0 logging.
 
 Without torchrun every function is the identity of a world of one, so callers read the same either way.
 """
@@ -25,7 +25,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this rank speaks: prints, logs and writes files."""
+    """Whether this rank prints, logs and writes files."""
     return rank() == 0
 
 
@@ -60,15 +60,15 @@ def local_device(name: str) -> torch.device:
     return device
 
 
-def deal(costs: Sequence[float]) -> list[list[int]]:
+def assign(costs: Sequence[float]) -> list[list[int]]:
     """Indices for each rank, the costliest first to the rank with the least so far. Same on every rank."""
     heap = [(0.0, r) for r in range(world_size())]
-    hands: list[list[int]] = [[] for _ in heap]
+    assigned: list[list[int]] = [[] for _ in heap]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, r = heapq.heappop(heap)
-        hands[r].append(index)
+        assigned[r].append(index)
         heapq.heappush(heap, (load + costs[index], r))
-    return [sorted(hand) for hand in hands]
+    return [sorted(indices) for indices in assigned]
 
 
 def my_share(items: Sequence) -> list:

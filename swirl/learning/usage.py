@@ -46,6 +46,21 @@ def _synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def speed(model, sums: dict[str, float], peak_flops: float, *, wall_s: float, sample_s: float) -> dict[str, float]:
+    """What an update of `wall_s`, `sample_s` of them for its actions and rewards, logs of time and memory.
+
+    `sums` has the tokens that separate passes would compute, and the FLOPs. `utilization` is of `peak_flops` outside
+    `sample_s`.
+    """
+    return {
+        "update_s": wall_s,
+        "sample_s": sample_s,
+        "tokens_per_s": sums["tokens"] / wall_s,
+        "utilization": sums["flops"] / (wall_s - sample_s) / peak_flops if peak_flops else 0.0,
+        "peak_bytes": peak_bytes(model.device),
+    }
+
+
 def peak_rss_bytes() -> int:
     """The most memory this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -247,7 +247,7 @@ def recorded(trajectories, path):
     return path
 
 
-SMALL = ("--updates", 2, "--test-questions", 4, "--trajectories-per-update", 4, "--max-new-tokens", 8)
+SMALL = ("--updates", 2, "--evaluate-num-questions", 4, "--trajectories-per-update", 4, "--max-new-tokens", 8)
 
 
 def test_train_on_recorded_actions_alone_and_on_two_ranks(trajectories, tiny_folder, tmp_path):
@@ -255,7 +255,7 @@ def test_train_on_recorded_actions_alone_and_on_two_ranks(trajectories, tiny_fol
     from safetensors.torch import load_file
 
     data = recorded(trajectories, tmp_path / "data.jsonl")
-    flags = ("--data", data, "--model", tiny_folder, "--actions", "recorded", *SMALL)
+    flags = ("--data", data, "--model", tiny_folder, "--mode", "recorded", *SMALL)
     done = command("train", "--packed", "--out", "one", *flags, cwd=tmp_path, check=0)
     assert "bridge" in done.stdout
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
@@ -291,7 +291,7 @@ def test_train_on_recorded_actions_alone_and_on_two_ranks(trajectories, tiny_fol
 
 def test_an_earlier_run_is_set_aside_whole(trajectories, tiny_folder, tmp_path):
     data = recorded(trajectories, tmp_path / "data.jsonl")
-    flags = ("--data", data, "--model", tiny_folder, "--actions", "recorded", *SMALL)
+    flags = ("--data", data, "--model", tiny_folder, "--mode", "recorded", *SMALL)
     command("train", *flags, cwd=tmp_path, check=0)
     first = (tmp_path / "run" / "summary.json").read_text()
     done = command("train", *flags, "--config", tmp_path / "run" / "config.json", cwd=tmp_path, check=0)
@@ -303,7 +303,7 @@ def test_a_reward_that_is_no_number_stops_the_run_and_keeps_the_weights(trajecto
     data = recorded(trajectories, tmp_path / "data.jsonl")
     lines = data.read_bytes().splitlines(keepends=True)
     data.write_bytes(b"".join(lines).replace(b'"reward":1.0', b'"reward":1e300'))
-    flags = ("--data", data, "--model", tiny_folder, "--actions", "recorded", *SMALL)
+    flags = ("--data", data, "--model", tiny_folder, "--mode", "recorded", *SMALL)
     assert "update 1" in one_line(command("train", *flags, cwd=tmp_path))
     assert not (tmp_path / "run" / "checkpoint").exists()
 

@@ -17,14 +17,15 @@ import torch
 from msgspec.structs import replace
 
 from benchmarks.fault_server import FaultServer
+from swirl import train as loop
 from swirl.app import resolve as opening
+from swirl.app.run_folder import locked
 from swirl.config import TrainConfig
 from swirl.errors import ConfigError, EndpointUnusable, InputError
 from swirl.judging.judges import Judgement
-from swirl.learning.learner import Learner
 from swirl.rollout.prompts import question_prompt
 from swirl.tasks import almanac
-from swirl.train import Actor, _alone_in, train
+from swirl.train import train
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Step, Trajectory
 
@@ -61,7 +62,7 @@ def small(tiny_folder, tmp_path):
             "model": str(tiny_folder),
             "data": None if data is None else tmp_path / "data.jsonl",
             "evaluate_on": (),
-            "actions": "recorded",
+            "mode": "recorded",
             "updates": 2,
             "trajectories_per_update": 4,
             "max_new_tokens": 8,
@@ -128,7 +129,7 @@ class Unable:
 
 def test_a_reward_model_that_grades_nothing_ends_the_run(small, monkeypatch, capsys):
     monkeypatch.setattr(opening, "open_judge", lambda *_, **__: Unable())
-    config = small(told(4), model="almanac", actions="sampled", reward="http://127.0.0.1:9/v1#m", updates=9,
+    config = small(told(4), model="almanac", mode="sampled", reward="http://127.0.0.1:9/v1#m", updates=9,
                    trajectories_per_update=1, max_new_tokens=48)  # fmt: skip
     with pytest.raises(EndpointUnusable, match="unable: graded none of the actions of 3 updates in a row"):
         train(config)
@@ -158,7 +159,7 @@ def reward_model(good, then="401"):
 
 def sampled(url):
     """Settings of a small run whose every update asks the reward model at `url`."""
-    return {"model": "almanac", "actions": "sampled", "reward": url, "trajectories_per_update": 1,
+    return {"model": "almanac", "mode": "sampled", "reward": url, "trajectories_per_update": 1,
             "max_new_tokens": 48, "updates": 50}  # fmt: skip
 
 
@@ -193,16 +194,16 @@ def test_whatever_stops_it_the_weights_are_kept(small, monkeypatch, error):
 
 def fail_at_update(monkeypatch, number, error, weights=None):
     """Raise `error` at that update (from 0), after `weights` fills all weights, where it is given."""
-    update = Learner.update
+    clip, updates = loop.clip_grad_norm, iter(range(100))
 
-    def failing(learner, scored, at):
-        if at < number:
-            return update(learner, scored, at)
-        for weight in learner.model.parameters() if weights is not None else ():
+    def failing(model, limit):
+        if next(updates) < number:
+            return clip(model, limit)
+        for weight in model.parameters() if weights is not None else ():
             weight.data.fill_(weights)
         raise error
 
-    monkeypatch.setattr(Learner, "update", failing)
+    monkeypatch.setattr(loop, "clip_grad_norm", failing)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(small, monkeypatch, capsys):
@@ -219,33 +220,31 @@ def test_the_first_error_is_the_one_reported(small, monkeypatch, capsys):
     fail_at_update(monkeypatch, 1, RuntimeError("first"))
     config.out.mkdir()
     in_the_way = config.out / "checkpoint-1"
-    made = Actor.recorded_actions
+    measured = loop.usage.measured_peak_flops
 
-    def with_a_file_in_the_way(actor, trajectories):
+    def with_a_file_in_the_way(*args):
         in_the_way.touch()
-        return made(actor, trajectories)
+        return measured(*args)
 
-    monkeypatch.setattr(Actor, "recorded_actions", with_a_file_in_the_way)
+    monkeypatch.setattr(loop.usage, "measured_peak_flops", with_a_file_in_the_way)
     with pytest.raises(RuntimeError, match="first"):
         train(config)
     assert "could not be saved" in capsys.readouterr().err and in_the_way.read_bytes() == b""
 
 
 PEER_FAILS = """
-import os, sys
-from swirl.learning.learner import Learner
-update = Learner.update
+import os
+from swirl import train
 
-def failing(learner, scored, at):
-    if at == 2 and os.environ["RANK"] == "1":
+packed, updates = train.micro_batches, iter(range(100))
+
+def failing(*args):
+    if next(updates) == 2 and os.environ["RANK"] == "1":
         os._exit(9)
-    return update(learner, scored, at)
+    return packed(*args)
 
-Learner.update = failing
-from swirl import cli
-from swirl.config import TrainConfig
-from swirl.train import main
-cli.run(main, TrainConfig, "")
+train.micro_batches = failing
+train.run_command()
 """
 
 
@@ -254,7 +253,7 @@ def test_a_peer_that_dies_leaves_the_weights(tiny_folder, small, tmp_path):
     (tmp_path / "peer_fails.py").write_text(PEER_FAILS)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += [tmp_path / "peer_fails.py", "--out", config.out, "--model", tiny_folder, "--data", config.data]
-    words += ["--actions", "recorded", "--updates", "50", "--evaluate-on"]
+    words += ["--mode", "recorded", "--updates", "50", "--evaluate-on"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     (left,) = config.out.glob("checkpoint-*")
@@ -265,7 +264,7 @@ def test_a_peer_that_dies_leaves_the_weights(tiny_folder, small, tmp_path):
 def test_sigterm_is_an_exception(tiny_folder, small):
     config = small(told(6), updates=100_000)
     words = [sys.executable, "-m", "swirl.train", "--out", config.out, "--model", tiny_folder, "--data", config.data]
-    words += ["--actions", "recorded", "--updates", "100000", "--evaluate-on"]
+    words += ["--mode", "recorded", "--updates", "100000", "--evaluate-on"]
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = config.out / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
@@ -281,7 +280,7 @@ def test_a_second_run_leaves_the_folder_of_one_at_work_alone(small):
     config = small(list(told(4)))
     train(config)
     before = sorted(path.name for path in config.out.parent.iterdir())
-    with _alone_in(config.out), pytest.raises(ConfigError, match="another run is at work"):
+    with locked(config.out), pytest.raises(ConfigError, match="another run is at work"):
         train(config)
     assert sorted(path.name for path in config.out.parent.iterdir()) == before
     train(config)

@@ -32,14 +32,13 @@ from swirl.kernels.chain_attention import (
     chain_lengths,
     refusal,
 )
-from swirl.learning.learner import Learner, ScoredAction
 from swirl.model.gemma import Gemma, GemmaConfig
 from swirl.rollout.rollout import with_ids
 from swirl.train import train
 from swirl.trajectories.log import read_trajectories, write_trajectories
 from swirl.tree.pack import pack, pack_chains, pack_micro_batches
 from tests.kernels.test_triton import forest
-from tests.learning.test_learner import gradients, scored_actions
+from tests.learning.updates import accumulate, gradients, some_actions, sub_trajectory
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -325,28 +324,23 @@ def test_a_trajectory_that_is_no_chain_is_named():
 def recorded_actions(seed=0):
     rng = np.random.default_rng(seed)
     return [
-        ScoredAction(tree, state, tuple(action), float(rng.normal()), tuple((-rng.random(len(action))).tolist()))
+        sub_trajectory(tree, state, action, float(rng.normal()), tuple((-rng.random(len(action))).tolist()))
         for tree, pairs in enumerate(trajectories(seed))
         for state, action in pairs
     ]
-
-
-def learner(attention="tree", **changes):
-    """In float64, whatever the config says, so that the two can be held together closely."""
-    config = replace(TrainConfig(), attention=attention, dtype="bfloat16", **changes)
-    return Learner(config, loud().use_attention(attention))
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("tokens", [1, 40, 100_000])
 def test_an_update_on_chains_is_the_update_on_the_tree(tokens, packed, kl, calls):
-    tree = learner(kl_coefficient=kl)
-    ours = learner("flash", kl_coefficient=kl, packed=packed, tokens_per_micro_batch=tokens)
-    scored = recorded_actions()
-    scored[2] = replace(scored[2], advantage=float("nan"))
-    scored[5] = replace(scored[5], advantage=0.0)
-    a, b = ours.accumulate(scored), tree.accumulate(scored)
+    """In float64, whatever the config says, so that the two can be held together closely."""
+    actions, settings = recorded_actions(), {"kl_coefficient": kl, "dtype": "bfloat16"}
+    actions[2] = replace(actions[2], advantage=float("nan"))
+    actions[5] = replace(actions[5], advantage=0.0)
+    tree, ours = loud(), loud().use_attention("flash")
+    a = accumulate(ours, actions, attention="flash", packed=packed, tokens_per_micro_batch=tokens, **settings)
+    b = accumulate(tree, actions, **settings)
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-9) and a["kl"] == pytest.approx(b["kl"], abs=1e-12)
     assert b["computed_tokens"] <= a["computed_tokens"] <= a["tokens"] == b["tokens"]
     for name, grad in gradients(tree).items():
@@ -354,10 +348,10 @@ def test_an_update_on_chains_is_the_update_on_the_tree(tokens, packed, kl, calls
     assert calls
 
 
-def test_sampled_actions_are_refused_when_they_reach_the_learner_too(calls):
-    ours = learner("flash")
+def test_sampled_actions_are_refused_when_they_reach_the_update_too(calls):
+    model = loud().use_attention("flash")
     with pytest.raises(ConfigError, match="^--attention flash: trajectory 0 forks at token .*--attention tree$"):
-        ours.accumulate(scored_actions())
+        accumulate(model, some_actions(), attention="flash", dtype="bfloat16")
 
 
 # Refusals, each one line.
@@ -410,16 +404,16 @@ def test_a_model_moved_to_where_it_cannot_be_computed_is_refused(calls, monkeypa
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"actions": "sampled", "dtype": "bfloat16"}, "--actions recorded .or --no-packed. beside it"),
-        ({"actions": "recorded"}, "--dtype bfloat16 beside it"),
-        ({"actions": "recorded", "dtype": "bfloat16", "device": "cpu"}, "tree on a CPU"),
+        ({"mode": "sampled", "dtype": "bfloat16"}, "--mode recorded .or --no-packed. beside it"),
+        ({"mode": "recorded"}, "--dtype bfloat16 beside it"),
+        ({"mode": "recorded", "dtype": "bfloat16", "device": "cpu"}, "tree on a CPU"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_by_itself(backend, settings, said):
     with pytest.raises(ConfigError, match=f"^--attention {backend}: expected {said}"):
         TrainConfig(attention=backend, **settings)
-    TrainConfig(attention=backend, dtype="bfloat16", actions="recorded")
-    TrainConfig(attention=backend, dtype="bfloat16", actions="sampled", packed=False)
+    TrainConfig(attention=backend, dtype="bfloat16", mode="recorded")
+    TrainConfig(attention=backend, dtype="bfloat16", mode="sampled", packed=False)
 
 
 def test_actions_that_turn_out_sampled_are_refused_before_any_work(tmp_path):
@@ -435,9 +429,9 @@ def command(*flags, cwd):
 
 
 def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):
-    done = command("--attention", "flash", "--dtype", "bfloat16", "--actions", "sampled", cwd=tmp_path)
+    done = command("--attention", "flash", "--dtype", "bfloat16", "--mode", "sampled", cwd=tmp_path)
     assert done.returncode == 2 and "--attention flash" in done.stderr
-    settings = {"attention": "flash", "dtype": "bfloat16", "actions": "recorded", "reward": "outcome"}
+    settings = {"attention": "flash", "dtype": "bfloat16", "mode": "recorded", "reward": "outcome"}
     (tmp_path / "c.json").write_text(json.dumps(settings))
     done = command("--config", "c.json", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr == "error: attention 'flash' needs a CUDA device, not cpu\n"
@@ -472,7 +466,7 @@ def test_training_on_several_trajectories_a_question_is_what_it_is_on_the_tree(s
     history = {}
     for attention in ("tree", "flash"):
         config = TrainConfig(
-            out=(out := tmp_path / attention), data=data, actions="recorded", updates=2, test_questions=2,
+            out=(out := tmp_path / attention), data=data, mode="recorded", updates=2, evaluate_num_questions=2,
             evaluate_on=("bridge",), trajectories_per_update=6, tokens_per_micro_batch=700, dtype="bfloat16",
             attention=attention,
         )  # fmt: skip

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from swirl.errors import NonFiniteError
-from swirl.learning.learner import ScoredAction
 from swirl.learning.optimizer import (
     clip_grad_norm,
     make_optimizer,
@@ -11,7 +10,8 @@ from swirl.learning.optimizer import (
 )
 from swirl.model.checkpoint import read_json
 from swirl.model.gemma import Gemma
-from tests.learning.test_learner import learner, scored_actions
+from tests.learning.test_updates import learn, some_trajectories
+from tests.learning.updates import accumulate, some_actions, some_model
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -97,22 +97,23 @@ def test_gradients_may_be_kept_as_zeros_and_absent_ones_move_nothing():
 
 
 def test_an_update_in_bfloat16_clips_learns_and_refuses_what_is_not_finite(tmp_path):
-    one = learner(torch.bfloat16, learning_rate=1e-5, warmup=0, updates=9, max_grad_norm=1e-3)
-    start = [weight.detach().clone() for weight in one.model.parameters()]
-    one.accumulate(scored_actions())
-    assert clip_grad_norm(one.model, 1e-3) > 1e-3  # as update() does
-    assert torch.stack([w.grad.float().norm() for w in one.model.parameters()]).norm() < 1.01e-3
-    one.optimizer.zero_grad()
-    for update in range(8):
-        one.update(scored_actions(update), update)
-    moved = [weight.detach().clone() for weight in one.model.parameters()]
+    model = some_model(torch.bfloat16)
+    start = [weight.detach().clone() for weight in model.parameters()]
+    accumulate(model, some_actions())
+    assert clip_grad_norm(model, 1e-3) > 1e-3  # as the loop does
+    assert torch.stack([w.grad.float().norm() for w in model.parameters()]).norm() < 1.01e-3
+    model.zero_grad(set_to_none=True)
+    settings = {"learning_rate": 1e-5, "final_learning_rate": 1.0, "max_grad_norm": 1e-3}
+    updates = [some_trajectories(seed) for seed in range(8)]
+    learn(model, updates, tmp_path / "run", **settings)
+    moved = [weight.detach().clone() for weight in model.parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(start, moved, strict=True))
-    broken = [ScoredAction(0, [1, 2], (3,), float("inf"))]
+    again, broken = some_model(torch.bfloat16), some_trajectories(9, rewards=float("inf"))
     with pytest.raises(NonFiniteError, match="update 9: loss"):
-        one.update(broken, 8)
-    assert all(torch.equal(a, b) for a, b in zip(moved, one.model.parameters(), strict=True))
+        learn(again, [*updates, broken], tmp_path / "broken", **settings)
+    assert all(torch.equal(a, b) for a, b in zip(moved, again.parameters(), strict=True))
     with torch.no_grad():
-        one.model.save_pretrained(tmp_path / "saved")
+        model.save_pretrained(tmp_path / "saved")
     assert read_json(tmp_path / "saved" / "config.json")["torch_dtype"] == "bfloat16"
     back = Gemma.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(moved, back.parameters(), strict=True))

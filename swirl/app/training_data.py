@@ -1,0 +1,73 @@
+"""Trajectories to train on: given token ids and rewards, and refused where they cannot be trained on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from swirl.config import TrainConfig
+from swirl.errors import InputError
+from swirl.filter import step_to_judge, with_outcome
+from swirl.judging.rewards import with_one_reward, with_recorded_rewards
+from swirl.model.gemma import GemmaConfig
+from swirl.model.tokenizer import Tokenizer
+from swirl.rollout.rollout import with_ids
+from swirl.trajectories.record import Trajectory
+
+
+def fitted(trajectories: list[Trajectory], model: GemmaConfig, tokenizer: Tokenizer, file: Path) -> list[Trajectory]:
+    """The trajectories with the ids of this tokenizer: kept where they were made with it, made once from text
+    otherwise. Raises InputError where they are another tokenizer's, or too many for the model.
+    """
+    made = [_with_ids(trajectory, tokenizer, file) for trajectory in trajectories]
+    for trajectory in made:
+        length = len(trajectory.state_ids(len(trajectory.steps)))
+        if length > model.max_position_embeddings:
+            raise InputError(
+                file,
+                f"trajectory '{trajectory.id}' has {length} tokens, expected at most the model's "
+                f"{model.max_position_embeddings}",
+            )
+    return made
+
+
+def _with_ids(trajectory: Trajectory, tokenizer: Tokenizer, file: Path) -> Trajectory:
+    if trajectory.prompt_ids is None:
+        return with_ids(trajectory, tokenizer)
+    if trajectory.tokenizer not in (None, tokenizer.fingerprint):
+        raise InputError(
+            file,
+            f"expected the tokenizer of the model ({tokenizer.fingerprint[:12]}), trajectory '{trajectory.id}' has ids "
+            "of another",
+            field="tokenizer",
+        )
+    highest = max(max(ids) for step in trajectory.steps for ids in (step.action_ids, step.observation_ids or (0,)))
+    if max(highest, *trajectory.prompt_ids) >= tokenizer.vocab_size:
+        raise InputError(
+            file,
+            f"expected token ids below the vocabulary's {tokenizer.vocab_size}, trajectory '{trajectory.id}' has "
+            "others",
+            field="action_ids",
+        )
+    return trajectory
+
+
+async def with_rewards(trajectories: list[Trajectory], config: TrainConfig) -> list[Trajectory]:
+    """The trajectories with the reward of each recorded action, in the modes that learn from those.
+
+    Raises InputError where none has a reward.
+    """
+    if config.mode == "sampled":
+        return trajectories
+    if config.mode == "imitation":
+        return [with_one_reward(trajectory, 1.0) for trajectory in trajectories]
+    if config.reward == "outcome":
+        scored = await asyncio.gather(*map(with_outcome, trajectories))
+        made = [with_one_reward(t, None if t.outcome is None else float(t.outcome)) for t in scored]
+        missing = "no trajectory has an outcome or a golden answer: take --reward recorded"
+    else:
+        made = [with_recorded_rewards(t, step_to_judge(t, 0, "").tool) for t in trajectories]
+        missing = "no step has a reward or a verdict: filter it, or take --reward outcome"
+    if all(step.reward is None for trajectory in made for step in trajectory.steps):
+        raise InputError(config.data, missing)
+    return made

@@ -1,0 +1,55 @@
+"""Rewards of actions, in [0, 1]: asked of a judge, or read from what the data says. None masks the action."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from swirl.judging.judges import Judgement, StepToJudge
+from swirl.rollout.prompts import parse_action
+from swirl.trajectories.record import Step, Trajectory
+
+
+def graded(judged: Judgement | Step) -> float | None:
+    """The reward that was given, else the verdict as 1 or 0, else None."""
+    if judged.reward is not None:
+        return judged.reward
+    return {"GOOD": 1.0, "BAD": 0.0, None: None}[judged.verdict]
+
+
+def is_refused(step: Step, tool: str) -> bool:
+    """Whether the environment would refuse the action: truncated, malformed, or a call of another tool than `tool`."""
+    if step.truncated or step.invalid is not None:
+        return True
+    return parse_action(step.action).kind not in ("answer", tool)
+
+
+async def with_rewards(judge, asked: Iterable[tuple[StepToJudge, Step]]) -> list[Step]:
+    """The steps, each with its reward: 0 where the environment refuses the action, which is not asked about; else the
+    judge's, None where it gave neither reward nor verdict. Raises EndpointUnusable.
+    """
+
+    async def rewarded(item: StepToJudge, step: Step) -> Step:
+        if is_refused(step, item.tool):
+            return replace(step, reward=0.0)
+        return replace(step, reward=graded(await judge.judge(item)))
+
+    return list(await asyncio.gather(*(rewarded(item, step) for item, step in asked)))
+
+
+def with_recorded_rewards(trajectory: Trajectory, tool: str) -> Trajectory:
+    """The trajectory with the rewards or verdicts of its steps as rewards; a refused action has 0, whatever it has."""
+    rewards = [0.0 if is_refused(step, tool) else graded(step) for step in trajectory.steps]
+    return _rewarded(trajectory, rewards)
+
+
+def with_one_reward(trajectory: Trajectory, reward: float | None) -> Trajectory:
+    """The trajectory with the same reward on every step."""
+    return _rewarded(trajectory, [reward] * len(trajectory.steps))
+
+
+def _rewarded(trajectory: Trajectory, rewards: list[float | None]) -> Trajectory:
+    steps = (replace(step, reward=reward) for step, reward in zip(trajectory.steps, rewards, strict=True))
+    return replace(trajectory, steps=tuple(steps))

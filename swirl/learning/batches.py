@@ -1,0 +1,97 @@
+"""From actions to micro-batches: what an update takes, which rank computes it, and how it is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from swirl.config import TrainConfig
+from swirl.errors import ConfigError
+from swirl.kernels.chain_attention import ForkError
+from swirl.learning import distributed
+from swirl.trajectories.record import Step
+from swirl.tree.batch import PackedBatch
+from swirl.tree.pack import pack_chains, pack_micro_batches, separate
+
+
+@dataclass(frozen=True)
+class SubTrajectory:
+    """One action to learn from, in its state. Actions of one `tree` share a prefix and stay on one rank.
+
+    `k` is the step's number, from 0. `advantage` is NaN where the action is masked: it then counts nowhere.
+    """
+
+    tree: int
+    k: int
+    state_ids: Sequence[int]
+    step: Step
+    advantage: float
+
+
+def shuffled(num_trajectories: int, per_update: int, seed: int) -> Iterator[list[int]]:
+    """Indices of the trajectories of each update, forever: shuffled anew each time round, the same on every rank."""
+    rng = np.random.default_rng(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < per_update:
+            waiting += rng.permutation(num_trajectories).tolist()
+        yield waiting[:per_update]
+        del waiting[:per_update]
+
+
+def present(actions: Sequence[SubTrajectory]) -> list[SubTrajectory]:
+    """Those that are not masked."""
+    return [action for action in actions if not np.isnan(action.advantage)]
+
+
+def num_tokens(actions: Sequence[SubTrajectory]) -> int:
+    """Action tokens in all."""
+    return sum(len(action.step.action_ids) for action in actions)
+
+
+def assigned_here(actions: Sequence[SubTrajectory]) -> list[SubTrajectory]:
+    """This rank's actions: whole trees, balanced by the packed tokens they take at most."""
+    trees: dict[int, list[SubTrajectory]] = {}
+    for action in actions:
+        trees.setdefault(action.tree, []).append(action)
+    members = list(trees.values())
+    costs = [max(len(a.state_ids) for a in tree) + sum(len(a.step.action_ids) for a in tree) for tree in members]
+    return [action for index in distributed.assign(costs)[distributed.rank()] for action in members[index]]
+
+
+def micro_batches(
+    actions: Sequence[SubTrajectory], config: TrainConfig
+) -> list[tuple[PackedBatch, list[SubTrajectory]]]:
+    """(batch, its actions in the batch's order) of at most `tokens_per_micro_batch` packed tokens each.
+
+    Raises ConfigError where a tree forks and `attention` computes chains alone.
+    """
+    pairs = [(action.state_ids, action.step.action_ids) for action in actions]
+    if not pairs:
+        return []
+    if not config.packed:
+        return [(batch, [action]) for batch, action in zip(separate(pairs), actions, strict=True)]
+    if config.attention == "tree":
+        packed = pack_micro_batches(pairs, config.tokens_per_micro_batch)
+    else:
+        trees = [[(a.state_ids, a.step.action_ids) for a in tree] for _, tree in groupby(actions, lambda a: a.tree)]
+        try:
+            packed = pack_chains(trees, config.tokens_per_micro_batch)
+        except ForkError as fork:
+            raise ConfigError(f"--attention {config.attention}: {fork}; take --attention tree") from None
+    return [(batch, [actions[i] for i in members]) for batch, members in packed]
+
+
+def token_advantages(batch: PackedBatch, actions: Sequence[SubTrajectory], like: torch.Tensor) -> torch.Tensor:
+    """(M,) the advantage of each token's action, in the dtype and on the device of `like`."""
+    return like.new_tensor([action.advantage for action in actions])[batch.sub_trajectory]
+
+
+def behaviour_log_probs(actions: Sequence[SubTrajectory], like: torch.Tensor) -> torch.Tensor:
+    """(M,) the log-probs that the actions were drawn with, NaN for the tokens of an action that carries none."""
+    values = (a.step.log_probs or (float("nan"),) * len(a.step.action_ids) for a in actions)
+    return like.new_tensor([value for of_action in values for value in of_action])

@@ -1,0 +1,184 @@
+"""Updates: packed or not, on one rank or two, and what moves the weights."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from swirl import train
+from swirl.app.run_folder import RunFolder
+from swirl.config import TrainConfig
+from swirl.errors import NonFiniteError
+from swirl.learning import distributed
+from swirl.trajectories.record import Question, Step, Trajectory
+from swirl.tree.pack import pack
+from tests.learning.updates import accumulate, gradients, some_actions, some_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def some_trajectories(seed, rewards=None, num=5):
+    """Trajectories of one to three steps, each step with a normal reward, or with `rewards`."""
+    rng = np.random.default_rng(seed)
+
+    def ids(most):
+        return tuple(rng.integers(0, 64, rng.integers(1, most)).tolist())
+
+    def step():
+        reward = float(rng.normal()) if rewards is None else rewards
+        reward = None if reward != reward else reward
+        return Step(action="", action_ids=ids(5), observation_ids=ids(6), reward=reward)
+
+    question = Question(id="q", task="own", question="?")
+    return [
+        Trajectory(
+            id=f"{seed}-{i}", question=question, prompt="", prompt_ids=ids(7), stop="answer",
+            steps=tuple(step() for _ in range(rng.integers(1, 4))),
+        )
+        for i in range(num)
+    ]  # fmt: skip
+
+
+def learn(model, updates, tmp_path, **changes):
+    """The train loop on recorded actions: `updates` has the trajectories of each update. Returns its metrics."""
+    settings = {"mode": "recorded", "reward": "recorded", "baseline": "none", "warmup": 0, "updates": len(updates)}
+    config = replace(TrainConfig(), **settings | changes)
+    kept = [trajectory for of_update in updates for trajectory in of_update]
+    bounds = np.cumsum([0, *map(len, updates)])
+    tmp_path.mkdir(parents=True, exist_ok=True)
+    policy = SimpleNamespace(engine=SimpleNamespace(model=model))
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
+        patch.setattr(train, "shuffled", lambda *_: (range(a, b) for a, b in zip(bounds, bounds[1:])))
+        return train.learn(config, policy, None, None, kept, RunFolder(tmp_path), runner)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+@pytest.mark.parametrize("tokens", [1, 40, 100_000])
+def test_packed_and_separate_updates_agree(kl, tokens):
+    actions, packed, separate = some_actions(), some_model(), some_model()
+    a = accumulate(packed, actions, packed=True, tokens_per_micro_batch=tokens, kl_coefficient=kl)
+    b = accumulate(separate, actions, packed=False, kl_coefficient=kl)
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-10)
+    assert a["computed_tokens"] <= b["computed_tokens"] == a["tokens"]
+    for name, grad in gradients(separate).items():
+        torch.testing.assert_close(gradients(packed)[name], grad, rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_is_normalised_by_all_tokens_but_masked_ones():
+    actions = some_actions()
+    masked = [replace(action, advantage=float("nan")) if i % 3 == 0 else action for i, action in enumerate(actions)]
+    present = [action for i, action in enumerate(actions) if i % 3]
+    a, b = accumulate(some_model(), masked), accumulate(some_model(), present)
+    assert a == b and a["action_tokens"] == sum(len(action.step.action_ids) for action in present)
+
+
+def test_zero_advantages_are_counted_but_not_computed():
+    idle = [replace(action, advantage=0.0) for action in some_actions()]
+    metrics = accumulate(some_model(), idle)
+    assert metrics["computed_tokens"] == 0
+    assert metrics["action_tokens"] == sum(len(action.step.action_ids) for action in idle)
+
+
+@pytest.mark.parametrize("reward", [0.0, float("nan")])
+def test_momentum_and_decay_wait_for_something_to_learn(reward, tmp_path):
+    busy, idle = some_trajectories(0), some_trajectories(1, rewards=reward)
+    settings = {"weight_decay": 0.1, "learning_rate": 1e-2, "final_learning_rate": 1.0}
+    once, waited, twice = some_model(), some_model(), some_model()
+    learn(once, [busy], tmp_path / "once", **settings)
+    *_, last = learn(waited, [busy, idle], tmp_path / "waited", **settings)
+    learn(twice, [busy, busy], tmp_path / "twice", **settings)
+    assert last["grad_norm"] == 0.0 and last["computed_tokens"] == 0
+    for name, weight in weights(once).items():
+        assert torch.equal(weights(waited)[name], weight)
+        assert not torch.equal(weights(twice)[name], weight)
+
+
+def test_a_non_finite_loss_is_refused_before_the_weights_are_touched(tmp_path):
+    good, broken = some_trajectories(0), some_trajectories(1, rewards=float("inf"))
+    once, twice = some_model(), some_model()
+    learn(once, [good], tmp_path / "once", final_learning_rate=1.0)
+    with pytest.raises(NonFiniteError, match="update 2: loss"):
+        learn(twice, [good, broken], tmp_path / "twice", final_learning_rate=1.0)
+    for name, weight in weights(once).items():
+        assert torch.equal(weights(twice)[name], weight)
+
+
+def test_updates_learn_to_prefer_the_better_action(tmp_path):
+    state, good, bad = [1, 2, 3], (4, 5), (6, 7)
+    question = Question(id="q", task="own", question="?")
+    pair = [
+        Trajectory(
+            id=str(reward), question=question, prompt="", prompt_ids=tuple(state), stop="answer",
+            steps=(Step(action="", action_ids=ids, reward=reward),),
+        )
+        for ids, reward in ((good, 1.0), (bad, -1.0))
+    ]  # fmt: skip
+    model = some_model(torch.float32)
+    learn(model, [pair] * 30, tmp_path, learning_rate=1e-2)
+    scores = model.sub_trajectory_log_probs(pack([(state, good), (state, bad)]))
+    assert scores[0] > scores[1] + 5
+
+
+def test_trees_are_assigned_whole_and_evenly(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    costs = [9, 1, 1, 8, 7, 2, 2]
+    assigned = distributed.assign(costs)
+    assert sorted(i for indices in assigned for i in indices) == list(range(7))
+    assert max(sum(costs[i] for i in indices) for indices in assigned) == 10
+    assert distributed.assign([]) == [[], [], []]
+
+
+WORKER = """
+import sys, torch
+from pathlib import Path
+
+from swirl.learning import distributed
+from tests.learning.test_updates import learn, some_trajectories
+from tests.learning.updates import some_model
+torch.set_num_threads(1)
+folder = Path({folder!r})
+with distributed.process_group(torch.device("cpu")):
+    updates = [some_trajectories(0), some_trajectories(1, num=1), some_trajectories(2)]
+    model = some_model(torch.float32)
+    metrics = learn(model, updates, folder / "one", kl_coefficient=0.1, warmup=1)
+    once, idle = some_model(torch.float32), some_model(torch.float32)
+    settings = {{"weight_decay": 0.1, "final_learning_rate": 1.0}}
+    learn(once, updates[:1], folder / "once", **settings)
+    learn(idle, [updates[0], some_trajectories(1, rewards=0.0)], folder / "idle", **settings)
+    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), idle.parameters(), strict=True))
+    whole = distributed.gather_shares(distributed.my_share(list(range(7))))
+    assert whole == list(range(7)), whole
+    assert distributed.from_main(distributed.rank()) == 0
+    if distributed.is_main():
+        torch.save((dict(model.named_parameters()), metrics), folder / "done.pt")
+"""
+
+
+def test_two_ranks_make_the_update_of_one(tmp_path):
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / f"{processes}"
+        script = tmp_path / f"worker{processes}.py"
+        script.write_text(WORKER.format(folder=str(folder)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(torch.load(folder / "done.pt", weights_only=True))
+    (one, one_metrics), (two, two_metrics) = results
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-6)
+    for a, b in zip(one_metrics, two_metrics, strict=True):
+        for key in ("loss", "grad_norm", "kl", "action_tokens", "tokens"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-7), key
