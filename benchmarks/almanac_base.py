@@ -37,9 +37,11 @@ from swirl.learning.optimizer import (
 )
 from swirl.model.gemma import Gemma, GemmaConfig
 from swirl.model.tokenizer import Tokenizer, train_tokenizer
-from swirl.rollout.prompts import action_text, question_prompt
-from swirl.tasks import almanac
+from swirl.rollout.prompts import question_prompt
+from swirl.tasks import almanac, open_task
 from swirl.tasks.almanac.questions import question_text
+from swirl.tools.search import search_tool
+from swirl.trajectories.actions import action_text
 from swirl.tree.pack import pack_micro_batches
 
 
@@ -96,11 +98,14 @@ def demonstrations(families: tuple[str, ...], seed: int, *, slips: bool = True):
     first = functools.partial(almanac.demonstrate, slips=almanac.HABITS if slips else None)
     second = functools.partial(almanac.demonstrate_shared, slips=almanac.SHARED_HABITS if slips else None)
     questions = {family: almanac.questions(family, "train") for family in families}
+    tasks = {family: open_task(family) for family in families}
     while True:
         for family in families:
             question = questions[family][rng.integers(len(questions[family]))]
-            prompt = question_prompt(question.question, almanac.tool(family).name, almanac.max_queries(family))
-            yield prompt, (second if family in almanac.SECOND_EDITION else first)(question, rng)
+            yield (
+                tasks[family].prompt_for(question),
+                (second if family in almanac.SECOND_EDITION else first)(question, rng),
+            )
 
 
 def recitals(seed: int):
@@ -109,7 +114,7 @@ def recitals(seed: int):
     chains = almanac.known_by_heart()
     while True:
         chain, answer = rng.choice(chains)
-        prompt = question_prompt(question_text(chain, rng), "search", almanac.max_queries("mixed-2"))
+        prompt = question_prompt(question_text(chain, rng), [search_tool()], almanac.max_queries("mixed-2"))
         yield prompt, [(action_text("answer", answer), None)]
 
 

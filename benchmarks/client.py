@@ -48,7 +48,9 @@ def items(count: int):
             )
             for k in range(1 + i % 3)
         )
-        yield StepToJudge(question=question, steps=steps, action=f"<answer>river {i}</answer>", tool="search")
+        yield StepToJudge(
+            question=question, steps=steps, step=Step(action=f"<answer>river {i}</answer>"), tools=("search",)
+        )
 
 
 def run(calls: int, latency_ms: float, in_flight: int, faults: float) -> dict:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +17,16 @@ import msgspec
 
 from swirl import tasks
 from swirl.app import command
+from swirl.app.evaluation import answer, evaluation_steps
 from swirl.app.progress import progress
-from swirl.app.resolve import answers_beside, open_judge, open_policy, open_retriever
+from swirl.app.resolve import answers_beside, open_judge, open_policy, open_task, tokens_in_an_action
 from swirl.app.scores import Score, score_trajectories
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError
-from swirl.filter import judge_steps, with_outcome
-from swirl.generate import collect, tokens_in_an_action
 from swirl.report import print_scores
-from swirl.rollout.rollout import RolloutLimits, Unanswered
+from swirl.rollout.rollout import RolloutSpec, Unanswered
+from swirl.rollout.task import Task
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Question, Trajectory
 
@@ -81,83 +80,36 @@ class EvaluateConfig:
         command.require_at_least(0, self, "temperature")
 
 
-async def answer(
-    questions: Sequence[Question],
-    *,
-    task: tasks.Task,
-    policy,
-    coder,
-    judge,
-    temperature: float,
-    max_new_tokens: int,
-    in_flight: int,
-    seed: int,
-    advance,
-    answer_judge=None,
-) -> list[Trajectory | Unanswered]:
-    """One trajectory a question, in question order. `judge` gives the steps their verdicts, `answer_judge` the
-    trajectory its outcome; None gives none.
-    """
-    limits = RolloutLimits(
-        max_queries=task.max_queries,
-        max_steps=task.max_queries + 1,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-    )
-
-    async def judged(trajectory: Trajectory) -> Trajectory:
-        if judge is not None:
-            trajectory = await judge_steps(trajectory, judge)
-        return trajectory if answer_judge is None else await with_outcome(trajectory, answer_judge)
-
-    return await collect(
-        [(question, 0) for question in questions],
-        task=task,
-        policy=policy,
-        coder=coder,
-        limits=limits,
-        seed=seed,
-        in_flight=in_flight,
-        advance=advance,
-        finish=judged,
-    )
-
-
-def _open_tasks(config: EvaluateConfig) -> list[tuple[tasks.Task, list[Question]]]:
+async def _open_tasks(config: EvaluateConfig, client: Client) -> list[tuple[Task, list[Question]]]:
     """Each task with its questions, by the flags that mean something to it.
 
     Raises ConfigError where there is nothing to ask, or to score against, and where a flag means nothing to any task.
     """
     defaults, opened = EvaluateConfig(), []
-    of_tasks = ("questions", "corpus", "top_k", "split")
-    tasks.require_use((flag for flag in of_tasks if getattr(config, flag) != getattr(defaults, flag)), config.tasks)
+    of_tasks = ("questions", "corpus", "top_k", "split", "retriever")
+    given = [flag for flag in of_tasks if getattr(config, flag) != getattr(defaults, flag)]
+    tasks.require_use(given, config.tasks)
     for name in config.tasks:
-        takes = tasks.flags_of(name)
-        task = tasks.open_task(
-            name,
-            questions=config.questions if "questions" in takes else None,
-            corpus=config.corpus if "corpus" in takes else None,
-            top_k=config.top_k if "top_k" in takes else 1,
-        )
-        questions = task.questions(config.split, config.limit)
-        if not questions:
-            raise ConfigError(f"task '{name}' has no questions to ask")
+        takes = tasks.flags_of(name) - {"split"}
+        flags = {flag: getattr(config, flag) for flag in of_tasks if flag in takes}
+        task = await open_task(name, **flags, client=client, limits=config.endpoint)
+        questions = task.take(config.split, config.limit)
         if any(question.answer is None for question in questions):
             raise ConfigError(f"task '{name}' has questions without golden answers: nothing to score against")
         opened.append((task, questions))
     return opened
 
 
-async def _evaluate(config: EvaluateConfig) -> dict[str, list[Trajectory | Unanswered]]:
-    """By task, what came of each question."""
-    opened = _open_tasks(config)
+async def _evaluate(config: EvaluateConfig) -> list[tuple[Task, list[Trajectory | Unanswered]]]:
+    """Each task, and what came of its questions."""
     if config.out:
         _make_room(config.out)
     cache = config.cache or (answers_beside(config.out) if config.out else None)
     made = []
     async with Client(cache) as client:
+        opened = await _open_tasks(config, client)
         limits = config.endpoint
-        policy, coder = open_policy(config.policy, device=config.device, client=client, limits=limits)
+        policy, tokenizer = open_policy(config.policy, device=config.device, client=client, limits=limits)
         judge = answer_judge = None
         if config.judge:
             judge = open_judge(config.judge, prompt=config.judge_prompt, client=client, limits=limits)
@@ -166,41 +118,35 @@ async def _evaluate(config: EvaluateConfig) -> dict[str, list[Trajectory | Unans
             answer_judge = open_judge(
                 config.answer_judge, kind="outcome", prompt=template, client=client, limits=limits
             )
-        for place, (task, questions) in enumerate(opened):
-            task = await open_retriever(task, config.retriever, top_k=config.top_k, client=client, limits=limits)
-            opened[place] = (task, questions)
         total = sum(len(questions) for _, questions in opened)
         with progress("evaluate", total, note=client.progress.note) as advance:
             for task, questions in opened:
                 knows = config.judge != "rule" or task.name in tasks.ALMANAC_FAMILIES
-                made.append(
-                    await answer(
-                        questions,
-                        task=task,
-                        policy=policy,
-                        coder=coder,
-                        judge=judge if knows else None,
-                        answer_judge=answer_judge,
-                        temperature=config.temperature,
-                        max_new_tokens=tokens_in_an_action(config.max_new_tokens, config.policy),
-                        in_flight=config.in_flight,
-                        seed=config.seed,
-                        advance=advance,
-                    )
+                spec = RolloutSpec(
+                    task=task,
+                    policy=policy,
+                    tokenizer=tokenizer,
+                    max_steps=evaluation_steps(task),
+                    max_new_tokens=tokens_in_an_action(config.max_new_tokens, config.policy),
+                    temperature=config.temperature,
+                    seed=config.seed,
+                    in_flight=config.in_flight,
                 )
+                judges = {"judge": judge if knows else None, "outcome_judge": answer_judge}
+                made.append((task, await answer(questions, spec, **judges, advance=advance)))
     if client.progress.cached:
         command.warn(
             f"{client.progress.cached} of {client.progress.done} answers were paid for before and come from {cache}: "
             "if another model answers at that address now, name another --cache"
         )
-    for (task, _), of_task in zip(opened, made, strict=True):
+    for task, of_task in made:
         reasons = [t.reason for t in of_task if isinstance(t, Unanswered)]
         if reasons:
             command.warn(
                 f"{task.name}: {len(reasons)} of {len(of_task)} questions unanswered, scores are over the others "
                 f"({command.first_reasons(reasons)})"
             )
-    return {task.name: of_task for (task, _), of_task in zip(opened, made, strict=True)}
+    return made
 
 
 def _make_room(out: Path) -> None:
@@ -214,11 +160,11 @@ def main(config: EvaluateConfig) -> None:
     made = asyncio.run(_evaluate(config))
     try:
         if config.out:
-            answered = (t for of_task in made.values() for t in of_task if isinstance(t, Trajectory))
+            answered = (t for _, of_task in made for t in of_task if isinstance(t, Trajectory))
             write_trajectories(config.out, answered)
     finally:  # a disk that is full costs the trajectories, not the scores
         judged = config.answer_judge is not None
-        _show([score_trajectories(name, of_task, answers_judged=judged) for name, of_task in made.items()])
+        _show([score_trajectories(task, of_task, answers_judged=judged) for task, of_task in made])
 
 
 def _show(scores: list[Score]) -> None:

@@ -33,9 +33,9 @@ from swirl.errors import ConfigError, InputError
 from swirl.judging.judges import NO_ANSWER, Kind, OutcomeToJudge, StepToJudge
 from swirl.rollout.concurrency import as_done
 from swirl.storage.digest import checkpoint_digest
-from swirl.tasks import is_correct, tool_name
+from swirl.tasks import is_correct
 from swirl.trajectories.log import TrajectoryLog, iter_trajectories
-from swirl.trajectories.record import Trajectory
+from swirl.trajectories.record import Step, Trajectory
 
 Mode = Literal["none", "process", "outcome", "both"]
 # As the encoder writes it; within a text its quotes would be escaped.
@@ -93,13 +93,10 @@ class Judges(NamedTuple):
     reward: object | None = None
 
 
-def step_to_judge(trajectory: Trajectory, k: int, action: str) -> StepToJudge:
-    """`action`, recorded or drawn anew, at state k of the trajectory (from 0)."""
+def step_to_judge(trajectory: Trajectory, k: int, step: Step) -> StepToJudge:
+    """`step`, recorded or drawn anew, at state k of the trajectory (from 0)."""
     return StepToJudge(
-        question=trajectory.question,
-        steps=trajectory.steps[:k],
-        action=action,
-        tool=tool_name(trajectory.question.task, trajectory.prompt, (step.action for step in trajectory.steps)),
+        question=trajectory.question, steps=trajectory.steps[:k], step=step, tools=tuple(trajectory.tools)
     )
 
 
@@ -109,7 +106,7 @@ async def judge_steps(trajectory: Trajectory, judge) -> Trajectory:
     async def judged(k, step):
         if step.verdict is not None:
             return step
-        judgement = await judge.judge(step_to_judge(trajectory, k, step.action))
+        judgement = await judge.judge(step_to_judge(trajectory, k, step))
         reward = step.reward if judgement.reward is None else judgement.reward
         return replace(step, verdict=judgement.verdict, reason=judgement.reason, reward=reward)
 
@@ -123,7 +120,7 @@ async def reward_steps(trajectory: Trajectory, judge) -> tuple[Trajectory, str |
     async def graded(k, step):
         if step.reward is not None:
             return step, ""
-        judgement = await judge.judge(step_to_judge(trajectory, k, step.action))
+        judgement = await judge.judge(step_to_judge(trajectory, k, step))
         return replace(step, reward=judgement.reward), judgement.reason
 
     graded_steps = await asyncio.gather(*(graded(k, step) for k, step in enumerate(trajectory.steps)))
@@ -166,13 +163,13 @@ def why_dropped(trajectory: Trajectory, mode: Mode, outcome_reason: str = "") ->
 
 
 async def with_outcome(trajectory: Trajectory, judge=None) -> Trajectory:
-    """The final answer held against the golden one by the official rule, or by `judge`, if it is not scored yet."""
+    """The final answer held against the golden one by `judge`, or else by the official rule if it is not scored yet."""
     return (await _score_outcome(trajectory, judge))[0]
 
 
 async def _score_outcome(trajectory: Trajectory, judge) -> tuple[Trajectory, str]:
     """(`with_outcome`, why the judge gave no verdict)"""
-    if trajectory.outcome is not None or trajectory.question.answer is None:
+    if trajectory.question.answer is None or (judge is None and trajectory.outcome is not None):
         return trajectory, ""
     if judge is None:
         return replace(trajectory, outcome=is_correct(trajectory.question, trajectory.prediction)), ""

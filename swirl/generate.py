@@ -10,23 +10,22 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from swirl.app import command
+from swirl.app.evaluation import generation_steps
 from swirl.app.progress import progress
-from swirl.app.resolve import answers_beside, is_url, model_folder, open_policy, open_retriever
+from swirl.app.resolve import answers_beside, is_url, model_folder, open_policy, open_task, tokens_in_an_action
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
-from swirl.errors import ConfigError, EndpointError, InputError
-from swirl.rollout.rollout import RolloutLimits, Unanswered, rollouts, trajectory_id
+from swirl.errors import EndpointError, InputError
+from swirl.rollout.rollout import RolloutSpec, Unanswered, rollouts, trajectory_id
 from swirl.storage.digest import checkpoint_digest
-from swirl.tasks import Task, open_task, require_use
+from swirl.tasks import require_use
 from swirl.trajectories.log import TrajectoryLog
-from swirl.trajectories.record import Question, Trajectory
 
 
 @dataclass(frozen=True)
@@ -81,82 +80,46 @@ class GenerateConfig:
 _MAY_CHANGE = ("out", "limit", "in_flight", "device", "cache", "endpoint")
 
 
-def limits_for(task: Task, *, max_steps: int | None, max_new_tokens: int, temperature: float) -> RolloutLimits:
-    """Limits of generation: as many steps as the paper allows queries, the last of which may be the answer."""
-    return RolloutLimits(
-        max_queries=task.max_queries,
-        max_steps=max_steps or task.max_queries,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-    )
-
-
-def tokens_in_an_action(asked: int | None, policy: str) -> int:
-    """What was asked for, else what suits the policy: a model behind a URL is taken to think aloud."""
-    return asked or (512 if is_url(policy) else 48)
-
-
-async def collect(
-    asked: Sequence[tuple[Question, int]],
-    *,
-    task: Task,
-    policy,
-    coder,
-    limits: RolloutLimits,
-    seed: int,
-    in_flight: int,
-    advance: Callable[[], None],
-    finish: Callable[[Trajectory], Awaitable[Trajectory]] | None = None,
-) -> list[Trajectory | Unanswered]:
-    """One for each (question, sample) pair, in the order asked, in memory; `finish` as for rollouts."""
-    playing = rollouts(
-        asked,
-        policy=policy,
-        tool=task.open_tool(),
-        limits=limits,
-        coder=coder,
-        seed=seed,
-        in_flight=in_flight,
-        finish=finish,
-    )
-    made = {}
-    async for one in playing:
-        made[one.id] = one
-        advance()
-    return [made[trajectory_id(*pair)] for pair in asked]
-
-
-def _known_as(config: GenerateConfig, coder) -> dict[str, str]:
+def _known_as(config: GenerateConfig, tokenizer) -> dict[str, str]:
     """What the lines depend on beyond its name: a checkpoint's weights, a server's tokenizer."""
     if not is_url(config.policy):
         return {"policy": f"{config.policy} ({checkpoint_digest(model_folder(config.policy))})"}
-    return {"tokenizer": f"{config.tokenizer} ({coder.fingerprint})"} if config.tokenizer else {}
+    return {"tokenizer": f"{config.tokenizer} ({tokenizer.fingerprint})"} if config.tokenizer else {}
 
 
 async def _generate(config: GenerateConfig) -> dict:
     if config.split != GenerateConfig.split:
         require_use(["split"], [config.task])
-    task = open_task(config.task, questions=config.questions, corpus=config.corpus, top_k=config.top_k)
-    questions = task.questions(config.split, config.limit)
-    if not questions:
-        raise ConfigError(f"task '{config.task}' has no questions to ask")
-    limits = limits_for(
-        task,
-        max_steps=config.max_steps,
-        max_new_tokens=tokens_in_an_action(config.max_new_tokens, config.policy),
-        temperature=config.temperature,
-    )
     async with Client(config.cache or answers_beside(config.out)) as client:
-        policy, coder = open_policy(
+        task = await open_task(
+            config.task,
+            questions=config.questions,
+            corpus=config.corpus,
+            retriever=config.retriever,
+            top_k=config.top_k,
+            client=client,
+            limits=config.endpoint,
+        )
+        questions = task.take(config.split, config.limit)
+        policy, tokenizer = open_policy(
             config.policy,
             device=config.device,
             client=client,
             limits=config.endpoint,
             tokenizer=config.tokenizer,
         )
-        task = await open_retriever(task, config.retriever, top_k=config.top_k, client=client, limits=config.endpoint)
+        spec = RolloutSpec(
+            task=task,
+            policy=policy,
+            tokenizer=tokenizer,
+            max_steps=config.max_steps or generation_steps(task),
+            max_new_tokens=tokens_in_an_action(config.max_new_tokens, config.policy),
+            temperature=config.temperature,
+            seed=config.seed,
+            in_flight=config.in_flight,
+        )
         with TrajectoryLog(config.out) as log:
-            known_as = _known_as(config, coder)
+            known_as = _known_as(config, tokenizer)
             command.refuse_other_settings(config, [config.out], may_change=_MAY_CHANGE, known_as=known_as)
             wanted = [(question, sample) for question in questions for sample in range(config.samples)]
             for question, sample in wanted:
@@ -167,15 +130,7 @@ async def _generate(config: GenerateConfig) -> dict:
                         "the questions have changed, take another --out",
                     )
             asked = [pair for pair in wanted if trajectory_id(*pair) not in log.done]
-            playing = rollouts(
-                asked,
-                policy=policy,
-                tool=task.open_tool(),
-                limits=limits,
-                coder=coder,
-                seed=config.seed,
-                in_flight=config.in_flight,
-            )
+            playing = rollouts(asked, spec)
             stops: Counter[str] = Counter()
             unanswered: list[Unanswered] = []
             done = len(wanted) - len(asked)

@@ -41,8 +41,9 @@ from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_opti
 from swirl.report import print_comparison, write_report
 from swirl.rollout.rollout import draw_seed
 from swirl.sampling.local_policy import LocalPolicy, completion_action
+from swirl.trajectories.actions import TAGS
 from swirl.trajectories.log import read_trajectories
-from swirl.trajectories.record import Step, Trajectory
+from swirl.trajectories.record import Step, Trajectory, with_call
 
 UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on would only pay for more of the same
 
@@ -147,24 +148,17 @@ def draw(config: TrainConfig, policy: LocalPolicy, tokenizer, states: Sequence[S
         temperature=config.temperature,
         stop_ids=policy.stop_ids,
     )
-    steps = []
-    for completion in completions:
-        action = completion_action(completion, tokenizer)
-        steps.append(
-            Step(
-                action=action.text,
-                action_ids=action.ids,
-                log_probs=action.log_probs,
-                truncated=not action.stopped,
-            )
-        )
-    return [steps[i * G : i * G + G] for i in range(len(states))]
+    steps = [completion_action(completion, tokenizer) for completion in completions]
+    return [
+        [with_call(step, trajectory.tools or TAGS) for step in steps[i * G : i * G + G]]
+        for i, (_, trajectory, _) in enumerate(states)
+    ]
 
 
 async def rewarded(judge, states: Sequence[State], drawn: Sequence[Sequence[Step]]) -> list[list[Step]]:
     """The actions drawn at each state, each with its reward by `judge`. Raises EndpointUnusable."""
     asked = [
-        [(step_to_judge(trajectory, k, step.action), step) for step in steps]
+        [step_to_judge(trajectory, k, step) for step in steps]
         for (_, trajectory, k), steps in zip(states, drawn, strict=True)
     ]
     return list(await asyncio.gather(*(rewards.with_rewards(judge, of_state) for of_state in asked)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swirl.rollout.policy import PolicyAction
 from swirl.tasks import almanac
+from swirl.trajectories.record import Step
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ class DemonstratingPolicy:
         question = self._questions[state.prompt.partition("Question: ")[2]]
         habits = almanac.HABITS if self._slips else None
         script = almanac.demonstrate(question, np.random.default_rng(draw_seed(question.id)), slips=habits)
-        return PolicyAction(text=script[len(state.steps)][0])
+        return Step(action=script[len(state.steps)][0])
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ import msgspec
 
 from swirl.app import command
 from swirl.errors import ConfigError, InputError
-from swirl.rollout.prompts import action_text, observation_text, parse_action
+from swirl.trajectories.actions import ANSWER, action_text, observation_text, parse_action
 from swirl.trajectories.log import read_lines
-from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory
+from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory, with_calls
 
 Format = Literal["swirl", "messages", "trl"]
 
@@ -108,7 +108,7 @@ def _rest(trajectory: Trajectory, steps: list[_StepRest]) -> str:
 
 def _put_together(rest: _Rest, prompt: str, steps: Iterable[Step]) -> Trajectory:
     names = [name for name in _Rest.__struct_fields__ if name != "steps"]
-    return Trajectory(prompt=prompt, steps=tuple(steps), **{name: getattr(rest, name) for name in names})
+    return with_calls(Trajectory(prompt=prompt, steps=tuple(steps), **{name: getattr(rest, name) for name in names}))
 
 
 def to_messages(trajectory: Trajectory) -> dict:
@@ -116,7 +116,7 @@ def to_messages(trajectory: Trajectory) -> dict:
     messages: list[dict] = [{"role": "user", "content": trajectory.prompt}]
     tools: dict[str, None] = {}
     for k, step in enumerate(trajectory.steps):
-        kind, argument, _ = parse_action(step.action)
+        kind, argument = (step.call.tool, step.call.argument) if step.call else ("", "")
         call = action_text(kind, argument) if kind in _ARGUMENT else ""
         observation = step.observation
         if not call or not step.action.endswith(call):
@@ -212,10 +212,15 @@ def _guess_rest(row: _MessagesRow, prompt: str, actions, observations, line) -> 
     question = Question(id=name, task="own", question=prompt)
     if len(observations) == len(actions):
         return _Rest(id=name, question=question, stop="step_limit", steps=[_StepRest() for _ in actions])
-    kind, argument, _ = parse_action(actions[-1])
-    prediction = argument if kind == "answer" else actions[-1].strip()
+    prediction = _prediction(actions[-1])
     steps = [_StepRest() for _ in actions]
     return _Rest(id=name, question=question, stop="answer", steps=steps, prediction=prediction)
+
+
+def _prediction(action: str) -> str:
+    """The answer of a last message, in our tag or as plain text."""
+    call, _ = parse_action(action)
+    return call.argument if call and call.tool == ANSWER else action.strip()
 
 
 def to_trl(trajectory: Trajectory) -> dict | None:
@@ -248,8 +253,7 @@ def from_trl(row: dict, file: str | os.PathLike = "<memory>", line: int | None =
     rest = _read_rest(made.swirl, len(made.completions), file, line)
     if rest is None:
         name = f"line-{line}"
-        kind, argument, _ = parse_action(made.completions[-1])
-        prediction = argument if kind == "answer" else made.completions[-1].strip()
+        prediction = _prediction(made.completions[-1])
         steps = [_StepRest(reward=float(label)) for label in made.labels]
         question = Question(id=name, task="own", question=made.prompt)
         rest = _Rest(id=name, question=question, stop="answer", steps=steps, prediction=prediction)
@@ -321,8 +325,10 @@ def _parquet_schema(pa, kind: Format):
             "aliases": texts,
             "hops": number,
         }
+        call = pa.struct({"tool": text, "argument": text}.items())
         step = {"action": text, "observation": text, "action_ids": ids, "observation_ids": ids}
-        step |= {"log_probs": pa.list_(pa.float64()), "verdict": text, "reason": text, "reward": pa.float64()}
+        step |= {"log_probs": pa.list_(pa.float64()), "truncated": pa.bool_(), "call": call, "invalid": text}
+        step |= {"verdict": text, "judged": text, "reason": text, "reward": pa.float64()}
         fields = {"id": text, "question": pa.struct(question.items()), "prompt": text}
         fields |= {
             "steps": pa.list_(pa.struct(step.items())),
@@ -331,7 +337,7 @@ def _parquet_schema(pa, kind: Format):
             "prediction": text,
         }
         fields |= {"prompt_ids": ids, "tokenizer": text, "retokenized": pa.bool_(), "policy": text}
-        fields |= {"outcome": pa.bool_(), "dropped": text, "schema": number}
+        fields |= {"outcome": pa.bool_(), "dropped": text, "tools": pa.map_(text, text), "schema": number}
     return pa.schema(fields.items())
 
 
@@ -359,7 +365,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
         number = 0
         with pa.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP):
-                for row in batch.to_pylist():
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, _without_none(row)
     except (OSError, pa.ArrowException) as error:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
+from swirl import tasks
 from swirl.app.progress import progress
 from swirl.endpoints.address import EndpointLimits, endpoint_for, parse_spec
 from swirl.endpoints.client import Client
 from swirl.errors import CheckpointError, ConfigError, InputError
-from swirl.tasks import Task
+from swirl.rollout.task import Task
+from swirl.tools.search import search_tool
 
 ALMANAC_BASE = Path(__file__).parents[1] / "tasks" / "almanac" / "base"
 
@@ -72,19 +76,18 @@ def open_policy(
     limits: EndpointLimits | None = None,
     tokenizer: Path | None = None,
 ):
-    """(policy, token coder or None) from `almanac`, a checkpoint folder, or the URL of a server, asked by `client`.
+    """(policy, tokenizer or None) from `almanac`, a checkpoint folder, or the URL of a server, asked by `client`.
 
-    A server's policy has a coder where the folder of its `tokenizer` is given. Raises CheckpointError, ConfigError.
+    A server's policy has one where `tokenizer` is its folder. Raises CheckpointError, ConfigError.
     """
     if is_url(spec):
         from swirl.endpoints.address import open_policy as open_wire_policy
 
-        coder = None
         if tokenizer is not None:
             from swirl.model.tokenizer import Tokenizer
 
-            coder = Tokenizer.from_pretrained(tokenizer)
-        return open_wire_policy(spec, client=client, limits=limits, coder=coder), coder
+            tokenizer = Tokenizer.from_pretrained(tokenizer)
+        return open_wire_policy(spec, client=client, limits=limits, tokenizer=tokenizer), tokenizer
     if tokenizer is not None:
         raise ConfigError(f"--tokenizer {tokenizer}: the policy '{spec}' has its own, expected a URL's")
     from swirl.sampling.local_policy import LocalPolicy
@@ -122,43 +125,61 @@ def open_judge(
     return judge.judge_with(policy, kind, prompt=prompt, votes=votes)
 
 
-async def open_retriever(
-    task: Task, spec: str, *, top_k: int, client: Client, limits: EndpointLimits | None = None
+async def open_task(
+    spec: str,
+    *,
+    questions: Path | Mapping[str, Path] | None = None,
+    corpus: Path | None = None,
+    retriever: str = "bm25",
+    top_k: int = 1,
+    without_easy: bool = False,
+    client: Client,
+    limits: EndpointLimits | None = None,
 ) -> Task:
-    """The task with its search done by `spec`: `bm25`, `dense+http://host/v1#model`, or a URL of Search-R1's form.
+    """The task by its name, with its search done by `retriever`: `bm25`, `dense+http://host/v1#model`, or a URL of
+    Search-R1's form.
 
     Dense: the task's pages are embedded once, into a folder beside the file they come from; a later run opens that.
-    Raises ConfigError where the task searches nothing that could be embedded, InputError where the folder is of other
-    pages, EndpointError as the server does.
+    Raises ConfigError where a flag means nothing to the task, or it has nothing that could be embedded, InputError
+    where the folder is of other pages, EndpointError as the server does.
     """
-    if spec == "bm25":
-        return task
+    search = None
+    if retriever != "bm25":
+        tasks.require_use(["retriever"], [spec])
+        pages = partial(tasks.pages_of, spec, questions, corpus)
+        beside = corpus or (questions if isinstance(questions, Path) else None)
+        search = search_tool(await _open_retriever(retriever, pages, beside, top_k, client, limits))
+    options = {"corpus": corpus, "top_k": top_k, "without_easy": without_easy}
+    return tasks.open_task(spec, questions=questions, search=search, **options)
+
+
+async def _open_retriever(
+    spec: str, pages: Callable[[], Iterable], beside: Path | None, top_k: int, client: Client, limits
+):
     if not is_url(spec):
         raise ConfigError(
             f"retriever '{spec}' is unknown: expected bm25, dense+http://host/v1#model or http://host:port/retrieve"
         )
-    if task.tool_name != "search":
-        raise ConfigError(f"--retriever: task '{task.name}' calculates, and searches nothing")
+    if spec.startswith("dense+"):
+        return await _open_dense(spec.removeprefix("dense+"), pages, beside, top_k, client, limits)
     from swirl.tools.retrieval import RetrievalServerTool, retriever
 
-    if spec.startswith("dense+"):
-        tool = await _open_dense(task, spec.removeprefix("dense+"), top_k, client, limits)
-    else:
-        endpoint = replace(endpoint_for(spec, limits=limits), key_env=None)  # that form knows no key
-        tool = RetrievalServerTool(spec, retriever(client, endpoint), top_k)
-    return replace(task, open_tool=lambda: tool)
+    endpoint = replace(endpoint_for(spec, limits=limits), key_env=None)  # that form knows no key
+    return RetrievalServerTool(spec, retriever(client, endpoint), top_k)
 
 
-async def _open_dense(task: Task, spec: str, top_k: int, client: Client, limits: EndpointLimits | None):
+async def _open_dense(
+    spec: str, pages: Callable[[], Iterable], beside: Path | None, top_k: int, client: Client, limits
+):
     from swirl.endpoints.batcher import embedder
     from swirl.tools.retrieval import DenseSearchTool, build_dense_index
 
     _, url, model = parse_spec(spec)
     endpoint = endpoint_for(url, limits=limits)
     embed = embedder(client, endpoint, model)
-    if task.corpus is None:
-        raise ConfigError(f"--retriever: task '{task.name}' has no file of pages to index, a server's URL would do")
-    folder = task.corpus.with_name(f"{task.corpus.name}.dense-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}")
+    if beside is None:
+        raise ConfigError("--retriever: the task has no file of pages to index, a server's URL would do")
+    folder = beside.with_name(f"{beside.name}.dense-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}")
     if not folder.exists():
         with progress("embed pages", None, note=client.progress.note) as advance:
 
@@ -168,11 +189,16 @@ async def _open_dense(task: Task, spec: str, top_k: int, client: Client, limits:
                 return vectors
 
             at_a_time = endpoint.batch_size * endpoint.concurrency
-            await build_dense_index(task.pages(), folder, embed_pages, pages_per_request=at_a_time)
+            await build_dense_index(pages(), folder, embed_pages, pages_per_request=at_a_time)
     tool = DenseSearchTool(folder, embed, top_k)
-    if any(old != new for old, new in zip_longest(tool.pages, task.pages())):
-        raise InputError(folder, f"expected an index of {task.corpus} as it is now: remove the folder to build it anew")
+    if any(old != new for old, new in zip_longest(tool.pages, pages())):
+        raise InputError(folder, f"expected an index of {beside} as it is now: remove the folder to build it anew")
     return tool
+
+
+def tokens_in_an_action(asked: int | None, policy: str) -> int:
+    """What was asked for, else what suits the policy: a model behind a URL is taken to think aloud."""
+    return asked or (512 if is_url(policy) else 48)
 
 
 def answers_beside(out: Path) -> Path:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from swirl import tasks
 from swirl.app import command
 from swirl.errors import EndpointError
 from swirl.rollout.rollout import Unanswered
+from swirl.rollout.task import Task
 from swirl.trajectories.record import Trajectory
 
 
@@ -61,7 +61,7 @@ def good_step_share(trajectories: Sequence[Trajectory]) -> tuple[float | None, i
 
 
 def score_trajectories(
-    task: str, trajectories: Sequence[Trajectory | Unanswered], *, answers_judged: bool = False
+    task: Task, trajectories: Sequence[Trajectory | Unanswered], *, answers_judged: bool = False
 ) -> Score:
     """Scores of one trajectory a question, every question of it present; `answers_judged`: by their `outcome` too.
 
@@ -70,16 +70,16 @@ def score_trajectories(
     answered = [t for t in trajectories if isinstance(t, Trajectory)]
     if not answered:
         reasons = command.first_reasons(t.reason for t in trajectories)
-        raise EndpointError(task, f"none of {len(trajectories)} questions was answered ({reasons})")
-    right = {t.id: tasks.is_correct(t.question, t.prediction) for t in answered}
-    f1 = [0.0 if t.prediction is None else tasks.score(t.question, t.prediction)["f1"] for t in answered]
+        raise EndpointError(task.name, f"none of {len(trajectories)} questions was answered ({reasons})")
+    right = {t.id: bool(task.is_correct(t.question, t.prediction)) for t in answered}
+    f1 = [_f1(task, t, right[t.id]) for t in answered]
     judged = [t.outcome for t in answered if t.outcome is not None] if answers_judged else []
     by_hops: dict[str, list[bool]] = defaultdict(list)
     for t in answered:
         by_hops[str(t.question.hops)].append(right[t.id])
     good, unjudged = good_step_share(answered)
     return Score(
-        task=task,
+        task=task.name,
         accuracy=float(np.mean(list(right.values()))),
         interval=bootstrap_interval(list(right.values())),
         f1=float(np.mean(f1)),
@@ -93,6 +93,13 @@ def score_trajectories(
         accuracy_by_hops={hops: float(np.mean(of_hops)) for hops, of_hops in sorted(by_hops.items())},
         correct=tuple(right.get(t.id) for t in trajectories),
     )
+
+
+def _f1(task: Task, trajectory: Trajectory, right: bool) -> float:
+    """1 or 0 where the task's score has no F1."""
+    if trajectory.prediction is None:
+        return 0.0
+    return task.scores(trajectory.question, trajectory.prediction).get("f1", float(right))
 
 
 def compared(before: Sequence[Score], after: Sequence[Score]) -> dict[str, dict]:

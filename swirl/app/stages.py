@@ -6,20 +6,19 @@ import sys
 
 from swirl import tasks
 from swirl.app import resolve
+from swirl.app.evaluation import answer, evaluation_steps, generation_steps
 from swirl.app.progress import progress
 from swirl.app.run_folder import RunFolder
 from swirl.app.scores import Score, score_trajectories
 from swirl.config import TrainConfig
 from swirl.errors import ConfigError
-from swirl.evaluate import answer
 from swirl.filter import filter_in_memory
-from swirl.generate import collect, limits_for
 from swirl.learning import distributed
+from swirl.rollout.rollout import RolloutSpec, collect
+from swirl.rollout.task import Task
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Trajectory
-
-IN_FLIGHT = 1024
 
 
 async def evaluate(
@@ -27,27 +26,33 @@ async def evaluate(
 ) -> list[Score]:
     """Scores of greedy answers to each task's questions of that split. Same on every rank."""
     opened = [tasks.open_task(name) for name in names]
-    asked = [task.questions(split, config.evaluate_num_questions) for task in opened]
+    asked = [task.take(split, config.evaluate_num_questions) for task in opened]
     total = sum(len(distributed.my_share(questions)) for questions in asked)
     scores = []
     if not names:
         return scores
     with progress(description, total, show=distributed.is_main()) as advance:
         for task, questions in zip(opened, asked, strict=True):
+            spec = _spec(config, policy, tokenizer, task, max_steps=evaluation_steps(task), temperature=0.0)
             mine = await answer(
-                distributed.my_share(questions),
-                task=task,
-                policy=policy,
-                coder=tokenizer,
-                judge=resolve.open_judge("rule"),
-                temperature=0.0,
-                max_new_tokens=config.max_new_tokens,
-                in_flight=IN_FLIGHT,
-                seed=config.seed,
-                advance=advance,
+                distributed.my_share(questions), spec, judge=resolve.open_judge("rule"), advance=advance
             )
-            scores.append(score_trajectories(task.name, distributed.gather_shares(mine)))
+            scores.append(score_trajectories(task, distributed.gather_shares(mine)))
     return scores
+
+
+def _spec(
+    config: TrainConfig, policy: LocalPolicy, tokenizer, task: Task, *, max_steps: int, temperature: float
+) -> RolloutSpec:
+    return RolloutSpec(
+        task=task,
+        policy=policy,
+        tokenizer=tokenizer,
+        max_steps=max_steps,
+        max_new_tokens=config.max_new_tokens,
+        temperature=temperature,
+        seed=config.seed,
+    )
 
 
 async def generate(config: TrainConfig, policy: LocalPolicy, tokenizer) -> list[Trajectory]:
@@ -55,22 +60,12 @@ async def generate(config: TrainConfig, policy: LocalPolicy, tokenizer) -> list[
     made = []
     for name in config.task:
         task = tasks.open_task(name)
-        questions = task.questions("train", config.num_questions)
+        questions = task.take("train", config.num_questions)
         asked = distributed.my_share([(question, s) for question in questions for s in range(config.samples)])
-        limits = limits_for(
-            task, max_steps=None, max_new_tokens=config.max_new_tokens, temperature=config.generate_temperature
-        )
+        temperature = config.generate_temperature
+        spec = _spec(config, policy, tokenizer, task, max_steps=generation_steps(task), temperature=temperature)
         with progress(f"generate {name}", len(asked), show=distributed.is_main()) as advance:
-            mine = await collect(
-                asked,
-                task=task,
-                policy=policy,
-                coder=tokenizer,
-                limits=limits,
-                seed=config.seed,
-                in_flight=IN_FLIGHT,
-                advance=advance,
-            )
+            mine = await collect(asked, spec, advance=advance)
         made += distributed.gather_shares(mine)
     return made
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from swirl.config import TrainConfig
 from swirl.errors import InputError
-from swirl.filter import step_to_judge, with_outcome
+from swirl.filter import with_outcome
 from swirl.judging.rewards import with_one_reward, with_recorded_rewards
 from swirl.model.gemma import GemmaConfig
 from swirl.model.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ async def with_rewards(trajectories: list[Trajectory], config: TrainConfig) -> l
         made = [with_one_reward(t, None if t.outcome is None else float(t.outcome)) for t in scored]
         missing = "no trajectory has an outcome or a golden answer: take --reward recorded"
     else:
-        made = [with_recorded_rewards(t, step_to_judge(t, 0, "").tool) for t in trajectories]
+        made = [with_recorded_rewards(trajectory) for trajectory in trajectories]
         missing = "no step has a reward or a verdict: filter it, or take --reward outcome"
     if all(step.reward is None for trajectory in made for step in trajectory.steps):
         raise InputError(config.data, missing)

@@ -10,7 +10,7 @@ from swirl.endpoints.client import Client, Endpoint
 from swirl.endpoints.completions import CompletionsPolicy
 from swirl.endpoints.gemini import GeminiPolicy
 from swirl.errors import ConfigError
-from swirl.rollout.policy import TokenCoder
+from swirl.rollout.policy import TurnTokenizer
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def open_policy(
     key_env: str | None = None,
     limits: EndpointLimits | None = None,
     details: bool = True,
-    coder: TokenCoder | None = None,
+    tokenizer: TurnTokenizer | None = None,
 ):
     """The policy that `spec` names (see parse_spec). Raises ConfigError. Ids that a server gives are kept as they
-    are; with a `coder`, the model's own tokenizer, only where they are the text's.
+    are; with a `tokenizer`, the model's own tokenizer, only where they are the text's.
 
     Without a `client` it has its own, with the file `cache`, and `close` must be awaited. Answers are kept by
     address and model name: give each checkpoint its own cache file if several are served under one name.
@@ -99,5 +99,5 @@ def open_policy(
     endpoint = endpoint_for(url, protocol=protocol, key_env=key_env, limits=limits)
     owns_client, client = client is None, client or Client(cache)
     if protocol == "chat":
-        return ChatPolicy(endpoint, model, client, details=details, coder=coder, owns_client=owns_client)
-    return _PROTOCOLS[protocol](endpoint, model, client, coder=coder, owns_client=owns_client)
+        return ChatPolicy(endpoint, model, client, details=details, tokenizer=tokenizer, owns_client=owns_client)
+    return _PROTOCOLS[protocol](endpoint, model, client, tokenizer=tokenizer, owns_client=owns_client)

@@ -16,7 +16,8 @@ from swirl.endpoints.wire import (
     seed_32,
     token_details,
 )
-from swirl.rollout.policy import PolicyAction, PolicyState, TokenCoder
+from swirl.rollout.policy import PolicyState, TurnTokenizer
+from swirl.trajectories.record import Step
 
 
 class ChatPolicy(Wire):
@@ -32,13 +33,13 @@ class ChatPolicy(Wire):
         client: Client,
         *,
         details: bool = True,
-        coder: TokenCoder | None = None,
+        tokenizer: TurnTokenizer | None = None,
         owns_client: bool = False,
     ):
-        super().__init__(endpoint, model, client, coder=coder, owns_client=owns_client)
+        super().__init__(endpoint, model, client, tokenizer=tokenizer, owns_client=owns_client)
         self.details = details
 
-    async def act(self, state: PolicyState) -> PolicyAction:
+    async def act(self, state: PolicyState) -> Step:
         """Raises EndpointError where there is no answer, or none that can be read."""
         needed = {
             "model": self.model,

@@ -9,7 +9,8 @@ import msgspec
 
 from swirl.endpoints.batcher import Batcher
 from swirl.endpoints.wire import CUT_OFF, Wire, as_dict, chat_messages, id_of_name, read_ids, seed_32, token_details
-from swirl.rollout.policy import PolicyAction, PolicyState
+from swirl.rollout.policy import PolicyState
+from swirl.trajectories.record import Step
 
 
 class CompletionsPolicy(Wire):
@@ -23,7 +24,7 @@ class CompletionsPolicy(Wire):
     def _batcher(self) -> Batcher:
         return Batcher(self.client, self.endpoint, "/completions", join=self._join, split=_choices, read=self._read)
 
-    async def act(self, state: PolicyState) -> PolicyAction:
+    async def act(self, state: PolicyState) -> Step:
         """Raises EndpointError where there is no answer, or none that can be read."""
         prompt = list(state.ids) if state.ids else gemma_turns(state)
         needed = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from swirl.endpoints.wire import Wire, as_dict, chat_messages, seed_32, token_details
-from swirl.rollout.policy import PolicyAction, PolicyState
+from swirl.rollout.policy import PolicyState
+from swirl.trajectories.record import Step
 
 
 class GeminiPolicy(Wire):
     """Gemini's generateContent. `endpoint.url` ends before /models, as in https://…/v1beta."""
 
-    async def act(self, state: PolicyState) -> PolicyAction:
+    async def act(self, state: PolicyState) -> Step:
         """Raises EndpointError where there is no answer, or none that can be read; gives
         an empty, unstopped action where the server blocked it."""
         roles = {"user": "user", "assistant": "model"}

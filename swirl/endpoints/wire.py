@@ -1,6 +1,6 @@
 """Policies: what proposes the next action; those over the wire are here.
 
-A policy is any object with a `name` and `async def act(self, state: PolicyState) -> PolicyAction`. A server's
+A policy is any object with a `name` and `async def act(self, state: PolicyState) -> Step`. A server's
 policy speaks OpenAI's chat or completions, or Gemini's generateContent. Token ids and log-probs are kept
 where the server gives them (vLLM, SGLang, llama.cpp), and never made up from text.
 """
@@ -13,7 +13,8 @@ from typing import Any
 
 from swirl.endpoints.client import Client, Endpoint
 from swirl.errors import EndpointError
-from swirl.rollout.policy import PolicyAction, PolicyState, TokenCoder
+from swirl.rollout.policy import PolicyState, TurnTokenizer
+from swirl.trajectories.record import Step
 
 # Of finish_reason; any other, or none, is the model's own end.
 CUT_OFF = ("length", "content_filter")
@@ -31,11 +32,11 @@ class Wire:
         model: str,
         client: Client,
         *,
-        coder: TokenCoder | None = None,
+        tokenizer: TurnTokenizer | None = None,
         owns_client: bool = False,
     ):
         self.name = f"{endpoint.url}#{model}"
-        self.endpoint, self.model, self.client, self.coder = endpoint, model, client, coder
+        self.endpoint, self.model, self.client, self.tokenizer = endpoint, model, client, tokenizer
         self._owns_client = owns_client
         self._refused: set[str] = set()
 
@@ -66,13 +67,13 @@ class Wire:
                     log.warning("%s: refuses '%s', going on without", self.endpoint.url, name)
                 self._refused |= named
 
-    def _action(self, text: str, ids, log_probs, top, *, stopped: bool) -> PolicyAction:
+    def _action(self, text: str, ids, log_probs, top, *, stopped: bool) -> Step:
         """Log-probs without an id each are of no use to training, and dropped."""
         if ids is None or log_probs is None or len(ids) != len(log_probs):
             log_probs = None
-        if ids is not None and self.coder is not None:
-            ids, log_probs = _in_our_form(ids, log_probs, text, self.coder, stopped=stopped)
-        return PolicyAction(text=text, ids=ids, log_probs=log_probs, stopped=stopped, top_log_probs=top)
+        if ids is not None and self.tokenizer is not None:
+            ids, log_probs = _in_our_form(ids, log_probs, text, self.tokenizer, stopped=stopped)
+        return Step(action=text, action_ids=ids, log_probs=log_probs, truncated=not stopped, top_log_probs=top)
 
     def _unreadable(self, expected: str) -> EndpointError:
         return EndpointError(self.endpoint.url, f"expected {expected} in the answer", status=200)
@@ -116,20 +117,20 @@ def id_of_name(name: Any) -> int | None:
     return int(digits) if not head and digits.isdecimal() and digits.isascii() else None
 
 
-def _in_our_form(ids, log_probs, text: str, coder: TokenCoder, *, stopped: bool):
+def _in_our_form(ids, log_probs, text: str, tokenizer: TurnTokenizer, *, stopped: bool):
     """(ids, log_probs) with the turn's end, as the tokenizer writes an action; None where they are not this text's.
 
     Servers leave the end out, or another text than the ids' own: then the text is what came back, and is what counts.
     """
-    ends = (coder.end_of_turn_id, coder.eos_id)
+    ends = (tokenizer.end_of_turn_id, tokenizer.eos_id)
     ended = ids[-1] in ends
     try:
-        same = coder.decode(ids[:-1] if ended else ids) == text
+        same = tokenizer.decode(ids[:-1] if ended else ids) == text
     except ValueError:  # ids of another vocabulary
         same = False
     if not same:
         return None, None
-    return (ids, log_probs) if ended or not stopped else ((*ids, coder.end_of_turn_id), None)
+    return (ids, log_probs) if ended or not stopped else ((*ids, tokenizer.end_of_turn_id), None)
 
 
 def token_details(tokens: list, *, token_id, log_prob, top):

@@ -20,8 +20,8 @@ from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, EndpointError, EndpointUnusable
 from swirl.judging.prompts import CALCULATOR_PROCESS, OUTCOME, REWARD, SEARCH_PROCESS, JudgePrompt, read_prompt
 from swirl.judging.verdicts import expected_score, read_score, read_verdict
-from swirl.rollout.policy import PolicyState, TopLogProbs
-from swirl.trajectories.record import Question, Step, Verdict
+from swirl.rollout.policy import PolicyState
+from swirl.trajectories.record import Question, Step, TopLogProbs, Verdict
 
 Kind = Literal["process", "outcome", "reward"]
 NO_ANSWER = "no answer: "
@@ -29,17 +29,16 @@ _PROCESS_PROMPTS = ("search_prompt", "calculator_prompt")
 
 
 class StepToJudge(msgspec.Struct, frozen=True, kw_only=True):
-    """Action k in its state: the question, the `steps` before k with their observations, and the action's
-    text.
+    """Action k in its state: the question, the `steps` before k with their observations, and step k, whose observation
+    is not to be read.
 
-    `tool` is the tool of the trajectory, "search" or "calculator". A judge of the process must not read
-    `question.answer`.
+    `tools` are the names of those on offer. A judge of the process must not read `question.answer`.
     """
 
     question: Question
     steps: tuple[Step, ...]
-    action: str
-    tool: str
+    step: Step
+    tools: tuple[str, ...]
 
 
 class OutcomeToJudge(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +89,7 @@ class GenerativeJudge:
 
     async def judge(self, item: StepToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
-        prompt = self.prompts[item.tool]
+        prompt = self.prompts["calculator" if item.tools == ("calculator",) else "search"]
         text = step_text(prompt, item)
         verdict, reason, _ = await _ask(self.policy, text, prompt.reminder, read_verdict, self.max_new_tokens)
         return Judgement(verdict=verdict, reason=reason)
@@ -188,7 +187,7 @@ class GenerativeRewardModel:
 
 def step_text(prompt: JudgePrompt, item: StepToJudge) -> str:
     """The whole of what a judge of one step is told."""
-    return prompt.fill(question=item.question.question, context=show_context(item.steps), action=item.action)
+    return prompt.fill(question=item.question.question, context=show_context(item.steps), action=item.step.action)
 
 
 async def _ask(
@@ -212,7 +211,7 @@ async def _ask(
             top_log_probs=top_log_probs,
         )
         try:
-            action = await policy.act(state)
+            step = await policy.act(state)
         except EndpointUnusable:
             raise
         except EndpointError as error:
@@ -220,11 +219,11 @@ async def _ask(
             if error.status != 200:
                 break  # no answer at all, and the client has tried what is worth trying
             continue
-        value = read(action.text) if action.stopped else None
+        value = None if step.truncated else read(step.action)
         if value is not None:
-            return value, _shorten(action.text, 1000), action.top_log_probs
-        why = "the answer ends with" if action.stopped else "cut off after"
-        reasons.append(f"no verdict: {why} '{_shorten(action.text, 80)}'")
+            return value, _shorten(step.action, 1000), step.top_log_probs
+        why = "truncated after" if step.truncated else "the answer ends with"
+        reasons.append(f"no verdict: {why} '{_shorten(step.action, 80)}'")
     return None, _why_none(reasons), None
 
 

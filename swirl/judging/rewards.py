@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from swirl.judging.judges import Judgement, StepToJudge
-from swirl.rollout.prompts import parse_action
 from swirl.trajectories.record import Step, Trajectory
 
 
@@ -19,29 +18,26 @@ def graded(judged: Judgement | Step) -> float | None:
     return {"GOOD": 1.0, "BAD": 0.0, None: None}[judged.verdict]
 
 
-def is_refused(step: Step, tool: str) -> bool:
-    """Whether the environment would refuse the action: truncated, malformed, or a call of another tool than `tool`."""
-    if step.truncated or step.invalid is not None:
-        return True
-    return parse_action(step.action).kind not in ("answer", tool)
+def is_refused(step: Step) -> bool:
+    """Whether the environment refuses the action: truncated, malformed, or a call of a tool that is not on offer."""
+    return step.call is None
 
 
-async def with_rewards(judge, asked: Iterable[tuple[StepToJudge, Step]]) -> list[Step]:
+async def with_rewards(judge, asked: Iterable[StepToJudge]) -> list[Step]:
     """The steps, each with its reward: 0 where the environment refuses the action, which is not asked about; else the
     judge's, None where it gave neither reward nor verdict. Raises EndpointUnusable.
     """
 
-    async def rewarded(item: StepToJudge, step: Step) -> Step:
-        if is_refused(step, item.tool):
-            return replace(step, reward=0.0)
-        return replace(step, reward=graded(await judge.judge(item)))
+    async def rewarded(item: StepToJudge) -> Step:
+        reward = 0.0 if is_refused(item.step) else graded(await judge.judge(item))
+        return replace(item.step, reward=reward)
 
-    return list(await asyncio.gather(*(rewarded(item, step) for item, step in asked)))
+    return list(await asyncio.gather(*map(rewarded, asked)))
 
 
-def with_recorded_rewards(trajectory: Trajectory, tool: str) -> Trajectory:
+def with_recorded_rewards(trajectory: Trajectory) -> Trajectory:
     """The trajectory with the rewards or verdicts of its steps as rewards; a refused action has 0, whatever it has."""
-    rewards = [0.0 if is_refused(step, tool) else graded(step) for step in trajectory.steps]
+    rewards = [0.0 if is_refused(step) else graded(step) for step in trajectory.steps]
     return _rewarded(trajectory, rewards)
 
 

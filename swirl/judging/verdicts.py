@@ -6,8 +6,7 @@ import functools
 import math
 import re
 
-from swirl.rollout.policy import TopLogProbs
-from swirl.trajectories.record import Verdict
+from swirl.trajectories.record import TopLogProbs, Verdict
 
 _SENTENCE_END = re.compile(r"[.!?;\n]+")
 

@@ -1,7 +1,4 @@
-"""What a policy is: anything that proposes the next action of a state.
-
-A policy is any object with a `name` and `async def act(self, state: PolicyState) -> PolicyAction`.
-"""
+"""What a policy is: anything that proposes the next action of a state."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from typing import Protocol
 import msgspec
 
 from swirl.trajectories.record import Step
-
-TopLogProbs = tuple[tuple[tuple[str, float], ...], ...]
 
 
 class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,22 +26,19 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     top_log_probs: int = 0
 
 
-class PolicyAction(msgspec.Struct, frozen=True, kw_only=True):
-    """Action a_k. `ids` and `log_probs` (natural log, one per id) are None where the endpoint gives none.
+class Policy(Protocol):
+    """Proposes actions. One that has a context limit says so in an attribute `max_state_tokens`."""
 
-    `stopped` is False where `max_new_tokens`, or a server's safety filter, cut the action off.
-    `top_log_probs` holds (token, log-prob) alternatives for each token of the text where they were asked for
-    and given.
-    """
+    name: str
 
-    text: str
-    ids: tuple[int, ...] | None = None
-    log_probs: tuple[float, ...] | None = None
-    stopped: bool = True
-    top_log_probs: TopLogProbs | None = None
+    async def act(self, state: PolicyState) -> Step:
+        """Action a_k as a step without observation: its text, whether it was truncated, and its ids and log-probs where
+        they are known. What the action does is read by the rollout, which knows the tools.
+        """
+        ...
 
 
-class TokenCoder(Protocol):
+class TurnTokenizer(Protocol):
     """How turns become token ids; swirl.model.tokenizer.Tokenizer is one."""
 
     fingerprint: str

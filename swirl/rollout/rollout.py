@@ -1,42 +1,42 @@
-"""Rollouts: a policy and a tool answer questions step by step, many trajectories in flight.
+"""Rollouts: a policy and a task's tools answer questions step by step, many trajectories in flight.
 
-Each turn the policy calls the tool or answers. A trajectory ends with the answer, at the step limit, at an action
-that is neither (nothing can follow it), or when the state no longer fits the policy's context.
+Each turn the policy calls a tool or answers. A trajectory ends with the answer, at the step limit, at an action that is
+neither (nothing can follow it), or when the state no longer fits the policy's context.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 from msgspec.structs import replace
 
 from swirl.errors import EndpointError, EndpointUnusable
 from swirl.rollout.concurrency import as_done
-from swirl.rollout.policy import PolicyState, TokenCoder
-from swirl.rollout.prompts import ParsedAction, observation_text, parse_action, question_prompt
-from swirl.trajectories.record import Question, Step, Trajectory
+from swirl.rollout.policy import Policy, PolicyState, TurnTokenizer
+from swirl.rollout.task import Task
+from swirl.trajectories.actions import ANSWER, observation_text
+from swirl.trajectories.record import Question, Step, Trajectory, with_call
 
 
-class Tool(Protocol):
-    """What a policy may call: `search` or `calculator`. A fault is a readable result, never an exception."""
+@dataclass(frozen=True, kw_only=True)
+class RolloutSpec:
+    """All that a rollout needs but the question: who plays what, how long, and with which draws.
 
-    name: str
+    With a `tokenizer` token ids travel along with the text. `max_steps` ends a trajectory, `max_new_tokens` an action;
+    a draw depends on `seed`, the question, the sample and the step alone. `in_flight` trajectories run at a time.
+    """
 
-    async def __call__(self, argument: str) -> str: ...
-
-
-@dataclass(frozen=True)
-class RolloutLimits:
-    """`max_queries` is what the prompt allows, `max_steps` ends a trajectory, `max_new_tokens` an action."""
-
-    max_queries: int
+    task: Task
+    policy: Policy
+    tokenizer: TurnTokenizer | None = None
     max_steps: int
     max_new_tokens: int = 48
     temperature: float = 1.0
+    seed: int = 0
+    in_flight: int = 1024
 
 
 def draw_seed(*names: object) -> int:
@@ -63,69 +63,55 @@ class Unanswered(msgspec.Struct, frozen=True):
         return trajectory_id(self.question, self.sample)
 
 
-def _why_it_ends(parsed: ParsedAction | None, tool: Tool, *, last: bool) -> str | None:
+def _why_it_ends(step: Step, *, last: bool) -> str | None:
     """None: the trajectory goes on with the tool's result. In its last step no state can follow, so the tool is not
     asked.
     """
-    if parsed is None or parsed.kind not in ("answer", tool.name):
+    if step.call is None:
         return "invalid_action"
-    if parsed.kind == "answer":
+    if step.call.tool == ANSWER:
         return "answer"
     return "step_limit" if last else None
 
 
-async def rollout(
-    question: Question,
-    sample: int,
-    *,
-    policy,
-    tool: Tool,
-    limits: RolloutLimits,
-    coder: TokenCoder | None,
-    seed: int,
-) -> Trajectory:
-    """One trajectory. With a `coder`, token ids travel along; ids the policy gives are kept as they are.
-
-    Raises EndpointError as the policy and the tool do.
-    """
-    prompt = question_prompt(question.question, tool.name, limits.max_queries)
-    prompt_ids = tuple(coder.prompt_ids(prompt)) if coder else None
+async def rollout(question: Question, sample: int, spec: RolloutSpec) -> Trajectory:
+    """One trajectory. Ids that the policy gives are kept as they are. Raises EndpointError as policy and tools do."""
+    task, tokenizer = spec.task, spec.tokenizer
+    tools = {tool.name: tool for tool in task.tools}
+    tags = {tool.name: tool.tag for tool in task.tools}
+    prompt = task.prompt_for(question)
+    prompt_ids = tuple(tokenizer.prompt_ids(prompt)) if tokenizer else None
     state = list(prompt_ids or ())
     steps: list[Step] = []
     stop, prediction, retokenized = None, None, False
-    context = getattr(policy, "max_state_tokens", None)
+    context = getattr(spec.policy, "max_state_tokens", None)
     while stop is None:
-        action = await policy.act(
+        step = await spec.policy.act(
             PolicyState(
                 prompt=prompt,
                 steps=tuple(steps),
-                ids=tuple(state) if coder else None,
-                seed=draw_seed(seed, question.id, sample, len(steps)),
-                temperature=limits.temperature,
-                max_new_tokens=limits.max_new_tokens,
+                ids=tuple(state) if tokenizer else None,
+                seed=draw_seed(spec.seed, question.id, sample, len(steps)),
+                temperature=spec.temperature,
+                max_new_tokens=spec.max_new_tokens,
             )
         )
-        ids, log_probs = (action.ids, action.log_probs) if coder else (None, None)
-        if coder and ids is None:
-            ids, log_probs, retokenized = tuple(coder.action_ids(action.text)), None, True
-        parsed = parse_action(action.text) if action.stopped else None
-        stop = _why_it_ends(parsed, tool, last=len(steps) + 1 == limits.max_steps)
-        prediction = parsed.argument if stop == "answer" else None
-        observation = observation_ids = None
-        if stop is None:
-            observation = observation_text(parsed.argument, await tool(parsed.argument))
-            observation_ids = tuple(coder.observation_ids(observation)) if coder else None
-        steps.append(
-            Step(
-                action=action.text,
-                action_ids=ids,
-                log_probs=log_probs,
-                observation=observation,
-                observation_ids=observation_ids,
-            )
-        )
-        state += (ids or ()) + (observation_ids or ())
-        if stop is None and context is not None and len(state) + limits.max_new_tokens > context:
+        if not tokenizer:
+            step = replace(step, action_ids=None, log_probs=None)
+        elif step.action_ids is None:
+            step = replace(step, action_ids=action_ids(step, tokenizer), log_probs=None)
+            retokenized = True
+        step = with_call(step, tags)
+        stop = _why_it_ends(step, last=len(steps) + 1 == spec.max_steps)
+        if stop == "answer":
+            prediction = step.call.argument
+        elif stop is None:
+            observation = observation_text(step.call.argument, await tools[step.call.tool](step.call.argument))
+            observation_ids = tuple(tokenizer.observation_ids(observation)) if tokenizer else None
+            step = replace(step, observation=observation, observation_ids=observation_ids)
+        steps.append(step)
+        state += (step.action_ids or ()) + (step.observation_ids or ())
+        if stop is None and context is not None and len(state) + spec.max_new_tokens > context:
             stop = "context_limit"
     return Trajectory(
         id=trajectory_id(question, sample),
@@ -136,13 +122,23 @@ async def rollout(
         steps=tuple(steps),
         stop=stop,
         prediction=prediction,
-        tokenizer=coder.fingerprint if coder else None,
+        outcome=task.is_correct(question, prediction),
+        tools=tags,
+        tokenizer=tokenizer.fingerprint if tokenizer else None,
         retokenized=retokenized,
-        policy=policy.name,
+        policy=spec.policy.name,
     )
 
 
-def with_ids(trajectory: Trajectory, coder: TokenCoder) -> Trajectory:
+def action_ids(step: Step, tokenizer: TurnTokenizer) -> tuple[int, ...]:
+    """Ids of an action's text. One that was truncated has no end of turn, which the model did not write; it stands
+    alone where there is no text at all.
+    """
+    ids = tokenizer.action_ids(step.action)
+    return tuple(ids[:-1] if step.truncated and len(ids) > 1 else ids)
+
+
+def with_ids(trajectory: Trajectory, tokenizer: TurnTokenizer) -> Trajectory:
     """The trajectory with token ids made from its text, once; `retokenized` says so.
 
     A step without an observation, before the last, is followed by an empty one: the next action needs its turn opened.
@@ -151,46 +147,57 @@ def with_ids(trajectory: Trajectory, coder: TokenCoder) -> Trajectory:
     steps = tuple(
         replace(
             step,
-            action_ids=tuple(coder.action_ids(step.action)),
+            action_ids=action_ids(step, tokenizer),
             observation_ids=None
             if step.observation is None and k == last
-            else tuple(coder.observation_ids(step.observation or "")),
+            else tuple(tokenizer.observation_ids(step.observation or "")),
             log_probs=None,
         )
         for k, step in enumerate(trajectory.steps)
     )
     return replace(
         trajectory,
-        prompt_ids=tuple(coder.prompt_ids(trajectory.prompt)),
+        prompt_ids=tuple(tokenizer.prompt_ids(trajectory.prompt)),
         steps=steps,
-        tokenizer=coder.fingerprint,
+        tokenizer=tokenizer.fingerprint,
         retokenized=True,
     )
 
 
 def rollouts(
     asked: Iterable[tuple[Question, int]],
-    *,
-    policy,
-    tool: Tool,
-    limits: RolloutLimits,
-    coder,
-    seed: int,
-    in_flight: int,
+    spec: RolloutSpec,
     finish: Callable[[Trajectory], Awaitable[Trajectory]] | None = None,
 ) -> AsyncIterator[Trajectory | Unanswered]:
-    """Trajectories of (question, sample) pairs as they end, at most `in_flight` at a time; the input is read lazily.
+    """Trajectories of (question, sample) pairs as they end, `spec.in_flight` at a time; the input is read lazily.
 
     `finish` adds to a trajectory (its verdicts, say) while others are still played. Raises EndpointUnusable.
     """
 
     async def play(question: Question, sample: int) -> Trajectory | Unanswered:
         try:
-            made = await rollout(question, sample, policy=policy, tool=tool, limits=limits, coder=coder, seed=seed)
+            made = await rollout(question, sample, spec)
         except EndpointUnusable:
             raise
         except EndpointError as error:
             return Unanswered(question, sample, str(error))
         return await finish(made) if finish else made
 
-    return as_done((play(*pair) for pair in asked), in_flight)
+    return as_done((play(*pair) for pair in asked), spec.in_flight)
+
+
+async def collect(
+    asked: Sequence[tuple[Question, int]],
+    spec: RolloutSpec,
+    *,
+    advance: Callable[[], None] = lambda: None,
+    finish: Callable[[Trajectory], Awaitable[Trajectory]] | None = None,
+) -> list[Trajectory | Unanswered]:
+    """One for each (question, sample) pair, in the order asked, in memory; `advance` is called after each, `finish` is
+    that of `rollouts`.
+    """
+    made = {}
+    async for one in rollouts(asked, spec, finish):
+        made[one.id] = one
+        advance()
+    return [made[trajectory_id(*pair)] for pair in asked]

@@ -7,8 +7,9 @@ import asyncio
 from msgspec.structs import replace
 
 from swirl.model.tokenizer import Tokenizer
-from swirl.rollout.policy import PolicyAction, PolicyState
+from swirl.rollout.policy import PolicyState
 from swirl.sampling.engine import Engine
+from swirl.trajectories.record import Step
 
 
 class LocalPolicy:
@@ -27,7 +28,7 @@ class LocalPolicy:
         self._waiting: list[tuple[PolicyState, asyncio.Future]] = []
         self._worker: asyncio.Task | None = None
 
-    async def act(self, state: PolicyState) -> PolicyAction:
+    async def act(self, state: PolicyState) -> Step:
         if state.ids is None:
             state = replace(state, ids=self._ids_from_text(state))
         future = asyncio.get_running_loop().create_future()
@@ -71,9 +72,9 @@ class LocalPolicy:
                 if not future.done():
                     future.set_result(action)
 
-    def _sample(self, states: list[PolicyState]) -> list[PolicyAction]:
+    def _sample(self, states: list[PolicyState]) -> list[Step]:
         """One engine call a (temperature, length) pair; a batch nearly always holds one."""
-        actions: list[PolicyAction | None] = [None] * len(states)
+        actions: list[Step | None] = [None] * len(states)
         kinds: dict[tuple[float, int], list[int]] = {}
         for index, state in enumerate(states):
             kinds.setdefault((state.temperature, state.max_new_tokens), []).append(index)
@@ -90,12 +91,12 @@ class LocalPolicy:
         return actions
 
 
-def completion_action(completion, tokenizer: Tokenizer) -> PolicyAction:
+def completion_action(completion, tokenizer: Tokenizer) -> Step:
     """The engine's completion as an action: its text is without the stop token, its ids are with it."""
     ids = completion.ids[:-1] if completion.stopped else completion.ids
-    return PolicyAction(
-        text=tokenizer.decode(ids),
-        ids=completion.ids,
+    return Step(
+        action=tokenizer.decode(ids),
+        action_ids=completion.ids,
         log_probs=completion.log_probs,
-        stopped=completion.stopped,
+        truncated=not completion.stopped,
     )

@@ -19,13 +19,14 @@ from pathlib import Path
 import msgspec
 
 from swirl.errors import CalculatorError, InputError, SwirlError
-from swirl.rollout.prompts import action_text, observation_text, question_prompt
+from swirl.rollout.prompts import question_prompt
 from swirl.tasks.reading import golden_answers, read_jsonl
 from swirl.tasks.scoring import f1, same_number
-from swirl.tools.calculator.calculate import calculate
+from swirl.tools.calculator.calculate import calculate, calculator_tool
 from swirl.tools.search import Page
+from swirl.trajectories.actions import TAGS, action_text, observation_text
 from swirl.trajectories.log import write_trajectories
-from swirl.trajectories.record import Question, Step, Trajectory
+from swirl.trajectories.record import Question, Step, Trajectory, with_calls
 
 MAX_QUERIES = 10
 INVALID = "[invalid]"
@@ -95,16 +96,18 @@ def records(path: str | os.PathLike, dropped: Counter[str] | None = None) -> Ite
         if isinstance(steps, str):
             dropped[steps] += 1
             continue
-        yield Trajectory(
+        made = Trajectory(
             id=f"{question.id}#0",
             question=question,
-            prompt=question_prompt(question.question, "calculator", MAX_QUERIES),
+            prompt=question_prompt(question.question, [calculator_tool()], MAX_QUERIES),
+            tools={"calculator": TAGS["calculator"]},
             steps=steps,
             stop="answer",
             prediction=question.answer,
             policy="gsm8k",
             outcome=True,
         )
+        yield with_calls(made)
 
 
 def _steps(solution: str, answer: str) -> tuple[Step, ...] | str:

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 import msgspec
 
 from swirl.errors import InputError
-from swirl.rollout.prompts import action_text, observation_text, question_prompt
+from swirl.rollout.prompts import question_prompt
 from swirl.tasks.reading import each_once, golden_answers, read_jsonl
 from swirl.tasks.scoring import exact_match, f1_squad
-from swirl.tools.search import Page, show_pages
-from swirl.trajectories.record import Question, Step, Trajectory
+from swirl.tools.search import Page, search_tool, show_pages
+from swirl.trajectories.actions import TAGS, action_text, observation_text
+from swirl.trajectories.record import Question, Step, Trajectory, with_calls
 
 MAX_QUERIES = 5
 
@@ -111,16 +112,18 @@ def records(path: str | os.PathLike, dropped: Counter[str] | None = None) -> Ite
             observation = observation_text(query, result)
             steps.append(Step(action=action_text("search", query), observation=observation, verdict="GOOD", reward=1.0))
         steps.append(Step(action=action_text("answer", record.answer), verdict="GOOD", reward=1.0))
-        yield Trajectory(
+        made = Trajectory(
             id=f"{question.id}#0",
             question=question,
-            prompt=question_prompt(question.question, "search", MAX_QUERIES),
+            prompt=question_prompt(question.question, [search_tool()], MAX_QUERIES),
+            tools={"search": TAGS["search"]},
             steps=tuple(steps),
             stop="answer",
             prediction=record.answer,
             policy="musique",
             outcome=True,
         )
+        yield with_calls(made)
 
 
 def _resolve(sub_question: str, earlier: list[_SubQuestion]) -> str:

@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -28,6 +28,8 @@ import msgspec
 import numpy as np
 
 from swirl.errors import ConfigError, InputError, SwirlError
+from swirl.rollout.tool import Tool
+from swirl.trajectories.actions import TAGS
 from swirl.trajectories.log import read_lines
 
 NO_PAGE = "no page found"
@@ -221,8 +223,26 @@ def open_index(folder: str | os.PathLike) -> Bm25Index:
     return Bm25Index(arrays, pages)
 
 
+async def find_nothing(query: str) -> str:
+    """The search of known trajectories, which bring their results along."""
+    return NO_PAGE
+
+
+def search_tool(search: Callable[[str], Awaitable[str]] = find_nothing) -> Tool:
+    """The policy's `search`, done by a SearchTool or by one of `retrieval`; their requests have limits of their own."""
+    return Tool(
+        name="search",
+        tag=TAGS["search"],
+        run=search,
+        description="Find a page.",
+        argument="query",
+        verb="search",
+        timeout_s=None,
+    )
+
+
 class SearchTool:
-    """The policy's `search` by BM25. Takes pages, which it indexes, or an index."""
+    """Search by BM25. Takes pages, which it indexes, or an index."""
 
     name = "search"
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from swirl.errors import InputError
+from swirl.trajectories.actions import TAGS, Call, parse_action, tools_in_text
 
 SCHEMA_VERSION = 1
+TRUNCATED = "it was truncated"
 Verdict = Literal["GOOD", "BAD"]
+TopLogProbs = tuple[tuple[tuple[str, float], ...], ...]
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -38,22 +43,18 @@ class Judged(enum.Enum):
     UNANSWERED = "unanswered"  # no answer came: the next run asks again
 
 
-class Call(msgspec.Struct, frozen=True):
-    """What an action does: `tool` names the tool it calls, or is "answer"; `argument` stands between its tags."""
-
-    tool: str
-    argument: str
-
-
 class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One action and what came back: the one record of an action, from its draw to the loss.
 
     `call` is what the action does, None where the environment refuses it; `invalid` then says why. `truncated`: the
-    action hit its token limit before its end. `judged` is None where no judge was asked.
+    action hit its token limit (or a server's filter) before its end: its text and ids end where it was truncated, and
+    no end of turn is added. `judged` is None where no judge was asked.
 
     `log_probs` are the behaviour policy's, one natural log per action id, under the distribution the action was drawn
     from (its temperature within); greedy actions have those of temperature 1. A server's are kept as it gives them:
     where those are of temperature 1 whatever it draws at, the importance ratio corrects for the model alone.
+    `top_log_probs` holds (token, log-prob) alternatives at each token, where a judge asked its model for them; no
+    trajectory has them.
     """
 
     action: str
@@ -68,11 +69,19 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     judged: Judged | None = None
     reason: str | None = None
     reward: float | None = None
+    top_log_probs: TopLogProbs | None = None
+
+
+def with_call(step: Step, tools: Mapping[str, str] = TAGS) -> Step:
+    """The step with `call` or `invalid`, read from its text, where `tools` are on offer (tool to tag)."""
+    call, invalid = (None, TRUNCATED) if step.truncated else parse_action(step.action, tools)
+    return replace(step, call=call, invalid=invalid)
 
 
 class Trajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """K steps answering one question. `stop` says why it ended; `prediction` is the answer given, if any.
 
+    `tools` are those on offer, each with its tag: {"search": "search_query"}.
     `tokenizer` is the fingerprint of the tokenizer that made the ids (None: no ids).
     `outcome` says whether the final answer is correct, `dropped` why a filter let the trajectory go.
     `retokenized` says the ids were made from text once, because the policy's endpoint gave none.
@@ -91,6 +100,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     policy: str | None = None
     outcome: bool | None = None
     dropped: str | None = None
+    tools: dict[str, str] = {}
     schema: int = SCHEMA_VERSION
 
     def state_ids(self, k: int) -> list[int]:
@@ -121,7 +131,20 @@ def decode_trajectory(text: bytes | str, file: str | os.PathLike = "<memory>", l
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(file, f"expected one JSON object a line, in UTF-8 ({error})", line=line) from None
     _validate(trajectory, file, line)
-    return trajectory
+    return with_calls(trajectory)
+
+
+def with_calls(trajectory: Trajectory) -> Trajectory:
+    """The trajectory with its tools and what each action does, where it does not say: lines that were written before
+    these were stored, or by others. What it says is kept.
+    """
+    if all(step.call or step.invalid for step in trajectory.steps):
+        return trajectory
+    tools = trajectory.tools or tools_in_text(trajectory.prompt, [step.action for step in trajectory.steps])
+    steps = [step if step.call or step.invalid else with_call(step, tools or TAGS) for step in trajectory.steps]
+    if trajectory.stop == "invalid_action" and steps[-1].call:  # a valid action that ended it: it was truncated
+        steps[-1] = with_call(replace(steps[-1], truncated=True))
+    return replace(trajectory, tools=tools, steps=tuple(steps))
 
 
 def _validate(trajectory: Trajectory, file, line) -> None:

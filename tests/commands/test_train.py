@@ -25,6 +25,7 @@ from swirl.errors import ConfigError, EndpointUnusable, InputError
 from swirl.judging.judges import Judgement
 from swirl.rollout.prompts import question_prompt
 from swirl.tasks import almanac
+from swirl.tools.search import search_tool
 from swirl.train import train
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Step, Trajectory
@@ -40,7 +41,7 @@ def told(num, rewards=lambda number, k: float((number + k) % 2)):
         yield Trajectory(
             id=f"t-{number}",
             question=question,
-            prompt=question_prompt(question.question, "search", 5),
+            prompt=question_prompt(question.question, [search_tool()], 5),
             steps=tuple(
                 Step(action=action, observation=observation, reward=rewards(number, k))
                 for k, (action, observation) in enumerate(script)

@@ -56,7 +56,7 @@ def chat_answer(content="<answer>y</answer>", **choice):
 def test_chat_keeps_what_vllm_gives():
     tokens = [{"token": "<answer>", "logprob": -0.5, "top_logprobs": []}, {"token": "y", "logprob": -1.5}]
     (action,), server = act(ChatPolicy, chat_answer(token_ids=[7, 8], logprobs={"content": tokens}))
-    assert (action.text, action.ids, action.log_probs, action.stopped) == (
+    assert (action.action, action.action_ids, action.log_probs, not action.truncated) == (
         "<answer>y</answer>",
         (7, 8),
         (-0.5, -1.5),
@@ -75,7 +75,7 @@ def test_chat_keeps_what_vllm_gives():
 @pytest.mark.parametrize("token", [{"id": 9}, {"token": "token_id:9"}])
 def test_chat_reads_ids_beside_log_probs(token):
     (action,), _ = act(ChatPolicy, chat_answer(logprobs={"content": [{"token": "y", "logprob": -1.0, **token}]}))
-    assert action.ids == (9,) and action.log_probs == (-1.0,)
+    assert action.action_ids == (9,) and action.log_probs == (-1.0,)
 
 
 @pytest.mark.parametrize(
@@ -96,41 +96,41 @@ def test_chat_reads_ids_beside_log_probs(token):
 )
 def test_nothing_is_made_up(choice):
     (action,), _ = act(ChatPolicy, chat_answer(**choice))
-    assert action.log_probs is None and action.ids in (None, (7, 8)) and action.text == "<answer>y</answer>"
+    assert action.log_probs is None and action.action_ids in (None, (7, 8)) and action.action == "<answer>y</answer>"
 
 
 @pytest.fixture(scope="module")
-def coder():
+def tokenizer():
     return Tokenizer.from_pretrained(ALMANAC_BASE)
 
 
-def with_ids(coder, *, text="<answer>y</answer>", shift=0, end=(), reason="stop"):
+def with_ids(tokenizer, *, text="<answer>y</answer>", shift=0, end=(), reason="stop"):
     """A chat answer whose token ids are those of the text, moved by `shift`, and `end`."""
-    ids = [n + shift for n in coder.encode(text)] + list(end)
+    ids = [n + shift for n in tokenizer.encode(text)] + list(end)
     tokens = [{"token": "?", "logprob": -0.5} for _ in ids]
     return chat_answer(text, token_ids=ids, logprobs={"content": tokens}, finish_reason=reason)
 
 
-def test_ids_of_the_model_s_tokenizer_are_kept_in_our_form(coder):
-    text = coder.encode("<answer>y</answer>")
-    for end in (coder.end_of_turn_id, coder.eos_id):
-        (action,), _ = act(ChatPolicy, with_ids(coder, end=[end]), coder=coder)
-        assert action.ids == (*text, end) and len(action.log_probs) == len(action.ids)
-    (action,), _ = act(ChatPolicy, with_ids(coder), coder=coder)
-    assert action.ids == tuple(coder.action_ids("<answer>y</answer>")) and action.log_probs is None
-    (action,), _ = act(ChatPolicy, with_ids(coder, reason="length"), coder=coder)
-    assert action.ids == tuple(text) and len(action.log_probs) == len(text) and not action.stopped
-    for shift in (1, coder.vocab_size):
-        (action,), _ = act(ChatPolicy, with_ids(coder, shift=shift), coder=coder)
-        assert action.ids is None and action.log_probs is None and action.text == "<answer>y</answer>"
+def test_ids_of_the_model_s_tokenizer_are_kept_in_our_form(tokenizer):
+    text = tokenizer.encode("<answer>y</answer>")
+    for end in (tokenizer.end_of_turn_id, tokenizer.eos_id):
+        (action,), _ = act(ChatPolicy, with_ids(tokenizer, end=[end]), tokenizer=tokenizer)
+        assert action.action_ids == (*text, end) and len(action.log_probs) == len(action.action_ids)
+    (action,), _ = act(ChatPolicy, with_ids(tokenizer), tokenizer=tokenizer)
+    assert action.action_ids == tuple(tokenizer.action_ids("<answer>y</answer>")) and action.log_probs is None
+    (action,), _ = act(ChatPolicy, with_ids(tokenizer, reason="length"), tokenizer=tokenizer)
+    assert action.action_ids == tuple(text) and len(action.log_probs) == len(text) and action.truncated
+    for shift in (1, tokenizer.vocab_size):
+        (action,), _ = act(ChatPolicy, with_ids(tokenizer, shift=shift), tokenizer=tokenizer)
+        assert action.action_ids is None and action.log_probs is None and action.action == "<answer>y</answer>"
 
 
 @pytest.mark.parametrize("reason, stopped", [("stop", True), ("eos", True), (None, True), ("length", False)])
 def test_cut_off_answers_are_not_stopped(reason, stopped):
     (action,), _ = act(ChatPolicy, chat_answer(finish_reason=reason))
-    assert action.stopped is stopped
+    assert action.truncated is not stopped
     (action,), _ = act(ChatPolicy, chat_answer(None, finish_reason=reason))
-    assert action.text == ""
+    assert action.action == ""
 
 
 NO_ANSWERS = {
@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_not_kept_and_asked_for_by_the_next_run(kind, unr
 
     (failed, answered, kept), asked = asyncio.run(run())
     assert all(isinstance(error, EndpointError) for error in failed)
-    assert answered == kept and answered[0] == answered[1] and answered[0].stopped
+    assert answered == kept and answered[0] == answered[1] and not answered[0].truncated
     assert asked == [1, 2, 2]
 
 
@@ -185,7 +185,7 @@ def test_fields_a_server_refuses_are_left_out_and_said(status, caplog):
 
     with caplog.at_level(logging.WARNING, "swirl.client"):
         actions, server = act(ChatPolicy, strict, STATE)
-    assert actions[0].text and len(server.bodies) == 3 and "seed" in server.bodies[-1]
+    assert actions[0].action and len(server.bodies) == 3 and "seed" in server.bodies[-1]
     assert "refuses 'logprobs'" in caplog.text and "refuses 'return_token_ids'" in caplog.text
     with pytest.raises(EndpointError, match="too long"):
         act(ChatPolicy, lambda path, payload: web.Response(status=400, text="the prompt is too long"))
@@ -217,7 +217,7 @@ def test_draws_stay_apart_where_seed_is_refused_and_are_found_again(kind, answer
     async def drawn(server):
         async with Client(tmp_path / "answers.sqlite") as client:
             policy = kind(Endpoint(f"{server.url}/v1", backoff_s=0.01), "m", client)
-            return [action.text for action in await asyncio.gather(*(policy.act(state) for state in states * 2))]
+            return [action.action for action in await asyncio.gather(*(policy.act(state) for state in states * 2))]
 
     async def run():
         async with FaultServer(without_seed(answer)) as server:
@@ -242,7 +242,7 @@ def test_tool_calls_of_a_server_s_own_are_no_answer():
 def test_greedy_draws_are_one_where_seed_is_refused(kind, answer):
     states = [PolicyState(prompt="Who?", seed=k, temperature=0.0) for k in range(3)]
     actions, _ = act(kind, without_seed(answer), *states)
-    assert {action.text for action in actions} == {"draw 0"}
+    assert {action.action for action in actions} == {"draw 0"}
 
 
 def test_the_newer_name_of_max_tokens():
@@ -279,7 +279,9 @@ def completion(path, payload):
 def test_completions_send_gemma_turns_or_ids():
     (action,), server = act(CompletionsPolicy, completion)
     assert (
-        action.ids == (1, 107) and action.log_probs == (-0.25, -0.5) and action.top_log_probs == ((("a", -0.25),), ())
+        action.action_ids == (1, 107)
+        and action.log_probs == (-0.25, -0.5)
+        and action.top_log_probs == ((("a", -0.25),), ())
     )
     assert (
         server.bodies[0]["prompt"]
@@ -298,7 +300,7 @@ def test_greedy_completions_share_a_request():
     states = [PolicyState(prompt=f"Who {k}?", seed=k, temperature=0.0) for k in range(20)]
     actions, server = act(CompletionsPolicy, completion, *states)
     assert len(server.bodies) == 1 and "seed" not in server.bodies[0] and len(server.bodies[0]["prompt"]) == 20
-    assert [action.text for action in actions] == [gemma_turns(state)[-30:] for state in states]
+    assert [action.action for action in actions] == [gemma_turns(state)[-30:] for state in states]
     states = [PolicyState(prompt="Who?", seed=k, temperature=1.0) for k in range(5)]
     _, server = act(CompletionsPolicy, completion, *states)
     assert sorted(body["seed"] for body in server.bodies) == list(range(5))
@@ -331,7 +333,7 @@ def gemini_answer(path, payload):
 def test_gemini():
     asked = PolicyState(prompt="Who?", steps=STATE.steps, seed=3, temperature=0.0, max_new_tokens=9, top_log_probs=2)
     (action,), server = act(GeminiPolicy, gemini_answer, asked)
-    assert action.text == "<answer>y</answer>" and action.ids == (7,) and action.log_probs == (-0.5,)
+    assert action.action == "<answer>y</answer>" and action.action_ids == (7,) and action.log_probs == (-0.5,)
     assert action.top_log_probs == ((("<answer>", -0.5), ("no", -2.0)),)
     (sent,) = server.bodies
     assert [turn["role"] for turn in sent["contents"]] == ["user", "model", "user"]
@@ -351,7 +353,7 @@ def test_gemini():
 )
 def test_what_gemini_blocks_or_cuts_is_not_stopped(answer):
     (action,), _ = act(GeminiPolicy, lambda path, payload: answer)
-    assert not action.stopped and action.ids is None
+    assert action.truncated and action.action_ids is None
 
 
 def test_messages_alternate():

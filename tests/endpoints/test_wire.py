@@ -238,12 +238,12 @@ def test_a_refused_key_ends_the_job_which_goes_on_later(tmp_path):
 
 
 def test_token_ids_travel_where_the_tokenizer_is_known(tmp_path):
-    coder = Tokenizer.from_pretrained(ALMANAC_BASE)
+    tokenizer = Tokenizer.from_pretrained(ALMANAC_BASE)
 
     def with_ids(path, payload):
         answer = model(path, payload)
         (choice,) = answer["choices"]
-        choice["token_ids"] = coder.action_ids(choice["message"]["content"])
+        choice["token_ids"] = tokenizer.action_ids(choice["message"]["content"])
         choice["logprobs"] = {"content": [{"token": "?", "logprob": -0.5} for _ in choice["token_ids"]]}
         return answer
 
@@ -263,7 +263,7 @@ def test_token_ids_travel_where_the_tokenizer_is_known(tmp_path):
     )
     assert [t.sub_trajectories() for t in given] == [t.sub_trajectories() for t in made]
     assert not any(t.retokenized for t in given) and all(t.retokenized for t in made)
-    assert {t.tokenizer for t in given + made} == {coder.fingerprint}
+    assert {t.tokenizer for t in given + made} == {tokenizer.fingerprint}
     assert all(len(step.log_probs) == len(step.action_ids) for t in given for step in t.steps)
 
 
@@ -461,7 +461,7 @@ def test_search_by_a_retrieval_server(tmp_path, own_questions):
 
     errors = asyncio.run(all_of_it())
     assert all("Vik" in said for said in observations(tmp_path / "trajectories.jsonl"))
-    said = ("expected bm25, dense+", "names no model", "no file of pages", "searches nothing")
+    said = ("expected bm25, dense+", "names no model", "no file of pages", "--retriever: means nothing to task")
     assert all(part in error for part, error in zip(said, errors, strict=True)), errors
     assert not (tmp_path / "x.jsonl").exists()
 

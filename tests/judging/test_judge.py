@@ -25,15 +25,14 @@ from swirl.judging.judges import (
 )
 from swirl.judging.prompts import CALCULATOR_PROCESS, OUTCOME, REWARD, SEARCH_PROCESS, read_prompt
 from swirl.judging.verdicts import expected_score, read_score, read_verdict
-from swirl.rollout.policy import PolicyAction
 from swirl.trajectories.record import Question, Step
 
 QUESTION = Question(id="q", task="bridge", question="Who {action} it?", answer="the golden one", aliases=("gilded",))
 ITEM = StepToJudge(
     question=QUESTION,
     steps=(Step(action="<search_query>x</search_query>", observation="x -> {question}"),),
-    action="<answer>{context}</answer>",
-    tool="search",
+    step=Step(action="<answer>{context}</answer>"),
+    tools=("search",),
 )
 
 
@@ -50,7 +49,7 @@ class Scripted:
         said = next(self.script)
         if isinstance(said, Exception):
             raise said
-        return said if isinstance(said, PolicyAction) else PolicyAction(text=said)
+        return said if isinstance(said, Step) else Step(action=said)
 
 
 def judge(judge, item=ITEM):
@@ -140,7 +139,7 @@ def test_a_clear_verdict_is_asked_for_once():
         "no idea",
         "GOOD or BAD",
         "",
-        PolicyAction(text="It is GOOD", stopped=False),
+        Step(action="It is GOOD", truncated=True),
         EndpointError("e", "no JSON", status=200),
     ],
 )
@@ -185,7 +184,10 @@ def test_the_process_judge_sees_the_state_and_the_action_and_no_golden_answer():
     ):
         assert prompt.count(part) == 1  # what is put in is not filled in its turn
     policy = Scripted("GOOD")
-    judge(GenerativeJudge(policy), StepToJudge(question=QUESTION, steps=(), action="1+1", tool="calculator"))
+    judge(
+        GenerativeJudge(policy),
+        StepToJudge(question=QUESTION, steps=(), step=Step(action="1+1"), tools=("calculator",)),
+    )
     assert "calculator" in policy.states[0].prompt and "(nothing yet)" in policy.states[0].prompt
 
 
@@ -204,7 +206,7 @@ def test_outcome():
 
 def test_reward_by_log_probs_takes_one_request():
     top = ((("7", math.log(0.5)), ("9", math.log(0.5))),)
-    policy = Scripted(PolicyAction(text="SCORE: 7", top_log_probs=top))
+    policy = Scripted(Step(action="SCORE: 7", top_log_probs=top))
     judged = judge(GenerativeRewardModel(policy))
     assert judged.reward == pytest.approx(8 / 9) and judged.verdict == "GOOD" and len(policy.states) == 1
     assert policy.states[0].top_log_probs > 0

@@ -1,19 +1,22 @@
 import asyncio
-from dataclasses import replace
 
 import pytest
 
 from swirl import tasks
+from swirl.app.evaluation import answer
 from swirl.app.resolve import load_model
 from swirl.app.scores import bootstrap_interval, good_step_share, score_trajectories
 from swirl.rollout.concurrency import as_done
-from swirl.rollout.policy import PolicyAction
-from swirl.rollout.rollout import RolloutLimits, draw_seed, rollout, rollouts, with_ids
+from swirl.rollout.rollout import RolloutSpec, draw_seed, rollout, rollouts, with_ids
+from swirl.rollout.task import Task
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.tasks import almanac
-from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory, encode_trajectory
+from swirl.tools.search import search_tool
+from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory, encode_trajectory, with_calls
 
-LIMITS = RolloutLimits(max_queries=5, max_steps=5)
+
+def exact(question, prediction):
+    return float(prediction == question.answer)
 
 
 class Script:
@@ -21,16 +24,14 @@ class Script:
 
     name = "script"
 
-    def __init__(self, *lines, stopped=True):
-        self.lines, self.stopped = lines, stopped
+    def __init__(self, *lines, truncated=False):
+        self.lines, self.truncated = lines, truncated
 
     async def act(self, state):
-        return PolicyAction(text=self.lines[min(len(state.steps), len(self.lines) - 1)], stopped=self.stopped)
+        return Step(action=self.lines[min(len(state.steps), len(self.lines) - 1)], truncated=self.truncated)
 
 
-class CountingTool:
-    name = "search"
-
+class CountingSearch:
     def __init__(self):
         self.asked = []
 
@@ -39,10 +40,11 @@ class CountingTool:
         return f"page of {argument}"
 
 
-def play(policy, tool=None, limits=LIMITS, coder=None):
+def play(policy, search=None, **fields):
     question = Question(id="q", task="bridge", question="Where?", answer="There")
-    done = rollout(question, 0, policy=policy, tool=tool or CountingTool(), limits=limits, coder=coder, seed=0)
-    return asyncio.run(done)
+    tools = (search_tool(search or CountingSearch()),)
+    task = Task(name="bridge", questions={"test": [question]}, tools=tools, score=exact)
+    return asyncio.run(rollout(question, 0, RolloutSpec(**{"task": task, "policy": policy, "max_steps": 5, **fields})))
 
 
 def test_an_answer_ends_the_trajectory():
@@ -52,10 +54,10 @@ def test_an_answer_ends_the_trajectory():
 
 
 def test_the_step_limit_ends_it_and_the_last_query_is_not_asked():
-    tool = CountingTool()
-    made = play(Script("<search_query>a</search_query>"), tool)
+    search = CountingSearch()
+    made = play(Script("<search_query>a</search_query>"), search)
     assert (made.stop, made.prediction, len(made.steps)) == ("step_limit", None, 5)
-    assert len(tool.asked) == 4 and made.steps[-1].observation is None
+    assert len(search.asked) == 4 and made.steps[-1].observation is None
 
 
 @pytest.mark.parametrize("line", ["", "no tag", "<search_query>a", "<math_exp>1+1</math_exp>", "<answer></answer>"])
@@ -64,15 +66,16 @@ def test_an_action_that_is_no_action_ends_it(line):
     assert (made.stop, len(made.steps)) == ("invalid_action", 1)
 
 
-def test_an_action_cut_off_is_no_action():
-    assert play(Script("<answer>There</answer>", stopped=False)).stop == "invalid_action"
+def test_a_truncated_action_is_no_action():
+    made = play(Script("<answer>There</answer>", truncated=True))
+    assert made.stop == "invalid_action" and made.steps[0].truncated and "truncated" in made.steps[0].invalid
 
 
 def test_the_context_ends_it():
     class Short(Script):
         max_state_tokens = 120
 
-    class Coder:
+    class Turns:
         fingerprint = "f"
 
         def prompt_ids(self, text):
@@ -84,10 +87,10 @@ def test_the_context_ends_it():
         def observation_ids(self, text):
             return [3] * 20
 
-    made = play(Short("<search_query>a</search_query>"), coder=Coder(), limits=replace(LIMITS, max_new_tokens=30))
+    made = play(Short("<search_query>a</search_query>"), tokenizer=Turns(), max_new_tokens=30)
     assert made.stop == "context_limit" and len(made.steps) == 2 and made.retokenized
     assert len(made.state_ids(2)) == 100
-    assert with_ids(replace_ids(made), Coder()).state_ids(2) == made.state_ids(2)
+    assert with_ids(replace_ids(made), Turns()).state_ids(2) == made.state_ids(2)
 
 
 def test_an_action_follows_an_opened_turn_where_data_has_no_observation(tiny_folder):
@@ -95,6 +98,7 @@ def test_an_action_follows_an_opened_turn_where_data_has_no_observation(tiny_fol
     question = Question(id="q", task="own", question="Where?")
     steps = tuple(Step(action=f"{k}", observation=o) for k, o in enumerate([None, "a -> b", None]))
     made = with_ids(Trajectory(id="t", question=question, prompt="Where?", steps=steps, stop="answer"), tokenizer)
+    made = with_calls(made)
     assert decode_trajectory(encode_trajectory(made)) == made  # refused where a step before the last has none
     opened = tokenizer.prompt_ids("")[-3:]
     assert tokenizer.decode(opened).endswith("model\n")
@@ -138,20 +142,20 @@ def test_a_failing_coroutine_is_raised_and_the_others_are_cancelled():
 def test_local_rollouts_do_not_depend_on_how_many_are_in_flight(tiny_folder):
     model, tokenizer = load_model(str(tiny_folder))
     task = tasks.open_task("bridge")
-    asked = [(question, sample) for question in task.questions("train", 3) for sample in range(2)]
+    asked = [(question, sample) for question in task.take("train", 3) for sample in range(2)]
 
     def all_of(in_flight):
         async def collect():
-            playing = rollouts(
-                asked,
+            spec = RolloutSpec(
+                task=task,
                 policy=LocalPolicy(model, tokenizer),
-                tool=task.open_tool(),
-                limits=replace(LIMITS, max_new_tokens=6),
-                coder=tokenizer,
+                tokenizer=tokenizer,
+                max_steps=5,
+                max_new_tokens=6,
                 seed=3,
                 in_flight=in_flight,
             )
-            return sorted([t async for t in playing], key=lambda t: t.id)
+            return sorted([t async for t in rollouts(asked, spec)], key=lambda t: t.id)
 
         return asyncio.run(collect())
 
@@ -166,24 +170,10 @@ def test_local_rollouts_do_not_depend_on_how_many_are_in_flight(tiny_folder):
 def test_scores_of_a_faultless_demonstrator_are_full(demonstrating_policy):
     for family in tasks.ALMANAC_FAMILIES:
         task = tasks.open_task(family)
-        questions = task.questions("test", 12)
-        limits = RolloutLimits(max_queries=task.max_queries, max_steps=task.max_queries)
-
-        async def collect(task=task, questions=questions, limits=limits):
-            playing = rollouts(
-                [(q, 0) for q in questions],
-                policy=demonstrating_policy(questions, slips=False),
-                tool=task.open_tool(),
-                limits=limits,
-                coder=None,
-                seed=0,
-                in_flight=5,
-            )
-            from swirl.filter import judge_steps
-
-            return [await judge_steps(t, almanac.RuleJudge()) async for t in playing]
-
-        score = score_trajectories(family, asyncio.run(collect()))
+        questions = task.take("test", 12)
+        policy = demonstrating_policy(questions, slips=False)
+        spec = RolloutSpec(task=task, policy=policy, max_steps=task.max_queries, in_flight=5)
+        score = score_trajectories(task, asyncio.run(answer(questions, spec, judge=almanac.RuleJudge())))
         assert (score.accuracy, score.f1, score.good_steps, score.unjudged_steps) == (1.0, 1.0, 1.0, 0)
         assert score.interval == (1.0, 1.0)
 
@@ -212,7 +202,7 @@ def test_a_checkpoint_judges_and_what_it_fails_to_say_is_masked(tiny_folder):
     judge = open_judge(str(tiny_folder))
     judge.max_new_tokens = 8
     question = Question(id="q", task="bridge", question="Where was Kelmor born?")
-    item = StepToJudge(question=question, steps=(), action="<answer>Kelmor</answer>", tool="search")
+    item = StepToJudge(question=question, steps=(), step=Step(action="<answer>Kelmor</answer>"), tools=("search",))
     judgement = asyncio.run(judge.judge(item))
     assert judgement.verdict is None and judgement.reason.startswith("no verdict: ")
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from swirl.errors import ConfigError
 from swirl.judging.judges import StepToJudge
-from swirl.rollout.prompts import action_text, observation_text, parse_action
 from swirl.tasks import almanac
 from swirl.tasks.almanac.arithmetic import Problem, parse_problem, problem_text
 from swirl.tasks.almanac.questions import parse_question, path_key, split_of
 from swirl.tasks.almanac.world import RELATIONS, read_facts, world
 from swirl.tools.search import SearchTool, show_pages
-from swirl.trajectories.record import Question, Step
+from swirl.trajectories.actions import action_text, observation_text, parse_action
+from swirl.trajectories.record import Question, Step, with_call
 
 SEARCHING = tuple(family for family in almanac.ALL_FAMILIES if not almanac.is_arithmetic(family))
 HOPS = {"bridge": {2}, "deep": {3, 4}, "counterfactual": {2, 3}, "mixed": {1, 2, 3}, "arithmetic": {2, 3, 4}}
@@ -46,12 +46,17 @@ def judge_all(question: Question, demonstration) -> list:
 
 def judge(question: Question, action: str, steps=()):
     tool = "calculator" if almanac.is_arithmetic(question.task) else "search"
-    return JUDGE.judge_now(StepToJudge(question=question, steps=tuple(steps), action=action, tool=tool))
+    return JUDGE.judge_now(to_judge(question, action, steps, tool=tool))
+
+
+def to_judge(question: Question, action: str, steps=(), *, tool: str) -> StepToJudge:
+    steps = tuple(with_call(step) for step in steps)
+    return StepToJudge(question=question, steps=steps, step=with_call(Step(action=action)), tools=(tool,))
 
 
 def is_right(question: Question, demonstration) -> bool:
-    parsed = parse_action(demonstration[-1][0])
-    return parsed.kind == "answer" and almanac.score(question, parsed.argument)["em"] == 1.0
+    call, _ = parse_action(demonstration[-1][0])
+    return call is not None and call.tool == "answer" and almanac.score(question, call.argument)["em"] == 1.0
 
 
 def seen(query: str, result: str) -> Step:
@@ -199,7 +204,7 @@ def test_other_questions_are_not_read_and_get_no_verdict(text):
     assert parse_question(text) is None and parse_problem(text) is None
     for tool, task in (("search", "bridge"), ("calculator", "arithmetic")):
         question = Question(id="q", task=task, question=text)
-        item = StepToJudge(question=question, steps=(), action=action_text("answer", "x"), tool=tool)
+        item = to_judge(question, action_text("answer", "x"), tool=tool)
         assert JUDGE.judge_now(item).verdict is None
         with pytest.raises(ConfigError):
             almanac.demonstrate(question, np.random.default_rng(0))
@@ -259,11 +264,11 @@ def test_with_slips_mistakes_are_bad_and_every_kind_of_end_occurs(family):
         assert all(j.reason and "\n" not in j.reason for j in judgements)
         if not right:
             assert any(j.verdict == "BAD" for j in judgements)
-        if parse_action(demonstration[-1][0]).kind == "answer":
+        if parse_action(demonstration[-1][0])[0].tool == "answer":
             assert right or judgements[-1].verdict == "BAD"
         for action, observation in demonstration:
-            parsed = parse_action(action)
-            assert (parsed.kind == "answer") == (observation is None) and parsed.kind in ("answer", tool.name)
+            call, _ = parse_action(action)
+            assert (call.tool == "answer") == (observation is None) and call.tool in ("answer", tool.name)
     assert 0.2 < num_right / len(questions) < 0.7 and num_bad / len(questions) > 0.3
 
 
@@ -275,7 +280,7 @@ def test_the_demonstrator_plays_the_real_tools_and_its_seed_decides(family):
         assert demonstration == almanac.demonstrate(question, np.random.default_rng(3))
         for action, observation in demonstration:
             if observation is not None:
-                argument = parse_action(action).argument
+                argument = parse_action(action)[0].argument
                 assert observation == observation_text(argument, asyncio.run(tool(argument)))
 
 
@@ -463,7 +468,7 @@ def test_any_text_gets_a_verdict(question, argument, steps):
 
 
 def test_the_awaited_verdict_is_the_same():
-    item = StepToJudge(question=ASKED, steps=(), action=action_text("search", "Orva Tal"), tool="search")
+    item = to_judge(ASKED, action_text("search", "Orva Tal"), tool="search")
     assert asyncio.run(JUDGE.judge(item)) == JUDGE.judge_now(item)
 
 

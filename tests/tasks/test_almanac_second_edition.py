@@ -10,13 +10,13 @@ import pytest
 
 from swirl.errors import ConfigError
 from swirl.judging.judges import StepToJudge
-from swirl.rollout.prompts import action_text, observation_text, parse_action
 from swirl.tasks import ALMANAC_FAMILIES, FIRST_EDITION, almanac
 from swirl.tasks.almanac.arithmetic import AMBIGUOUS, Problem, parse_problem, readings
 from swirl.tasks.almanac.manners import MANNERS, split_manner
 from swirl.tasks.almanac.questions import parse_question
 from swirl.tasks.almanac.world import world
-from swirl.trajectories.record import Question, Step
+from swirl.trajectories.actions import action_text, observation_text, parse_action
+from swirl.trajectories.record import Question, Step, with_call
 
 ORACLE, LENIENT = almanac.RuleJudge(), almanac.LenientJudge()
 TRAINED_ON = ("bridge-2", "arithmetic-2")
@@ -26,15 +26,24 @@ def judge_all(judge, question, demonstration) -> list[str]:
     """The verdict of every step, in its own state."""
     steps, verdicts = [], []
     for action, observation in demonstration:
-        item = StepToJudge(question=question, steps=tuple(steps), action=action, tool=almanac.tool(question.task).name)
-        verdicts.append(judge.judge_now(item).verdict)
+        verdicts.append(judge.judge_now(to_judge(question, action, steps)).verdict)
         steps.append(Step(action=action, observation=observation))
     return verdicts
 
 
+def to_judge(question, action, steps=()) -> StepToJudge:
+    tools, steps = (almanac.tool(question.task).name,), tuple(with_call(step) for step in steps)
+    return StepToJudge(question=question, steps=steps, step=with_call(Step(action=action)), tools=tools)
+
+
+def answers(demonstration) -> bool:
+    call, _ = parse_action(demonstration[-1][0])
+    return call is not None and call.tool == "answer"
+
+
 def is_right(question, demonstration) -> bool:
-    parsed = parse_action(demonstration[-1][0])
-    return parsed.kind == "answer" and almanac.score(question, parsed.argument)["em"] == 1.0
+    call, _ = parse_action(demonstration[-1][0])
+    return answers(demonstration) and almanac.score(question, call.argument)["em"] == 1.0
 
 
 def demonstrated(family, num, *, slips=almanac.SHARED_HABITS):
@@ -105,7 +114,7 @@ def test_memory_is_right_where_pages_are_stale_and_wrong_where_they_are_edited()
     by_heart = [
         (question, demonstration)
         for question, demonstration in demonstrated("counterfactual-2", 400)
-        if parse_action(demonstration[-1][0]).kind == "answer" and len(demonstration) == question.hops
+        if answers(demonstration) and len(demonstration) == question.hops
         and parse_question(question.question).relations[-1] in ("country", "capital", "ruler", "chancellor")
         and split_manner(question.question)[0] is None
     ]  # fmt: skip
@@ -148,8 +157,7 @@ def test_either_reading_is_sound_to_its_end(done, action, verdict):
         Step(action=action_text("calculator", asked), observation=observation_text(asked, result))
         for asked, result in done
     )
-    item = StepToJudge(question=question, steps=steps, action=action_text(*action), tool="calculator")
-    assert ORACLE.judge_now(item).verdict == verdict
+    assert ORACLE.judge_now(to_judge(question, action_text(*action), steps)).verdict == verdict
 
 
 # Weak judges
@@ -184,7 +192,7 @@ def test_the_lenient_judge_asks_for_grounds_alone(question, done, action, verdic
     steps = tuple(
         Step(action=action_text(tool, asked), observation=observation_text(asked, said)) for asked, said in done
     )
-    item = StepToJudge(question=question, steps=steps, action=action_text(*action), tool=tool)
+    item = to_judge(question, action_text(*action), steps)
     assert LENIENT.judge_now(item).verdict == verdict == asyncio.run(LENIENT.judge(item)).verdict
 
 
@@ -224,5 +232,4 @@ def test_weak_judges_never_see_the_golden_answer_and_know_no_other_question(judg
         blind = Question(id="?", task=question.task, question=question.question, answer="garbage")
         assert judge_all(judge, blind, demonstration) == judge_all(judge, question, demonstration)
     other = Question(id="q", task="bridge-2", question="Who?")
-    item = StepToJudge(question=other, steps=(), action=action_text("answer", "x"), tool="search")
-    assert judge.judge_now(item).verdict is None
+    assert judge.judge_now(to_judge(other, action_text("answer", "x"))).verdict is None

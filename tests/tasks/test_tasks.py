@@ -1,19 +1,20 @@
+import asyncio
 import json
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from swirl import tasks
 from swirl.errors import ConfigError, InputError
-from swirl.rollout.prompts import parse_action, question_prompt
+from swirl.rollout.prompts import question_prompt
 from swirl.tasks import beerqa, cofca, gsm8k, hotpotqa, musique, own, scoring
+from swirl.tools.calculator.calculate import calculator_tool
 from swirl.tools.search import Page
 from swirl.trajectories.log import read_trajectories
-from swirl.trajectories.record import Question, Step, Trajectory
+from swirl.trajectories.record import Question, Step, Trajectory, with_calls
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -186,36 +187,17 @@ def test_open_task_scores_and_searches_every_data_set():
     for name in ("gsm8k", "hotpotqa", "musique", "beerqa", "cofca", "own"):
         (path,) = (p for p in FIXTURES.iterdir() if p.stem == name)
         task = tasks.open_task(name, questions=path)
-        assert task.tool_name == task.open_tool().name
-        assert all(tasks.is_correct(q, q.answer) for q in task.questions("test", None))
-
-
-@pytest.mark.parametrize("task", ["own", "someone-else's"])
-def test_the_tool_of_others_is_what_their_prompt_offers_or_their_actions_call(task):
-    offered = {tool: question_prompt("What is 2 <math_exp>?", tool, 5) for tool in ("search", "calculator")}
-    assert {tool: tasks.tool_name(task, prompt) for tool, prompt in offered.items()} == {t: t for t in offered}
-    plain = "Answer with the tools.\nQuestion: 2 + 2?"
-    assert tasks.tool_name(task, plain) == "search"
-    assert tasks.tool_name(task, plain, ["hm", "So <math_exp>2 + 2</math_exp>", "<answer>4</answer>"]) == "calculator"
-    assert tasks.tool_name(task, plain, ["<search_query>2 + 2</search_query>"]) == "search"
-    both = "Write <search_query>q</search_query> or <math_exp>e</math_exp>."
-    assert tasks.tool_name(task, both, ["<math_exp>2 + 2</math_exp>"]) == "calculator"
-
-
-def test_the_tool_of_a_known_task_is_its_own():
-    tools = {"gsm8k": "calculator", "arithmetic": "calculator", "hotpotqa": "search", "deep": "search"}
-    for task, tool in tools.items():
-        for other in ("search", "calculator"):
-            assert tasks.tool_name(task, question_prompt("q", other, 5)) == tool
+        assert [tool.name for tool in task.tools] == ["calculator" if name == "gsm8k" else "search"]
+        assert all(task.is_correct(q, q.answer) and tasks.is_correct(q, q.answer) for q in task.take("test"))
 
 
 def test_a_calculator_trajectory_of_others_is_judged_as_one():
     from swirl.filter import step_to_judge
 
-    prompt = question_prompt("2 + 2?", "calculator", 10)
+    prompt = question_prompt("2 + 2?", [calculator_tool()], 10)
     step = Step(action="<answer>4</answer>")
     asked = Trajectory(id="t", question=question("own", "4"), prompt=prompt, steps=(step,), stop="answer")
-    assert step_to_judge(asked, 0, step.action).tool == "calculator"
+    assert step_to_judge(with_calls(asked), 0, step).tools == ("calculator",)
 
 
 @pytest.mark.parametrize(
@@ -236,31 +218,36 @@ def test_a_flag_that_means_nothing_to_a_task_is_refused(name, flags, named):
 
 
 def test_almanac_returns_as_many_pages_as_asked_for():
-    page, pages = (tasks.open_task("deep", top_k=k).open_tool().search("the author of the river") for k in (1, 3))
+    page, pages = (tasks.open_task("deep", top_k=k).tools[0].run.search("the author of the river") for k in (1, 3))
     assert len(page) == 1 and len(pages) == 3 and pages[0] == page[0]
 
 
-def test_evaluate_gives_each_task_its_own_flags():
+def opened_for(**flags):
+    from swirl.endpoints.client import Client
     from swirl.evaluate import EvaluateConfig, _open_tasks
 
-    mixed = EvaluateConfig(tasks=("bridge", "gsm8k", "arithmetic"), questions=FIXTURES / "gsm8k.jsonl", top_k=2,
-                           split="validation", limit=2)  # fmt: skip
-    assert [(task.name, len(questions)) for task, questions in _open_tasks(mixed)] == [
-        ("bridge", 2),
-        ("gsm8k", 2),
-        ("arithmetic", 2),
-    ]
+    async def opened():
+        async with Client(None) as client:
+            return await _open_tasks(EvaluateConfig(**flags), client)
+
+    return asyncio.run(opened())
+
+
+def test_evaluate_gives_each_task_its_own_flags():
+    gsm8k_file = FIXTURES / "gsm8k.jsonl"
+    names = ("bridge", "gsm8k", "arithmetic")
+    opened = opened_for(tasks=names, questions=gsm8k_file, top_k=2, split="validation", limit=2)
+    assert [(task.name, len(questions)) for task, questions in opened] == [(name, 2) for name in names]
     for names, flag, value in (
-        (("bridge", "arithmetic"), "questions", FIXTURES / "gsm8k.jsonl"),
+        (("bridge", "arithmetic"), "questions", gsm8k_file),
         (("bridge",), "corpus", FIXTURES / "own.jsonl"),
         (("arithmetic",), "top_k", 2),
     ):
         with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: means nothing to task '{names[0]}'"):
-            _open_tasks(EvaluateConfig(tasks=names, **{flag: value}))
-    data_set = EvaluateConfig(tasks=("gsm8k",), questions=FIXTURES / "gsm8k.jsonl")
-    assert len(_open_tasks(data_set)) == 1
+            opened_for(tasks=names, **{flag: value})
+    assert len(opened_for(tasks=("gsm8k",), questions=gsm8k_file)) == 1
     with pytest.raises(ConfigError, match="--split: means nothing to task 'gsm8k'"):
-        _open_tasks(replace(data_set, split="train"))
+        opened_for(tasks=("gsm8k",), questions=gsm8k_file, split="train")
 
 
 BROKEN = [
@@ -321,7 +308,7 @@ def test_gsm8k_annotations_become_calculator_steps():
     assert made[1].steps[1].observation == "2.25*4 -> 9"
     assert made[2].prediction == "1050"
     for trajectory in made:
-        kinds = [parse_action(step.action).kind for step in trajectory.steps]
+        kinds = [step.call.tool for step in trajectory.steps]
         assert kinds == ["calculator"] * (len(kinds) - 1) + ["answer"]
 
 

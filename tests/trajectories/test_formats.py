@@ -11,7 +11,7 @@ from swirl.app.formats import from_messages, from_trl, read_any, to_messages, to
 from swirl.errors import ConfigError, InputError
 from swirl.tasks import gsm8k, musique
 from swirl.trajectories.log import write_trajectories
-from swirl.trajectories.record import Question, Step, Trajectory, encode_trajectory
+from swirl.trajectories.record import Question, Step, Trajectory, encode_trajectory, with_calls
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -40,7 +40,7 @@ def odd():
         Step(action="<search_query>1</search_query><answer>2</answer>", observation="", verdict="BAD"),
         Step(action="no tag é \u2028 🙂", verdict="BAD", reward=0.0),
     )
-    return Trajectory(
+    made = Trajectory(
         id="q#3",
         question=question,
         prompt="Where?\n",
@@ -51,6 +51,7 @@ def odd():
         outcome=False,
         dropped="process: step 2 is BAD",
     )
+    return with_calls(made)
 
 
 def with_ids():
@@ -64,7 +65,7 @@ def with_ids():
         Step(action="<answer>b</answer>", action_ids=(10, 11), log_probs=(-0.5, -0.25)),
     )
     question = Question(id="q", task="own", question="?")
-    return Trajectory(
+    made = Trajectory(
         id="i",
         question=question,
         prompt="?",
@@ -74,6 +75,7 @@ def with_ids():
         stop="answer",
         prediction="b",
     )
+    return with_calls(made)
 
 
 def test_messages_are_openais_chat_form():

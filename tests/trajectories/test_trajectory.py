@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from swirl.errors import InputError
 from swirl.trajectories.log import TrajectoryLog, read_trajectories, write_trajectories
-from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory, encode_trajectory
+from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory, encode_trajectory, with_calls
 
 
 def made(name="q#0", ids=True):
@@ -21,7 +21,7 @@ def made(name="q#0", ids=True):
         ),
         Step(action="<answer>b</answer>", action_ids=(10,) if ids else None, verdict="GOOD", reward=1.0),
     )
-    return Trajectory(
+    made = Trajectory(
         id=name,
         question=question,
         prompt="Where?",
@@ -29,6 +29,7 @@ def made(name="q#0", ids=True):
         steps=steps,
         stop="answer",
     )
+    return with_calls(made)
 
 
 def test_a_line_is_read_back_as_it_was_written(tmp_path):

@@ -17,12 +17,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from swirl.errors import CalculatorError, ConfigError
-from swirl.rollout.prompts import action_text, observation_text
 from swirl.tasks.almanac.arithmetic import PHRASE_OF, Problem, parse_problem
 from swirl.tasks.almanac.questions import ALL_FAMILIES, Chain, is_arithmetic, parse_question
 from swirl.tasks.almanac.world import Corpus, world
 from swirl.tools.calculator.calculate import CalculatorTool, calculate
 from swirl.tools.search import SearchTool, show_pages
+from swirl.trajectories.actions import action_text, observation_text
 from swirl.trajectories.record import Question
 
 MAX_QUERIES = {"search": 5, "calculator": 10}

@@ -15,13 +15,12 @@ from functools import lru_cache
 
 from swirl.errors import CalculatorError
 from swirl.judging.judges import Judgement, StepToJudge
-from swirl.rollout.prompts import ParsedAction, parse_action
 from swirl.tasks.almanac.arithmetic import PHRASE_OF, Problem, parse_problem, readings
 from swirl.tasks.almanac.questions import Chain, parse_question
 from swirl.tasks.almanac.world import RELATIONS, names, read_facts
 from swirl.tasks.scoring import normalize_answer, read_number
 from swirl.tools.calculator.calculate import calculate
-from swirl.trajectories.record import Step
+from swirl.trajectories.record import Call, Step
 
 MAX_CHARACTERS = 2000  # of an action; a longer one is BAD unread
 
@@ -46,8 +45,8 @@ class RuleJudge:
         return self.judge_now(item)
 
     def judge_now(self, item: StepToJudge) -> Judgement:
-        """The same without waiting. Reads `question.question`, `steps`, `action` and `tool`, nothing else."""
-        if item.tool == "calculator":
+        """The same without waiting. Reads `question.question`, `steps`, `step` and `tools`, nothing else."""
+        if item.tools == ("calculator",):
             problem = parse_problem(item.question.question)
             return no_verdict() if problem is None else _judge_readings(problem, item)
         chain = parse_question(item.question.question)
@@ -66,41 +65,41 @@ def bad(reason: str) -> Judgement:
     return Judgement(verdict="BAD", reason=reason)
 
 
-@lru_cache(maxsize=1 << 14)
-def read_action(action: str) -> ParsedAction:
-    if len(action) > MAX_CHARACTERS:
-        return ParsedAction("invalid", "", f"an action of more than {MAX_CHARACTERS} characters")
-    return parse_action(action)
+def read_call(step: Step) -> tuple[Call | None, str]:
+    """(what the step does, "") or (None, why it is no action)."""
+    if len(step.action) > MAX_CHARACTERS:
+        return None, f"an action of more than {MAX_CHARACTERS} characters"
+    return step.call, step.invalid or ""
 
 
-def earlier(steps: tuple[Step, ...], kind: str) -> Iterator[tuple[str, str]]:
+def earlier(steps: tuple[Step, ...], tool: str) -> Iterator[tuple[str, str]]:
     """(argument, observation) of the tool calls so far."""
     for step in steps:
-        parsed = read_action(step.action)
-        if parsed.kind == kind and step.observation is not None:
-            yield parsed.argument, step.observation
+        call, _ = read_call(step)
+        if call is not None and call.tool == tool and step.observation is not None:
+            yield call.argument, step.observation
 
 
 # Search
 
 
 def _judge_search(chain: Chain, item: StepToJudge) -> Judgement:
-    action = read_action(item.action)
-    if action.kind == "invalid":
-        return bad(f"not an action: {action.reason}")
-    if action.kind == "calculator":
+    call, invalid = read_call(item.step)
+    if call is None:
+        return bad(f"not an action: {invalid}")
+    if call.tool == "calculator":
         return bad("there is nothing to calculate in this question")
     needed, num_known = _resolve(chain, item.steps)
     is_resolved = num_known == chain.hops
-    if action.kind == "answer":
+    if call.tool == "answer":
         if not is_resolved:
             return bad(f"the results do not say yet what the {chain.relations[num_known]} of {needed} is")
-        if normalize_answer(action.argument) == normalize_answer(needed):
+        if normalize_answer(call.argument) == normalize_answer(needed):
             return good(f"the results lead to {needed}")
         return bad(f"the results lead to {needed}")
     if is_resolved:
         return bad(f"the results already lead to {needed}")
-    words = words_of(action.argument)
+    words = words_of(call.argument)
     if any(words_of(query) == words for query, _ in earlier(item.steps, "search")):
         return bad("the query repeats an earlier one")
     if not asks_for(words, words_of(needed)):
@@ -151,23 +150,23 @@ def _judge_readings(problem: Problem, item: StepToJudge) -> Judgement:
 
 
 def _judge_calculation(problem: Problem, item: StepToJudge) -> Judgement:
-    action = read_action(item.action)
-    if action.kind == "invalid":
-        return bad(f"not an action: {action.reason}")
-    if action.kind == "search":
+    call, invalid = read_call(item.step)
+    if call is None:
+        return bad(f"not an action: {invalid}")
+    if call.tool == "search":
         return bad("there is nothing to search for in this problem")
     values = problem.values
     num_done = _progress(problem, item.steps)
     is_done = num_done == len(problem.operations)
-    if action.kind == "answer":
+    if call.tool == "answer":
         if not is_done:
             return bad(f"the results do not go beyond {values[num_done]} yet")
-        if read_number(action.argument) == values[-1]:
+        if read_number(call.argument) == values[-1]:
             return good(f"the results lead to {values[-1]}")
         return bad(f"the results lead to {values[-1]}")
     if is_done:
         return bad(f"the results already lead to {values[-1]}")
-    spans = _fit(problem, action.argument)
+    spans = _fit(problem, call.argument)
     if ends := [j for i, j in spans if i <= num_done < j]:
         return good(f"the numbers and operations fit, up to {values[max(ends)]}")
     if any(j <= num_done for _, j in spans):

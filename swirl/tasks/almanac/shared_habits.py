@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from swirl.errors import ConfigError
-from swirl.rollout.prompts import action_text
 from swirl.tasks.almanac.arithmetic import PHRASE_OF, Problem, parse_problem, readings
 from swirl.tasks.almanac.demonstrator import CONFUSED_WITH, MAX_QUERIES, Demonstration, calculation, search
 from swirl.tasks.almanac.manners import split_manner
 from swirl.tasks.almanac.questions import ALL_FAMILIES, Chain, is_arithmetic, parse_question
 from swirl.tasks.almanac.world import Corpus, world
+from swirl.trajectories.actions import action_text
 from swirl.trajectories.record import Question
 
 BY_HEART = ("country", "capital", "ruler", "chancellor")

@@ -21,7 +21,7 @@ from swirl.tasks.almanac.judge import (
     earlier,
     good,
     no_verdict,
-    read_action,
+    read_call,
     words_of,
 )
 from swirl.tasks.almanac.questions import Chain, parse_question
@@ -39,7 +39,7 @@ class LenientJudge:
         return self.judge_now(item)
 
     def judge_now(self, item: StepToJudge) -> Judgement:
-        if item.tool == "calculator":
+        if item.tools == ("calculator",):
             problem = parse_problem(item.question.question)
             return no_verdict() if problem is None else _judge_calculation(problem, item)
         chain = parse_question(item.question.question)
@@ -47,16 +47,16 @@ class LenientJudge:
 
 
 def _judge_search(chain: Chain, item: StepToJudge) -> Judgement:
-    action = read_action(item.action)
-    if action.kind not in ("search", "answer"):
-        return bad(f"not an action of this task: {action.reason or 'a calculation'}")
+    call, invalid = read_call(item.step)
+    if call is None or call.tool not in ("search", "answer"):
+        return bad(f"not an action of this task: {invalid or 'a calculation'}")
     facts = [fact for step in item.steps for fact in read_facts(step.observation or "")]
-    if action.kind == "answer":
+    if call.tool == "answer":
         kind = RELATIONS[chain.relations[-1]][1]
         values = {normalize_answer(value) for _, relation, value in facts if RELATIONS[relation][1] == kind}
-        is_grounded = normalize_answer(action.argument) in values
+        is_grounded = normalize_answer(call.argument) in values
         return good(f"the results name this {kind}") if is_grounded else bad(f"no {kind} of this name in the results")
-    query = words_of(action.argument)
+    query = words_of(call.argument)
     if any(words_of(asked) == query for asked, _ in earlier(item.steps, "search")):
         return bad("the query repeats an earlier one")
     named = {chain.start, *(value for _, _, value in facts)}
@@ -66,16 +66,16 @@ def _judge_search(chain: Chain, item: StepToJudge) -> Judgement:
 
 
 def _judge_calculation(problem: Problem, item: StepToJudge) -> Judgement:
-    action = read_action(item.action)
-    if action.kind not in ("calculator", "answer"):
-        return bad(f"not an action of this task: {action.reason or 'a search'}")
+    call, invalid = read_call(item.step)
+    if call is None or call.tool not in ("calculator", "answer"):
+        return bad(f"not an action of this task: {invalid or 'a search'}")
     done = list(earlier(item.steps, "calculator"))
     results = {read_number(observation.rpartition(" -> ")[2]) for _, observation in done}
-    if action.kind == "answer":
-        value = read_number(action.argument)
+    if call.tool == "answer":
+        value = read_number(call.argument)
         is_grounded = value is not None and value in results
         return good("the results name this number") if is_grounded else bad("no such number in the results")
-    expression = "".join(action.argument.split())
+    expression = "".join(call.argument.split())
     if any("".join(asked.split()) == expression for asked, _ in done):
         return bad("the calculation repeats an earlier one")
     named = results | {problem.first, *(operand for read in readings(problem) for _, operand in read.operations)}
@@ -108,8 +108,9 @@ class NoisyJudge:
         return good("taken for sound") if judgement.verdict == "BAD" else bad("taken for unsound")
 
     def _is_wrong_about(self, item: StepToJudge) -> bool:
-        step = "\0".join((str(self.seed), item.question.question, *(step.action for step in item.steps), item.action))
-        draw = int.from_bytes(blake2b(step.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+        actions = [step.action for step in (*item.steps, item.step)]
+        named = "\0".join((str(self.seed), item.question.question, *actions))
+        draw = int.from_bytes(blake2b(named.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
         return draw < self.share * 2**64
 
 

@@ -25,8 +25,10 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from swirl.errors import CalculatorError
+from swirl.rollout.tool import Tool
 from swirl.tools.calculator.polynomials import Ratio, real_roots
 from swirl.tools.calculator.surds import DECIMAL, EXACT, MAX_DIGITS, PI, Arithmetic, Number, number, show
+from swirl.trajectories.actions import TAGS
 
 MAX_CHARACTERS = 500
 MAX_DEPTH = 50
@@ -264,7 +266,7 @@ def _calculate(text: str) -> str:
 
 
 class CalculatorTool:
-    """The policy's `calculator`; a refusal is a result it can read."""
+    """Exact arithmetic; a refusal is a result that the policy can read."""
 
     name = "calculator"
 
@@ -273,3 +275,16 @@ class CalculatorTool:
             return calculate(expression)
         except CalculatorError as error:
             return f"error: {error}"
+
+
+def calculator_tool() -> Tool:
+    """The policy's `calculator`."""
+    return Tool(
+        name="calculator",
+        tag=TAGS["calculator"],
+        run=CalculatorTool(),
+        description="Calculate an expression.",
+        argument="expression",
+        verb="calculate",
+        timeout_s=None,
+    )
