@@ -168,7 +168,7 @@ def test_local_rollouts_do_not_depend_on_how_many_are_in_flight(tiny_folder):
 
 
 def test_scores_of_a_faultless_demonstrator_are_full(demonstrating_policy):
-    for family in tasks.ALMANAC_FAMILIES:
+    for family in tasks.FIRST_EDITION:
         task = tasks.open_task(family)
         questions = task.take("test", 12)
         policy = demonstrating_policy(questions, slips=False)
