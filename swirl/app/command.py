@@ -16,21 +16,15 @@ from typing import TypeVar
 import msgspec
 
 from swirl.errors import ConfigError, SwirlError
+from swirl.storage.digest import DigestError, seal, unseal
+from swirl.storage.files import replace_file
 
 Config = TypeVar("Config")
 
 
 def config_from_json(path: str, kind: type[Config]) -> Config:
     """A config dataclass from a JSON object; absent keys keep their defaults. Raises ConfigError naming the key."""
-    try:
-        with open(path, "rb") as file:
-            values = msgspec.json.decode(file.read())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}: expected a JSON object ({error})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object")
+    values = read_object(path)
     _refuse_unknown_keys(values, kind, path)
     try:
         return msgspec.convert(values, kind, strict=True, dec_hook=lambda kind, value: kind(value))
@@ -38,6 +32,22 @@ def config_from_json(path: str, kind: type[Config]) -> Config:
         message, _, where = str(error).partition(" - at `$.")
         key = f"key '{where.rstrip('`')}': " if where else ""  # a config's own check names its flag
         raise ConfigError(f"{path}: {key}{message}") from None
+
+
+def read_object(path: str | os.PathLike) -> dict:
+    """A JSON object, held to its digest where it has one. Raises ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            values = msgspec.json.decode(unseal(file.read()))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except DigestError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: expected a JSON object ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    return values
 
 
 def _refuse_unknown_keys(values: dict, kind: type, path: str, inside: str = "") -> None:
@@ -50,7 +60,8 @@ def _refuse_unknown_keys(values: dict, kind: type, path: str, inside: str = "") 
 
 
 def config_to_json(config: object) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(asdict(config), enc_hook=os.fspath), indent=2)
+    """Indented, with a digest, as `config_from_json` reads it."""
+    return seal(msgspec.json.format(msgspec.json.encode(asdict(config), enc_hook=os.fspath), indent=2) + b"\n")
 
 
 def refuse_other_settings(
@@ -64,17 +75,15 @@ def refuse_other_settings(
     settings = {name: str(value) for name, value in asdict(config).items() if name not in may_change}
     settings |= known_as
     beside = outputs[0].with_name(outputs[0].name + ".settings.json")
-    if beside.exists() and any(out.exists() and out.stat().st_size for out in outputs):
-        for name, value in msgspec.json.decode(beside.read_bytes()).items():
+    if beside.exists() and beside.stat().st_size and any(out.exists() and out.stat().st_size for out in outputs):
+        for name, value in read_object(beside).items():
             if settings.get(name) != value:
                 raise ConfigError(
                     f"{outputs[0]} was begun with --{name.replace('_', '-')} {value}, not {settings.get(name)}: "
                     "take another file, or the same settings"
                 )
     beside.parent.mkdir(parents=True, exist_ok=True)
-    aside = beside.with_name(beside.name + ".partial")
-    aside.write_bytes(msgspec.json.encode(settings))
-    aside.replace(beside)
+    replace_file(beside, seal(msgspec.json.encode(settings)))
 
 
 def require_at_least(least: float, config: object, *flags: str) -> None:

@@ -14,6 +14,7 @@ have no rewards or verdicts, which `python -m swirl.filter` gives.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections import Counter
@@ -21,12 +22,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
 from swirl.app import command
 from swirl.errors import ConfigError, InputError
+from swirl.storage.digest import FIELD, seal
+from swirl.storage.files import replacing
 from swirl.trajectories.actions import ANSWER, action_text, observation_text, parse_action
 from swirl.trajectories.log import read_lines
 from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory, with_calls
@@ -360,46 +363,53 @@ def read_rows(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
                 raise InputError(path, "expected one JSON object a line", line=number)
             yield number, row
         return
+    yield from enumerate(_parquet_rows(path), 1)
+
+
+def _parquet_rows(path: str | os.PathLike) -> Iterator[dict]:
+    """Pages are held to their checksums, and where swirl wrote the file all rows to their digest, after the last."""
     pa = _pyarrow()
+    rows_digest = hashlib.sha256()
     try:
-        number = 0
-        with pa.parquet.ParquetFile(path) as file:
+        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            claimed = (file.metadata.metadata or {}).get(FIELD.encode())
             for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP):
-                for row in batch.to_pylist(maps_as_pydicts="strict"):
-                    number += 1
-                    yield number, _without_none(row)
-    except (OSError, pa.ArrowException) as error:
+                for row in map(_without_none, batch.to_pylist(maps_as_pydicts="strict")):
+                    if claimed is not None:
+                        rows_digest.update(msgspec.json.encode(row))
+                    yield row
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(path, f"cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+    if claimed not in (None, rows_digest.hexdigest().encode()):
+        raise InputError(path, "its rows do not match their digest: the file is damaged")
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[dict], kind: Format) -> int:
     """Write JSONL or Parquet aside, then rename. Returns the number written."""
-    aside = f"{os.fspath(path)}.partial"
-    try:
-        count = (_write_parquet if Path(path).suffix == ".parquet" else _write_jsonl)(aside, rows, kind)
-        os.replace(aside, path)
-    finally:
-        Path(aside).unlink(missing_ok=True)
-    return count
+    with replacing(path) as file:
+        return (_write_parquet if Path(path).suffix == ".parquet" else _write_jsonl)(file, rows, kind)
 
 
-def _write_jsonl(path: str, rows: Iterable[dict], kind: Format) -> int:
+def _write_jsonl(file: BinaryIO, rows: Iterable[dict], kind: Format) -> int:
     count = 0
-    with open(path, "wb") as file:
-        for row in rows:
-            file.write(msgspec.json.encode(row) + b"\n")
-            count += 1
+    for row in rows:
+        file.write(seal(msgspec.json.encode(row) + b"\n"))
+        count += 1
     return count
 
 
-def _write_parquet(path: str, rows: Iterable[dict], kind: Format) -> int:
+def _write_parquet(file: BinaryIO, rows: Iterable[dict], kind: Format) -> int:
     pa = _pyarrow()
     schema = _parquet_schema(pa, kind)
-    count, rows = 0, iter(rows)
-    with pa.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+    count, rows, rows_digest = 0, iter(rows), hashlib.sha256()
+    with pa.parquet.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
         while group := list(islice(rows, _ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            table = pa.Table.from_pylist(group, schema=schema)
+            writer.write_table(table)
+            for row in table.to_pylist(maps_as_pydicts="strict"):
+                rows_digest.update(msgspec.json.encode(_without_none(row)))
             count += len(group)
+        writer.add_key_value_metadata({FIELD: rows_digest.hexdigest()})
     return count
 
 

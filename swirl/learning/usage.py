@@ -72,12 +72,14 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `+` where it was changed; the package's version where there is no git."""
+    """The commit of swirl's own checkout, with `+` where it was changed; the package's version where it is none."""
     from swirl import __version__
+
+    root = Path(__file__).resolve().parents[2]
 
     def git(*words):
         return subprocess.run(
-            ("git", "-C", str(Path(__file__).parent), *words),
+            ("git", "-C", str(root), *words),
             capture_output=True,
             text=True,
             check=True,
@@ -85,6 +87,8 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return __version__  # of a repository that merely encloses the installation
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return __version__

@@ -1,4 +1,7 @@
-"""Trajectories on disk: JSONL files that are read as a stream, replaced whole, or appended to."""
+"""Trajectories on disk: JSONL files that are read as a stream, replaced whole, or appended to.
+
+Each line that swirl writes ends with a digest of itself, which is checked when it is read; lines of others have none.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,25 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from swirl.errors import InputError
+from swirl.storage.digest import DigestError, seal, unseal
+from swirl.storage.files import replacing
 from swirl.storage.lock import take_lock
 from swirl.trajectories.record import Question, Trajectory, decode_trajectory, encode_trajectory
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of every non-blank line. Raises InputError if the file cannot be read."""
+    """(line number from 1, bytes without the digest) of every non-blank line.
+
+    Raises InputError if the file cannot be read, or a line is not as swirl wrote it.
+    """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, line
+                    try:
+                        yield number, unseal(line)
+                    except DigestError as error:
+                        raise InputError(path, str(error), line=number) from None
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror})") from None
 
@@ -39,15 +50,11 @@ def read_trajectories(path: str | os.PathLike) -> list[Trajectory]:
 
 def write_trajectories(path: str | os.PathLike, trajectories: Iterable[Trajectory]) -> int:
     """Write aside, then rename, so that no reader sees half a file. Returns the number written."""
-    aside = f"{os.fspath(path)}.partial"
     count = 0
-    with open(aside, "wb") as file:
+    with replacing(path) as file:
         for trajectory in trajectories:
-            file.write(encode_trajectory(trajectory))
+            file.write(seal(encode_trajectory(trajectory)))
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return count
 
 
@@ -93,10 +100,10 @@ class TrajectoryLog:
         for number, line in enumerate(self._file, 1):
             if line.strip():
                 try:
-                    found = decoder.decode(line)
+                    found = decoder.decode(unseal(line))
                     self.done.add(found.id)
                     self._asked[found.id] = hash(found.question.question)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     if _is_half(line, error):
                         self._file.truncate(end)
                         return
@@ -111,7 +118,7 @@ class TrajectoryLog:
 
     def append(self, trajectory: Trajectory) -> None:
         self.done.add(trajectory.id)
-        self._file.write(encode_trajectory(trajectory))
+        self._file.write(seal(encode_trajectory(trajectory)))
         self._unsynced += 1
         if self._unsynced >= self._group:
             self.sync()

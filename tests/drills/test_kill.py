@@ -142,7 +142,7 @@ def test_moments_are_spread_over_the_job():
 
 _WRITER = """
 import asyncio, os, signal, sys
-from swirl.environment.cache import AnswerCache
+from swirl.endpoints.cache import AnswerCache
 
 async def main():
     cache = AnswerCache(sys.argv[1])

@@ -1,4 +1,5 @@
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -261,3 +262,19 @@ def test_a_failing_command_is_one_line_and_loses_nothing(tmp_path):
     with pytest.raises(ConfigError, match="different"):
         formats.main(formats.FormatsConfig(data=out, out=out))
     assert out.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["swirl", "messages", "trl"])
+@pytest.mark.parametrize("end", ["parquet", "jsonl"])
+def test_no_flipped_bit_changes_a_row_unseen(tmp_path, kind, end):
+    path, rng = tmp_path / f"t.{end}", random.Random(0)
+    rows = {"swirl": msgspec.to_builtins, "messages": to_messages, "trl": to_trl}[kind]
+    write_rows(path, [rows(odd()) for _ in range(3)], kind)
+    content, wanted = path.read_bytes(), list(read_any(path, kind))
+    for _ in range(60):
+        at = rng.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :])
+        try:
+            assert list(read_any(path, kind)) == wanted
+        except InputError as error:
+            assert "\n" not in str(error)

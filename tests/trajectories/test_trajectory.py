@@ -5,6 +5,7 @@ import pytest
 from msgspec.structs import replace
 
 from swirl.errors import InputError
+from swirl.storage.digest import seal
 from swirl.trajectories.log import TrajectoryLog, read_trajectories, write_trajectories
 from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory, encode_trajectory, with_calls
 
@@ -95,7 +96,7 @@ def test_an_empty_or_absent_file_is_refused(tmp_path):
 
 
 def test_a_log_cut_anywhere_resumes_with_whole_lines_only(tmp_path):
-    whole = b"".join(encode_trajectory(made(f"q#{i}")) for i in range(3))
+    whole = b"".join(seal(encode_trajectory(made(f"q#{i}"))) for i in range(3))
     for cut in [*range(0, len(whole), 149), len(whole)]:
         path = tmp_path / f"{cut}.jsonl"
         path.write_bytes(whole[:cut])
@@ -104,6 +105,21 @@ def test_a_log_cut_anywhere_resumes_with_whole_lines_only(tmp_path):
             for name in missing:
                 log.append(made(name))
         assert path.read_bytes() == whole
+
+
+def test_a_damaged_line_is_told_by_readers_and_logs(tmp_path):
+    path = tmp_path / "t.jsonl"
+    write_trajectories(path, [made("q#0"), made("q#1")])
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"q#0", b"q#2"))
+    for read in (read_trajectories, TrajectoryLog):
+        with pytest.raises(InputError, match=r"t\.jsonl:1: .*does not match its digest"):
+            read(path)
+    path.write_bytes(content[:-10])
+    with TrajectoryLog(path) as log:
+        assert log.done == {"q#0"}
+        log.append(made("q#1"))
+    assert read_trajectories(path) == [made("q#0"), made("q#1")]
 
 
 def test_a_log_knows_whether_an_id_has_come_to_mean_another_question(tmp_path):
