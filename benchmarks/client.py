@@ -26,7 +26,8 @@ from pathlib import Path
 
 from benchmarks.fault_server import verdict_of
 from swirl.endpoints.chat import ChatPolicy
-from swirl.endpoints.client import Client, Endpoint
+from swirl.endpoints.client import Client
+from swirl.endpoints.endpoint import Endpoint
 from swirl.judging.judges import GenerativeJudge, Judgement, StepToJudge, step_text
 from swirl.judging.prompts import SEARCH_PROCESS
 from swirl.rollout.concurrency import as_done

@@ -4,8 +4,8 @@
   outcome   the final answer is correct   both      process and outcome
 
 A step without a verdict is never taken for GOOD or BAD. Where the judge's server gave no answer its trajectory is
-dropped as unanswered, and the next run of the same command asks again; where the judge answered twice without a verdict
-it is dropped as unjudged, and stays so, for what was answered is not asked, or paid for, twice. Both are counted apart.
+dropped as unanswered, and the next run of the same command asks again. Where the judge answered twice without a verdict
+it is dropped as unjudged, and stays so: what was answered is not asked twice. Both are counted apart.
 With --reward-judge a model also grades every step of what is kept, for training on recorded actions; a step without a
 grade is a step without a verdict.
 """
@@ -13,13 +13,11 @@ grade is a step without a verdict.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -30,16 +28,19 @@ from swirl.app.resolve import answers_beside, is_url, model_folder, open_judge
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, InputError
-from swirl.judging.judges import NO_ANSWER, Kind, OutcomeToJudge, StepToJudge
-from swirl.rollout.concurrency import as_done
+from swirl.judging.filtering import Judges, Mode, Why, judged_trajectories
+from swirl.judging.judges import Kind
 from swirl.storage.digest import checkpoint_digest
+from swirl.storage.files import replacing
 from swirl.tasks import is_correct
-from swirl.trajectories.log import TrajectoryLog, iter_trajectories
-from swirl.trajectories.record import Step, Trajectory
+from swirl.trajectories.log import TrajectoryLog, iter_trajectories, read_lines
+from swirl.trajectories.record import Judged, Trajectory
 
-Mode = Literal["none", "process", "outcome", "both"]
-# As the encoder writes it; within a text its quotes would be escaped.
-_WITHOUT_VERDICT = (b'"dropped":"unjudged', b'"dropped":"unanswered')
+
+class _Decided(msgspec.Struct):
+    """What a dropped line says of a judgement that it lacks."""
+
+    judged: Judged | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class FilterConfig:
     in_flight: int = 256
     """Trajectories being judged at a time."""
     cache: Path | None = None
-    """File that keeps the answers of servers, so that none is paid for twice; default: <kept>.answers.sqlite."""
+    """File that keeps the answers of servers, so that none is asked for twice; default: <kept>.answers.sqlite."""
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
@@ -81,134 +82,6 @@ class FilterConfig:
 # No verdict depends on these; templates are compared by content, in the names of the judges.
 _MAY_CHANGE = ("data", "kept", "dropped", "in_flight", "cache", "endpoint")
 _MAY_CHANGE += ("judge_prompt", "outcome_judge_prompt", "reward_judge_prompt")
-
-
-class Judges(NamedTuple):
-    """Who is asked about the steps, the final answer and the rewards. Without one, the official rule says whether an
-    answer is correct, and nobody gives rewards.
-    """
-
-    steps: object
-    outcome: object | None = None
-    reward: object | None = None
-
-
-def step_to_judge(trajectory: Trajectory, k: int, step: Step) -> StepToJudge:
-    """`step`, recorded or drawn anew, at state k of the trajectory (from 0)."""
-    return StepToJudge(
-        question=trajectory.question, steps=trajectory.steps[:k], step=step, tools=tuple(trajectory.tools)
-    )
-
-
-async def judge_steps(trajectory: Trajectory, judge) -> Trajectory:
-    """The trajectory with a verdict on every step; verdicts it already carries are kept."""
-
-    async def judged(k, step):
-        if step.verdict is not None:
-            return step
-        judgement = await judge.judge(step_to_judge(trajectory, k, step))
-        reward = step.reward if judgement.reward is None else judgement.reward
-        return replace(step, verdict=judgement.verdict, reason=judgement.reason, reward=reward)
-
-    steps = await asyncio.gather(*(judged(k, step) for k, step in enumerate(trajectory.steps)))
-    return replace(trajectory, steps=tuple(steps))
-
-
-async def reward_steps(trajectory: Trajectory, judge) -> tuple[Trajectory, str | None]:
-    """(the trajectory with a reward on every step, why it must be dropped or None); rewards it carries are kept."""
-
-    async def graded(k, step):
-        if step.reward is not None:
-            return step, ""
-        judgement = await judge.judge(step_to_judge(trajectory, k, step))
-        return replace(step, reward=judgement.reward), judgement.reason
-
-    graded_steps = await asyncio.gather(*(graded(k, step) for k, step in enumerate(trajectory.steps)))
-    missing = [(f"step {k} has no reward", why) for k, (step, why) in enumerate(graded_steps, 1) if step.reward is None]
-    return replace(trajectory, steps=tuple(step for step, _ in graded_steps)), _without_verdict(missing)
-
-
-def _without_verdict(missing: list[tuple[str, str | None]]) -> str | None:
-    """Why a trajectory is dropped that lacks (what, for this reason): `unanswered` if asking again may change it, else
-    `unjudged`; None where it lacks nothing.
-    """
-    if not missing:
-        return None
-    unanswered = [(what, why) for what, why in missing if (why or "").startswith(NO_ANSWER)]
-    what, why = (unanswered or missing)[0]
-    return f"{'unanswered' if unanswered else 'unjudged'}: {what}" + (f" ({why})" if why else "")
-
-
-def why_dropped(trajectory: Trajectory, mode: Mode, outcome_reason: str = "") -> str | None:
-    """The reason, or None to keep it; `unanswered` and `unjudged` come before any other. `outcome_reason` says why the
-    final answer is not scored.
-    """
-    missing: list[tuple[str, str | None]] = []
-    if mode in ("process", "both"):
-        steps = enumerate(trajectory.steps, 1)
-        missing += [(f"step {k} has no verdict", step.reason) for k, step in steps if step.verdict is None]
-    if mode in ("outcome", "both") and trajectory.outcome is None:
-        golden = trajectory.question.answer is not None
-        missing.append((f"the final answer has {'no verdict' if golden else 'no golden one'}", outcome_reason))
-    if missing:
-        return _without_verdict(missing)
-    if mode in ("process", "both"):
-        verdicts = [step.verdict for step in trajectory.steps]
-        if "BAD" in verdicts:
-            bad = verdicts.index("BAD")
-            return f"process: step {bad + 1} is BAD ({trajectory.steps[bad].reason or 'no reason given'})"
-    if mode in ("outcome", "both") and not trajectory.outcome:
-        return "outcome: the final answer is not correct"
-    return None
-
-
-async def with_outcome(trajectory: Trajectory, judge=None) -> Trajectory:
-    """The final answer held against the golden one by `judge`, or else by the official rule if it is not scored yet."""
-    return (await _score_outcome(trajectory, judge))[0]
-
-
-async def _score_outcome(trajectory: Trajectory, judge) -> tuple[Trajectory, str]:
-    """(`with_outcome`, why the judge gave no verdict)"""
-    if trajectory.question.answer is None or (judge is None and trajectory.outcome is not None):
-        return trajectory, ""
-    if judge is None:
-        return replace(trajectory, outcome=is_correct(trajectory.question, trajectory.prediction)), ""
-    judgement = await judge.judge(OutcomeToJudge(question=trajectory.question, prediction=trajectory.prediction))
-    outcome = {"GOOD": True, "BAD": False, None: None}[judgement.verdict]
-    return replace(trajectory, outcome=outcome), judgement.reason
-
-
-def judged_trajectories(
-    trajectories: Iterable[Trajectory], judges: Judges, *, mode: Mode, in_flight: int
-) -> AsyncIterator[tuple[Trajectory, str | None]]:
-    """(trajectory with verdicts, reason it is dropped or None) as they are done; the input is read lazily."""
-
-    async def work(trajectory):
-        if mode in ("process", "both"):
-            trajectory = await judge_steps(trajectory, judges.steps)
-        outcome_reason = ""
-        if mode in ("outcome", "both"):
-            trajectory, outcome_reason = await _score_outcome(trajectory, judges.outcome)
-        reason = why_dropped(trajectory, mode, outcome_reason)
-        if reason is None and judges.reward is not None:  # grades cost: only what is kept has them
-            trajectory, reason = await reward_steps(trajectory, judges.reward)
-        return trajectory, reason
-
-    return as_done((work(trajectory) for trajectory in trajectories), in_flight)
-
-
-async def filter_in_memory(
-    trajectories: list[Trajectory], *, judge, mode: Mode, advance: Callable[[], None]
-) -> tuple[list[Trajectory], list[Trajectory]]:
-    """(kept, dropped), each in the order given, every judged step carrying its verdict."""
-    order = {trajectory.id: place for place, trajectory in enumerate(trajectories)}
-    kept, dropped = [], []
-    async for trajectory, reason in judged_trajectories(trajectories, Judges(judge), mode=mode, in_flight=1024):
-        (kept if reason is None else dropped).append(trajectory)
-        advance()
-    for part in (kept, dropped):
-        part.sort(key=lambda trajectory: order[trajectory.id])
-    return kept, dropped
 
 
 def _known_as(config: FilterConfig, judges: Judges) -> dict[str, str]:
@@ -228,15 +101,18 @@ def _begun_again(config: FilterConfig, judges: Judges) -> TrajectoryLog:
     """The log of what is dropped, once nobody else writes to it and the settings are those that began it. What no
     judge has judged is left out, so that this run judges it again; what was answered then comes from the cache.
     """
-    aside = config.dropped.with_name(config.dropped.name + ".partial")
     with TrajectoryLog(config.dropped):
         known_as = _known_as(config, judges)
         command.refuse_other_settings(config, [config.kept, config.dropped], may_change=_MAY_CHANGE, known_as=known_as)
-        with open(config.dropped, "rb") as old, open(aside, "wb") as new:
-            new.writelines(line for line in old if not any(mark in line for mark in _WITHOUT_VERDICT))
-            new.flush()
-            os.fsync(new.fileno())
-        aside.replace(config.dropped)
+        decoder = msgspec.json.Decoder(_Decided)
+        with replacing(config.dropped) as new:
+            for number, line in read_lines(config.dropped):
+                try:
+                    judged = decoder.decode(line).judged
+                except msgspec.DecodeError as error:
+                    raise InputError(config.dropped, f"expected a dropped trajectory ({error})", line=number) from None
+                if judged is None:
+                    new.write(line)
     return TrajectoryLog(config.dropped)
 
 
@@ -248,6 +124,7 @@ def _open_judges(config: FilterConfig, client: Client) -> Judges:
 
     return Judges(
         opened(config.judge, "process", config.judge_prompt),
+        is_correct,
         opened(config.outcome_judge, "outcome", config.outcome_judge_prompt),
         opened(config.reward_judge, "reward", config.reward_judge_prompt),
     )
@@ -268,7 +145,7 @@ async def _filter(config: FilterConfig) -> dict:
         raise ConfigError("--data, --kept and --dropped must be three different files")
     if not config.data.exists():
         raise InputError(config.data, "cannot be read (no such file)")
-    reasons: list[str] = []
+    dropped_now: list[Why] = []
     async with Client(config.cache or answers_beside(config.kept)) as client:
         judges = _open_judges(config, client)
         with TrajectoryLog(config.kept) as kept, _begun_again(config, judges) as dropped:
@@ -281,24 +158,25 @@ async def _filter(config: FilterConfig) -> dict:
             )
             total = _count_lines(config.data)
             with progress("filter", total, completed=len(finished), note=client.progress.note) as advance:
-                async for trajectory, reason in decisions:
-                    if reason is None:
+                async for trajectory, why in decisions:
+                    if why is None:
                         kept.append(trajectory)
                     else:
-                        dropped.append(replace(trajectory, dropped=reason))
-                        reasons.append(reason)
+                        judged = why.rule if isinstance(why.rule, Judged) else None
+                        dropped.append(replace(trajectory, dropped=f"{_name(why)}: {why.text}", judged=judged))
+                        dropped_now.append(why)
                     advance()
             counts = {"kept": len(kept.done), "dropped": len(dropped.done)}
     if not sum(counts.values()):
         raise InputError(config.data, "expected at least one trajectory, the file is empty")
-    unanswered = [reason.partition(": ")[2] for reason in reasons if reason.startswith("unanswered: ")]
-    unjudged = [reason.partition(": ")[2] for reason in reasons if reason.startswith("unjudged: ")]
+    unanswered = [why.text for why in dropped_now if why.rule is Judged.UNANSWERED]
+    unjudged = [why.text for why in dropped_now if why.rule is Judged.UNREADABLE]
     if unanswered:
-        why = command.first_reasons(unanswered)
-        command.warn(f"{len(unanswered)} trajectories unanswered, the same command asks for them again ({why})")
+        reasons = command.first_reasons(unanswered)
+        command.warn(f"{len(unanswered)} trajectories unanswered, the same command asks for them again ({reasons})")
     if unjudged:
-        why = command.first_reasons(unjudged)
-        command.warn(f"{len(unjudged)} trajectories unjudged, which asking again would not change ({why})")
+        reasons = command.first_reasons(unjudged)
+        command.warn(f"{len(unjudged)} trajectories unjudged, which asking again would not change ({reasons})")
     return {
         "mode": config.mode,
         "judge": judges.steps.name,
@@ -307,8 +185,12 @@ async def _filter(config: FilterConfig) -> dict:
         **counts,
         "unanswered": len(unanswered),
         "unjudged": len(unjudged),
-        "dropped_now": Counter(reason.partition(":")[0] for reason in reasons),
+        "dropped_now": Counter(map(_name, dropped_now)),
     }
+
+
+def _name(why: Why) -> str:
+    return {Judged.UNANSWERED: "unanswered", Judged.UNREADABLE: "unjudged"}.get(why.rule, why.rule)
 
 
 def _count_lines(path: Path) -> int:

@@ -31,8 +31,8 @@ from swirl.app.signals import exit_if_terminated, exit_on_sigterm
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
 from swirl.errors import EndpointUnusable
-from swirl.filter import step_to_judge
 from swirl.judging import rewards
+from swirl.judging.filtering import step_to_judge
 from swirl.learning import distributed, usage
 from swirl.learning.batches import SubTrajectory, assigned_here, micro_batches, num_tokens, present, shuffled
 from swirl.learning.metrics import SUMS, log_line, per_token, reward_metrics
@@ -212,7 +212,7 @@ def train(config: TrainConfig) -> dict | None:
         policy = LocalPolicy(model, tokenizer, name=config.model)
         if data is not None:
             data = training_data.fitted(data, model.config, tokenizer, config.data)
-            data = runner.run(training_data.with_rewards(data, config))
+            data = training_data.with_rewards(data, config)
         client = Client(config.out / "answers.sqlite")
         judge = resolve.open_judge(config.reward, kind="reward", client=client) if config.mode == "sampled" else None
         with open_run(config) as run, ExitStack() as closing:
@@ -225,7 +225,7 @@ def train(config: TrainConfig) -> dict | None:
             )
             if data is None:
                 data = runner.run(stages.generate_and_filter(config, policy, tokenizer, run))
-                data = runner.run(training_data.with_rewards(data, config))
+                data = training_data.with_rewards(data, config)
             history = learn(config, policy, tokenizer, judge, data, run, runner)
             after = runner.run(stages.evaluate(config, policy, tokenizer, config.evaluate_on, "test", "evaluate after"))
         if not distributed.is_main():

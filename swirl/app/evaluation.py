@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from swirl.filter import judge_steps, with_outcome
+from swirl.judging.filtering import judge_steps, with_outcome
 from swirl.rollout.rollout import RolloutSpec, Unanswered, collect
 from swirl.rollout.task import Task
 from swirl.trajectories.record import Question, Trajectory
@@ -36,7 +36,7 @@ async def answer(
     async def judged(trajectory: Trajectory) -> Trajectory:
         if judge is not None:
             trajectory = await judge_steps(trajectory, judge)
-        return trajectory if outcome_judge is None else await with_outcome(trajectory, outcome_judge)
+        return trajectory if outcome_judge is None else (await with_outcome(trajectory, outcome_judge))[0]
 
     asked = [(question, sample) for question in questions for sample in range(samples)]
     return await collect(asked, spec, advance=advance, finish=judged)

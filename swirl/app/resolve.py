@@ -9,13 +9,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
 
 from swirl import tasks
 from swirl.app.progress import progress
-from swirl.endpoints.address import EndpointLimits, endpoint_for, parse_spec
+from swirl.endpoints.address import EndpointLimits, endpoint_for, open_wire_policy, parse_spec
 from swirl.endpoints.client import Client
 from swirl.errors import CheckpointError, ConfigError, InputError
+from swirl.judging.judges import Kind, judge_with
 from swirl.rollout.task import Task
 from swirl.tools.search import search_tool
 
@@ -81,13 +81,11 @@ def open_policy(
     A server's policy has one where `tokenizer` is its folder. Raises CheckpointError, ConfigError.
     """
     if is_url(spec):
-        from swirl.endpoints.address import open_policy as open_wire_policy
-
         if tokenizer is not None:
             from swirl.model.tokenizer import Tokenizer
 
             tokenizer = Tokenizer.from_pretrained(tokenizer)
-        return open_wire_policy(spec, client=client, limits=limits, tokenizer=tokenizer), tokenizer
+        return open_wire_policy(spec, client=client, role="policy", limits=limits, tokenizer=tokenizer), tokenizer
     if tokenizer is not None:
         raise ConfigError(f"--tokenizer {tokenizer}: the policy '{spec}' has its own, expected a URL's")
     from swirl.sampling.local_policy import LocalPolicy
@@ -96,33 +94,34 @@ def open_policy(
     return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
 
 
+_ROLE_OF_JUDGE = {"process": "judge", "outcome": "outcome_judge", "reward": "reward"}
+
+
 def open_judge(
     spec: str,
     *,
-    kind: Literal["process", "outcome", "reward"] = "process",
+    kind: Kind = "process",
     prompt: Path | None = None,
     votes: int = 4,
     client: Client | None = None,
     limits: EndpointLimits | None = None,
 ):
-    """`rule` (knows Almanac only), the URL of a server whose model judges, or a checkpoint folder that does.
+    """`rule` (knows Almanac only), the URL of a server whose model judges, asked by `client`, or a checkpoint folder.
 
     `kind` asks a model for a verdict on a step, for one on the final answer, or for a step's graded reward; `prompt`
-    is the file of another template for it. Without a `client` it has its own, and `close` must be awaited.
-    Raises ConfigError, CheckpointError, InputError.
+    is the file of another template for it. Raises ConfigError, CheckpointError, InputError.
     """
     if spec == "rule":
         from swirl.tasks.almanac import RuleJudge
 
         return RuleJudge()
-    from swirl.judging import judges as judge
-
     if is_url(spec):
-        return judge.open_judge(spec, kind=kind, prompt=prompt, votes=votes, client=client, limits=limits)
-    if not model_folder(spec).is_dir():
+        policy = open_wire_policy(spec, client=client, role=_ROLE_OF_JUDGE[kind], limits=limits, details=False)
+    elif model_folder(spec).is_dir():
+        policy, _ = open_policy(spec)
+    else:
         raise ConfigError(f"judge '{spec}' is unknown: expected 'rule', a URL or a checkpoint folder")
-    policy, _ = open_policy(spec)
-    return judge.judge_with(policy, kind, prompt=prompt, votes=votes)
+    return judge_with(policy, kind, prompt=prompt, votes=votes)
 
 
 async def open_task(
@@ -175,7 +174,7 @@ async def _open_dense(
     from swirl.tools.retrieval import DenseSearchTool, build_dense_index
 
     _, url, model = parse_spec(spec)
-    endpoint = endpoint_for(url, limits=limits)
+    endpoint = endpoint_for(url, role="retriever", limits=limits)
     embed = embedder(client, endpoint, model)
     if beside is None:
         raise ConfigError("--retriever: the task has no file of pages to index, a server's URL would do")

@@ -12,7 +12,7 @@ from swirl.app.run_folder import RunFolder
 from swirl.app.scores import Score, score_trajectories
 from swirl.config import TrainConfig
 from swirl.errors import ConfigError
-from swirl.filter import filter_in_memory
+from swirl.judging.filtering import Judges, filter_in_memory
 from swirl.learning import distributed
 from swirl.rollout.rollout import RolloutSpec, collect
 from swirl.rollout.task import Task
@@ -77,7 +77,8 @@ async def generate_and_filter(config: TrainConfig, policy: LocalPolicy, tokenize
     """
     made = await generate(config, policy, tokenizer)
     with progress("filter", len(made), show=distributed.is_main()) as advance:
-        kept, _ = await filter_in_memory(made, judge=resolve.open_judge("rule"), mode=config.filter, advance=advance)
+        judges = Judges(resolve.open_judge("rule"), tasks.is_correct)
+        kept, _ = await filter_in_memory(made, judges, mode=config.filter, advance=advance)
     if distributed.is_main():
         write_trajectories(run.path / "trajectories.jsonl", made)
         write_trajectories(run.path / "kept.jsonl", kept)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
+from swirl import tasks
 from swirl.config import TrainConfig
 from swirl.errors import InputError
-from swirl.filter import with_outcome
 from swirl.judging.rewards import with_one_reward, with_recorded_rewards
 from swirl.model.gemma import GemmaConfig
 from swirl.model.tokenizer import Tokenizer
@@ -52,7 +51,7 @@ def _with_ids(trajectory: Trajectory, tokenizer: Tokenizer, file: Path) -> Traje
     return trajectory
 
 
-async def with_rewards(trajectories: list[Trajectory], config: TrainConfig) -> list[Trajectory]:
+def with_rewards(trajectories: list[Trajectory], config: TrainConfig) -> list[Trajectory]:
     """The trajectories with the reward of each recorded action, in the modes that learn from those.
 
     Raises InputError where none has a reward.
@@ -62,8 +61,7 @@ async def with_rewards(trajectories: list[Trajectory], config: TrainConfig) -> l
     if config.mode == "imitation":
         return [with_one_reward(trajectory, 1.0) for trajectory in trajectories]
     if config.reward == "outcome":
-        scored = await asyncio.gather(*map(with_outcome, trajectories))
-        made = [with_one_reward(t, None if t.outcome is None else float(t.outcome)) for t in scored]
+        made = [with_one_reward(trajectory, _outcome(trajectory)) for trajectory in trajectories]
         missing = "no trajectory has an outcome or a golden answer: take --reward recorded"
     else:
         made = [with_recorded_rewards(trajectory) for trajectory in trajectories]
@@ -71,3 +69,11 @@ async def with_rewards(trajectories: list[Trajectory], config: TrainConfig) -> l
     if all(step.reward is None for trajectory in made for step in trajectory.steps):
         raise InputError(config.data, missing)
     return made
+
+
+def _outcome(trajectory: Trajectory) -> float | None:
+    """1 or 0 as the data says, else as the rule of its data set does; None where there is no golden answer."""
+    outcome = trajectory.outcome
+    if outcome is None and trajectory.question.answer is not None:
+        outcome = tasks.is_correct(trajectory.question, trajectory.prediction)
+    return None if outcome is None else float(outcome)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swirl.endpoints.chat import ChatPolicy
-from swirl.endpoints.client import Client, Endpoint
+from swirl.endpoints.client import GENERAL_KEY, Client
 from swirl.endpoints.completions import CompletionsPolicy
+from swirl.endpoints.endpoint import Endpoint
 from swirl.endpoints.gemini import GeminiPolicy
 from swirl.errors import ConfigError
 from swirl.rollout.policy import TurnTokenizer
@@ -28,12 +29,8 @@ class EndpointLimits:
 
 
 _PROTOCOLS = {"chat": ChatPolicy, "completions": CompletionsPolicy, "gemini": GeminiPolicy}
-
-
-_KEY_VARIABLES = {
-    "api.openai.com": ("OPENAI_API_KEY",),
-    "generativelanguage.googleapis.com": ("GEMINI_API_KEY",),
-}
+_GOOGLE = "generativelanguage.googleapis.com"
+_KEY_OF_HOST = {"api.openai.com": "OPENAI_API_KEY", _GOOGLE: "GEMINI_API_KEY"}
 
 
 def parse_spec(spec: str) -> tuple[str, str, str]:
@@ -47,25 +44,27 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
     if not model:
         raise ConfigError(f"'{endpoint.url}' names no model: expected {endpoint.url}#MODEL")
     if not protocol:
-        protocol = "gemini" if _host(url) == "generativelanguage.googleapis.com" else "chat"
+        protocol = "gemini" if endpoint.host == _GOOGLE else "chat"
     return protocol, endpoint.url, model
 
 
 def endpoint_for(
-    url: str, *, protocol: str = "chat", key_env: str | None = None, limits: EndpointLimits | None = None
+    url: str,
+    *,
+    protocol: str = "chat",
+    role: str | None = None,
+    key_env: str | None = None,
+    limits: EndpointLimits | None = None,
 ) -> Endpoint:
-    """An endpoint with the key variable that belongs to it.
+    """An endpoint with the variable that holds its key. Raises ConfigError.
 
-    `key_env` where it is given; else OPENAI_API_KEY or GEMINI_API_KEY, where set, for those companies' own hosts, and
-    for no other: a key must not reach a server it was not made for; else SWIRL_API_KEY, where set.
+    `key_env` where it is given; else SWIRL_<ROLE>_API_KEY, where set (empty: no key); else OPENAI_API_KEY or
+    GEMINI_API_KEY, where set, for those companies' own hosts alone; else SWIRL_API_KEY, where set, which goes to one
+    host of a client and no other. `role` is what the server does: policy, judge, outcome_judge, reward, retriever.
     """
     limits = limits or EndpointLimits()
-    if key_env is None:
-        names = (*_KEY_VARIABLES.get(_host(url), ()), "SWIRL_API_KEY")
-        key_env = next((name for name in names if os.environ.get(name)), None)
-    return Endpoint(
+    endpoint = Endpoint(
         url,
-        key_env=key_env,
         key_header="x-goog-api-key" if protocol == "gemini" else "Authorization",
         concurrency=limits.concurrency,
         requests_per_minute=limits.requests_per_minute,
@@ -73,31 +72,36 @@ def endpoint_for(
         read_s=limits.timeout_s,
         total_s=2 * limits.timeout_s,
     )
+    key_env = key_env or _key_variable(endpoint.host, role)
+    return replace(endpoint, key_env=key_env)
 
 
-def _host(url: str) -> str:
-    return url.partition("://")[2].partition("/")[0].partition(":")[0].lower()
+def _key_variable(host: str, role: str | None) -> str | None:
+    of_role = f"SWIRL_{role.upper()}_API_KEY" if role else None
+    if of_role and of_role in os.environ:
+        return of_role if os.environ[of_role].strip() else None
+    candidates = (_KEY_OF_HOST.get(host), GENERAL_KEY)
+    return next((name for name in candidates if name and os.environ.get(name)), None)
 
 
-def open_policy(
+def open_wire_policy(
     spec: str,
     *,
-    client: Client | None = None,
-    cache: str | os.PathLike | None = None,
+    client: Client,
+    role: str = "policy",
     key_env: str | None = None,
     limits: EndpointLimits | None = None,
     details: bool = True,
     tokenizer: TurnTokenizer | None = None,
 ):
-    """The policy that `spec` names (see parse_spec). Raises ConfigError. Ids that a server gives are kept as they
-    are; with a `tokenizer`, the model's own tokenizer, only where they are the text's.
+    """The policy over the wire that `spec` names (see parse_spec), asked by `client`. Raises ConfigError.
 
-    Without a `client` it has its own, with the file `cache`, and `close` must be awaited. Answers are kept by
-    address and model name: give each checkpoint its own cache file if several are served under one name.
+    `details` asks for ids and log-probs as well. Ids that a server gives are kept as they are; with a `tokenizer`, the
+    model's own tokenizer, only where they are the text's. Answers are kept by address and model name: give each
+    checkpoint its own cache file if several are served under one name.
     """
     protocol, url, model = parse_spec(spec)
-    endpoint = endpoint_for(url, protocol=protocol, key_env=key_env, limits=limits)
-    owns_client, client = client is None, client or Client(cache)
+    endpoint = endpoint_for(url, protocol=protocol, role=role, key_env=key_env, limits=limits)
     if protocol == "chat":
-        return ChatPolicy(endpoint, model, client, details=details, tokenizer=tokenizer, owns_client=owns_client)
-    return _PROTOCOLS[protocol](endpoint, model, client, tokenizer=tokenizer, owns_client=owns_client)
+        return ChatPolicy(endpoint, model, client, details=details, tokenizer=tokenizer)
+    return _PROTOCOLS[protocol](endpoint, model, client, tokenizer=tokenizer)

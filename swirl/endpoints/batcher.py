@@ -1,7 +1,5 @@
-"""Micro-batches: items asked for within a few milliseconds share one request, for endpoints that take many at
-once.
-
-Embeddings, retrieval servers and completions are such endpoints.
+"""Items asked for within a few milliseconds share one request, for endpoints that take many at once: embeddings,
+retrieval servers and completions.
 """
 
 from __future__ import annotations
@@ -12,16 +10,20 @@ from typing import Any
 
 import msgspec
 
-from swirl.endpoints.client import Client, Endpoint, Paid, as_it_is, encode_payload, request_key
+from swirl.endpoints.client import Client, as_it_is, encode_payload, request_key
+from swirl.endpoints.endpoint import Endpoint
+from swirl.endpoints.response import UNREADABLE, Response
 from swirl.errors import EndpointError
+
+_LARGEST_FLOAT32 = 3.4e38
 
 
 class Batcher:
     """Gathers items into requests: at most `endpoint.batch_size` of them, or those of `endpoint.batch_ms`.
 
     `join(items, group)` makes the payload, `split(answer)` the parts, one an item, and `read(part)` what `ask` gives.
-    Items of one `group` share a request. Each item is coalesced and kept by itself, so it is found again in whatever
-    company it comes; a part that `read` refuses is not kept.
+    Items of one `group` share a request. Each item is coalesced and cached by itself, whichever items it was sent with;
+    a part that `read` refuses is not kept.
     """
 
     def __init__(
@@ -43,9 +45,9 @@ class Batcher:
         """The item's part of an answer, read. Raises as Client.post does."""
         alone = encode_payload(self.join([item], group))
         key = request_key(self.endpoint, self.path + "#item", 0, alone)
-        return await self.client.once(key, lambda: self._part(item, group), self.read)
+        return await self.client.cached(key, lambda: self._part(item, group), self.read)
 
-    async def _part(self, item: Any, group: Any) -> Paid:
+    async def _part(self, item: Any, group: Any) -> Response:
         loop = asyncio.get_running_loop()
         part = loop.create_future()
         waiting = self._waiting.setdefault(group, [])
@@ -55,11 +57,14 @@ class Batcher:
         elif len(waiting) == 1:
             loop.call_later(self.endpoint.batch_ms / 1000, self._start, group, waiting)
         answer = await part
-        return Paid(msgspec.json.encode(answer), answer)
+        try:
+            return Response(msgspec.json.encode(answer), answer)
+        except RecursionError:
+            raise EndpointError(self.endpoint.url, "an answer nested too deep", status=200) from None
 
     def _start(self, group: Any, batch: list[tuple[Any, asyncio.Future]]) -> None:
         if self._waiting.get(group) is not batch:
-            return  # it was full, and left, before its time was over
+            return  # it was full, and sent, before its time was over
         del self._waiting[group]
         wanted = [(item, part) for item, part in batch if not part.done()]
         if wanted:
@@ -68,10 +73,11 @@ class Batcher:
     async def _send(self, group: Any, batch: list[tuple[Any, asyncio.Future]]) -> None:
         body = encode_payload(self.join([item for item, _ in batch], group))
         try:
-            paid = await self.client.send(self.endpoint, self.path, body, tokens=self.tokens * len(batch))
-            parts = self._parts(paid.answer, len(batch))
+            response = await self.client.send(self.endpoint, self.path, body, tokens=self.tokens * len(batch))
+            self.client.drop(response)
+            parts = self._parts(response.answer, len(batch))
         except EndpointError as error:
-            if error.status in (400, 413, 422) and len(batch) > 1:  # one bad item must not spoil its company
+            if error.status in (400, 413, 422) and len(batch) > 1:  # one bad item must not fail the others
                 half = len(batch) // 2
                 await asyncio.gather(self._send(group, batch[:half]), self._send(group, batch[half:]))
                 return
@@ -90,18 +96,22 @@ class Batcher:
     def _parts(self, answer: Any, count: int) -> list[Any]:
         try:
             parts = self.split(answer)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        except UNREADABLE:
             parts = None
         if not isinstance(parts, list) or len(parts) != count:
             raise EndpointError(self.endpoint.url, f"expected {count} parts in the answer, one an item")
         return parts
 
 
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST_FLOAT32
+
+
 def embedder(client: Client, endpoint: Endpoint, model: str) -> Callable[[list[str]], Awaitable[list[list[float]]]]:
     """`await embed(texts) -> vectors` by an /embeddings endpoint, one vector a text, in order."""
 
     def read(vector: Any) -> list[float]:
-        if not (isinstance(vector, list) and all(isinstance(n, int | float) for n in vector) and any(vector)):
+        if not (isinstance(vector, list) and all(map(_is_finite, vector)) and any(vector)):
             raise EndpointError(endpoint.url, "expected vectors of numbers, none of them empty or zero", status=200)
         return vector
 

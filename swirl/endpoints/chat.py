@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from swirl.endpoints.client import Client, Endpoint
+from swirl.endpoints.client import Client
+from swirl.endpoints.endpoint import Endpoint
+from swirl.endpoints.turns import chat_messages
 from swirl.endpoints.wire import (
-    CUT_OFF,
+    TRUNCATED,
     Wire,
     as_dict,
-    chat_messages,
     given_instead,
     id_of_name,
     read_ids,
@@ -34,9 +35,8 @@ class ChatPolicy(Wire):
         *,
         details: bool = True,
         tokenizer: TurnTokenizer | None = None,
-        owns_client: bool = False,
     ):
-        super().__init__(endpoint, model, client, tokenizer=tokenizer, owns_client=owns_client)
+        super().__init__(endpoint, model, client, tokenizer=tokenizer)
         self.details = details
 
     async def act(self, state: PolicyState) -> Step:
@@ -66,9 +66,9 @@ class ChatPolicy(Wire):
 
         choice, text = await self._ask(state, needed, optional, ask)
         tokens = as_dict(choice.get("logprobs")).get("content")
-        tokens = tokens if isinstance(tokens, list) else []
         ids, log_probs, top = token_details(
             tokens,
+            token=lambda token: token["token"],
             token_id=lambda token: token.get("id", id_of_name(token.get("token"))),
             log_prob=lambda token: token["logprob"],
             top=lambda token: [(other["token"], other["logprob"]) for other in token.get("top_logprobs") or ()],
@@ -78,7 +78,7 @@ class ChatPolicy(Wire):
             read_ids(choice.get("token_ids")) or ids,
             log_probs,
             top,
-            stopped=choice.get("finish_reason") not in CUT_OFF,
+            stopped=choice.get("finish_reason") not in TRUNCATED,
         )
 
     def _read(self, answer: Any) -> tuple[dict, str]:
@@ -88,7 +88,7 @@ class ChatPolicy(Wire):
             text = choice["message"].get("content")
             if text is None:
                 given = given_instead(choice["message"])
-                if given and choice.get("finish_reason") not in CUT_OFF:
+                if given and choice.get("finish_reason") not in TRUNCATED:
                     raise self._unreadable(f"text in choices[0].message.content, not {given}")
                 text = ""
             if not isinstance(text, str):

@@ -8,14 +8,15 @@ from typing import Any
 import msgspec
 
 from swirl.endpoints.batcher import Batcher
-from swirl.endpoints.wire import CUT_OFF, Wire, as_dict, chat_messages, id_of_name, read_ids, seed_32, token_details
+from swirl.endpoints.response import UNREADABLE
+from swirl.endpoints.turns import gemma_turns
+from swirl.endpoints.wire import TRUNCATED, Wire, as_dict, as_list, id_of_name, read_ids, seed_32, token_details
 from swirl.rollout.policy import PolicyState
 from swirl.trajectories.record import Step
 
 
 class CompletionsPolicy(Wire):
-    """OpenAI's /completions. The state goes out as its token ids where they are known, else as Gemma's turns
-    in text.
+    """OpenAI's /completions. The state goes out as its token ids where they are known, else as Gemma's turns in text.
 
     Draws that share seed, temperature and length share a request, as all greedy ones do.
     """
@@ -52,10 +53,11 @@ class CompletionsPolicy(Wire):
 
         choice = await self._ask(state, needed, optional, ask)
         given = as_dict(choice.get("logprobs"))
-        names, values, tops = (given.get(name) or [] for name in ("tokens", "token_logprobs", "top_logprobs"))
+        names, values, tops = (as_list(given.get(name)) for name in ("tokens", "token_logprobs", "top_logprobs"))
         tokens = zip(names, values, tops if len(tops) == len(names) else [None] * len(names), strict=False)
         ids, log_probs, top = token_details(
             list(tokens),
+            token=lambda token: token[0],
             token_id=lambda token: id_of_name(token[0]),
             log_prob=lambda token: token[1],
             top=lambda token: list(as_dict(token[2]).items()),
@@ -65,7 +67,7 @@ class CompletionsPolicy(Wire):
             read_ids(choice.get("token_ids")) or ids,
             log_probs,
             top,
-            stopped=choice.get("finish_reason") not in CUT_OFF,
+            stopped=choice.get("finish_reason") not in TRUNCATED,
         )
 
     def _read(self, choice: Any) -> dict:
@@ -77,7 +79,7 @@ class CompletionsPolicy(Wire):
     def _read_only_choice(self, answer: Any) -> dict:
         try:
             (choice,) = _choices(answer)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except UNREADABLE:
             raise self._unreadable("choices[0]") from None
         return self._read(choice)
 
@@ -86,14 +88,9 @@ class CompletionsPolicy(Wire):
         return {"model": self.model, "prompt": prompt, **msgspec.json.decode(group)}
 
 
-def gemma_turns(state: PolicyState) -> str:
-    """The state as Gemma 2 was trained to read it, without <bos>, which servers add, up to where the model
-    speaks.
-    """
-    names = {"user": "user", "assistant": "model"}
-    turns = (f"<start_of_turn>{names[m['role']]}\n{m['content']}<end_of_turn>\n" for m in chat_messages(state))
-    return "".join(turns) + "<start_of_turn>model\n"
-
-
 def _choices(answer: Any) -> list[Any]:
-    return sorted(answer["choices"], key=lambda choice: choice["index"])
+    """One a prompt, in their order. Raises one of UNREADABLE."""
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    if [choice["index"] for choice in choices] != list(range(len(choices))):
+        raise ValueError("expected one choice a prompt")
+    return choices

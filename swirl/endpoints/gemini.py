@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from swirl.endpoints.wire import Wire, as_dict, chat_messages, seed_32, token_details
+from swirl.endpoints.turns import chat_messages
+from swirl.endpoints.wire import Wire, as_dict, as_list, seed_32, token_details
 from swirl.rollout.policy import PolicyState
 from swirl.trajectories.record import Step
 
@@ -13,8 +14,10 @@ class GeminiPolicy(Wire):
     """Gemini's generateContent. `endpoint.url` ends before /models, as in https://…/v1beta."""
 
     async def act(self, state: PolicyState) -> Step:
-        """Raises EndpointError where there is no answer, or none that can be read; gives
-        an empty, unstopped action where the server blocked it."""
+        """An empty, truncated action where the server blocked it.
+
+        Raises EndpointError where there is no answer, or none that can be read.
+        """
         roles = {"user": "user", "assistant": "model"}
         contents = [{"role": roles[m["role"]], "parts": [{"text": m["content"]}]} for m in chat_messages(state)]
         needed = {"maxOutputTokens": state.max_new_tokens, "temperature": state.temperature}
@@ -31,10 +34,11 @@ class GeminiPolicy(Wire):
 
         choice, text = await self._ask(state, needed, optional, ask)
         given = as_dict(choice.get("logprobsResult"))
-        chosen, others = given.get("chosenCandidates") or [], given.get("topCandidates") or []
+        chosen, others = as_list(given.get("chosenCandidates")), as_list(given.get("topCandidates"))
         tokens = list(zip(chosen, others, strict=True)) if len(chosen) == len(others) else [(c, {}) for c in chosen]
         ids, log_probs, top = token_details(
             tokens,
+            token=lambda token: token[0]["token"],
             token_id=lambda token: token[0].get("tokenId"),
             log_prob=lambda token: token[0]["logProbability"],
             top=lambda token: [(o["token"], o["logProbability"]) for o in token[1].get("candidates") or ()],

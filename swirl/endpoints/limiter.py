@@ -1,10 +1,9 @@
-"""What one endpoint may be asked, and when: slots in flight, requests and tokens a minute, and a breaker that
-pauses.
+"""What one endpoint may be asked, and when: requests in flight, requests and tokens a minute, and a circuit breaker.
 
-The breaker: after failures in a row, `FAILURES_TO_PAUSE` or a quarter of what is in flight if that is more,
-nobody asks for a while; then one request tries alone. Its success opens the way for all, its failure makes
-the next pause twice as long. Failures met while the endpoint is paused cost no request its retries, so that
-an outage costs time and nothing else.
+The breaker opens after failures in a row: `FAILURES_TO_PAUSE`, or a quarter of what is in flight if that is more. No
+request is sent for a while; then it is half open, and one request goes out as a probe. The probe's success closes the
+breaker, its failure makes the next pause twice as long. Failures met while the endpoint is paused cost no request its
+retries, so that an outage costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -18,15 +17,13 @@ from swirl.errors import EndpointUnusable
 
 FAILURES_TO_PAUSE = 5  # at most Endpoint.retries, or one request alone would give up before the breaker pauses
 _LONGEST_PAUSE_S = 30.0
-_SLOTS_PER_MS = 5  # a herd of connects arrives as one lump and stays one: measured 5% of a job of 40 rounds
+_SLOTS_PER_MS = 5  # requests that start together stay together: spreading them took 5% off a job of 40 rounds
 
 log = logging.getLogger("swirl.client")
 
 
 class Rate:
-    """At most `per_minute` units in any minute (a leaky bucket that starts with a second's worth). Pure
-    arithmetic.
-    """
+    """At most `per_minute` units in any minute (a leaky bucket that starts with a second's worth). Pure arithmetic."""
 
     def __init__(self, per_minute: float):
         burst = max(1.0, per_minute / 60)
@@ -65,7 +62,7 @@ class Limiter:
         self._failures = 0
         self._pauses = 0
         self._resume: asyncio.TimerHandle | None = None
-        self._trial = False  # the gate is open for one request only
+        self._probe = False  # the gate is open for one request only
         self._outage_since: float | None = None
         self._silent_since: float | None = None
 
@@ -78,8 +75,7 @@ class Limiter:
         return self.endpoint.concurrency - self._slots_to_come - self._free_slots
 
     async def enter(self, tokens: int) -> bool:
-        """Wait for a slot, the rates and the breaker; `leave` must follow. True: this request is the
-        breaker's trial.
+        """Wait for a slot, the rates and the breaker; `leave` must follow. True: this request is the breaker's probe.
 
         Raises EndpointUnusable, having taken nothing.
         """
@@ -97,16 +93,16 @@ class Limiter:
         except BaseException:
             self._give_slot()
             raise
-        if not self._trial:
+        if not self._probe:
             return False
-        self._trial = False
+        self._probe = False
         self._gate.clear()
         return True
 
-    def leave(self, trial: bool) -> None:
+    def leave(self, probe: bool) -> None:
         self._give_slot()
-        if trial and self.paused and self._resume is None and not self.unusable:
-            self._try_one()  # cancelled or timed out, it said nothing of the endpoint
+        if probe and self.paused and self._resume is None and not self.unusable:
+            self._half_open()  # cancelled or timed out, it said nothing of the endpoint
 
     async def _wait_for_rates(self, tokens: int) -> None:
         limits = [(rate, units) for rate, units in ((self._requests, 1), (self._tokens, tokens)) if rate]
@@ -155,11 +151,11 @@ class Limiter:
 
     def stayed_silent(self, since: float, reason: str) -> None:
         """A request begun at `since` (loop's time) had no answer in time. One is its own fault; when all are, for as
-        long as `patience_s`, it is the endpoint's: a hung server must not use up the job's requests one by one.
+        long as `retry_deadline_s`, it is the endpoint's: a hung server must not use up the job's requests one by one.
         """
         self._silent_since = since if self._silent_since is None else min(since, self._silent_since)
         silent_s = asyncio.get_running_loop().time() - self._silent_since
-        if silent_s > self.endpoint.patience_s and not self.unusable:
+        if silent_s > self.endpoint.retry_deadline_s and not self.unusable:
             self.give_up(f"no answer to any request for {silent_s:.0f} s ({reason})")
 
     def succeeded(self) -> None:
@@ -169,7 +165,7 @@ class Limiter:
         if self.paused:
             if self._pauses > 1:
                 log.warning("%s: answers again", self.endpoint.url)
-            self._pauses, self._outage_since, self._trial = 0, None, False
+            self._pauses, self._outage_since, self._probe = 0, None, False
             if self._resume:
                 self._resume.cancel()
                 self._resume = None
@@ -188,7 +184,7 @@ class Limiter:
         now = loop.time()
         if self._outage_since is None:
             self._outage_since = now
-        if now - self._outage_since + wait_s > self.endpoint.patience_s:
+        if now - self._outage_since + wait_s > self.endpoint.retry_deadline_s:
             return self.give_up(f"no answer for {now - self._outage_since:.0f} s ({reason})")
         if not self.reached and self._pauses >= self.endpoint.retries:
             return self.give_up(reason)
@@ -197,16 +193,16 @@ class Limiter:
         self._pauses += 1
         if self._pauses > 1:  # a lone streak is no news
             log.warning("%s: %s; pausing %.1f s", self.endpoint.url, reason, pause_s)
-        self._trial = False
+        self._probe = False
         self._gate.clear()
-        self._resume = loop.call_later(pause_s, self._try_one)
+        self._resume = loop.call_later(pause_s, self._half_open)
 
-    def _try_one(self) -> None:
-        self._resume, self._trial = None, True
+    def _half_open(self) -> None:
+        self._resume, self._probe = None, True
         self._gate.set()
 
     def give_up(self, reason: str) -> None:
         """From here on every request is refused at once."""
         self.unusable = reason
-        self._trial = False
+        self._probe = False
         self._gate.set()

@@ -8,17 +8,23 @@ where the server gives them (vLLM, SGLang, llama.cpp), and never made up from te
 from __future__ import annotations
 
 import logging
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
-from swirl.endpoints.client import Client, Endpoint
+from swirl.endpoints.client import Client
+from swirl.endpoints.endpoint import Endpoint
+from swirl.endpoints.response import UNREADABLE
 from swirl.errors import EndpointError
 from swirl.rollout.policy import PolicyState, TurnTokenizer
 from swirl.trajectories.record import Step
 
-# Of finish_reason; any other, or none, is the model's own end.
-CUT_OFF = ("length", "content_filter")
+# finish_reason of an action that is truncated; any other, or none, is the model's own end.
+TRUNCATED = ("length", "content_filter")
 _SERVER_FAILED = ("abort", "error")  # a server that shuts down, say: no answer, and none to be kept
+
+_ROUNDING = 1e-3  # above 0, of a log-prob that means 0
 
 log = logging.getLogger("swirl.client")
 
@@ -33,23 +39,16 @@ class Wire:
         client: Client,
         *,
         tokenizer: TurnTokenizer | None = None,
-        owns_client: bool = False,
     ):
         self.name = f"{endpoint.url}#{model}"
         self.endpoint, self.model, self.client, self.tokenizer = endpoint, model, client, tokenizer
-        self._owns_client = owns_client
         self._refused: set[str] = set()
-
-    async def close(self) -> None:
-        """Close the client, where it was opened for this policy alone."""
-        if self._owns_client:
-            await self.client.close()
 
     async def _ask(self, state: PolicyState, needed: dict, optional: dict, ask) -> Any:
         """`ask(payload, draw)`; an optional field that the server refuses by name is left out from then on.
 
         `draw` is 0 where the payload says by itself which draw it is. Without `seed` the draws of one state are equal
-        requests, which would share one answer: there it is the seed, so that each has its own, found again.
+        requests, which would share one answer: there it is the seed, so that each has its own.
         """
         while True:
             sent = {name: value for name, value in optional.items() if name not in self._refused}
@@ -84,21 +83,16 @@ class Wire:
             raise EndpointError(self.endpoint.url, f"the server ended the answer with '{reason}'", status=200)
 
 
-def chat_messages(state: PolicyState) -> list[dict[str, str]]:
-    """The state as user and assistant turns in turn: prompt, action, observation, action, …"""
-    messages = [{"role": "user", "content": state.prompt}]
-    for step in state.steps:
-        messages.append({"role": "assistant", "content": step.action})
-        messages.append({"role": "user", "content": step.observation or ""})
-    return messages
-
-
 def seed_32(seed: int) -> int:
     return seed % 2**31  # Gemini's is an int32, and numpy's behind other servers takes no more than 32 bits
 
 
 def as_dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list:
+    return value if isinstance(value, list) else []
 
 
 def given_instead(message: dict) -> str:
@@ -133,14 +127,47 @@ def _in_our_form(ids, log_probs, text: str, tokenizer: TurnTokenizer, *, stopped
     return (ids, log_probs) if ended or not stopped else ((*ids, tokenizer.end_of_turn_id), None)
 
 
-def token_details(tokens: list, *, token_id, log_prob, top):
-    """(ids, log_probs, top_log_probs) of an answer's tokens, each None unless every token has it."""
-    if not tokens:
+def token_details(
+    tokens: Any,
+    *,
+    token: Callable[[Any], Any],
+    token_id: Callable[[Any], Any],
+    log_prob: Callable[[Any], Any],
+    top: Callable[[Any], Any],
+):
+    """(ids, log_probs, top_log_probs) of an answer's tokens, each None unless every token has it.
+
+    `top_log_probs` has the drawn token first. A log-prob that is no finite number at most 0 is none.
+    """
+
+    def read(details: Callable[[], Any]) -> Any:
+        try:
+            return details()
+        except UNREADABLE:
+            return None
+
+    if not isinstance(tokens, list) or not tokens:
         return None, None, None
-    try:
-        ids = read_ids([token_id(token) for token in tokens])
-        log_probs = tuple(float(log_prob(token)) for token in tokens) or None
-        tops = tuple(tuple((str(name), float(value)) for name, value in top(token)) for token in tokens)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None, None, None
-    return ids, log_probs, tops if any(tops) else None
+    ids = read(lambda: read_ids([token_id(one) for one in tokens]))
+    log_probs = read(lambda: tuple(read_log_prob(log_prob(one)) for one in tokens))
+    tops = read(lambda: tuple(tuple((str(name), read_log_prob(value)) for name, value in top(one)) for one in tokens))
+    drawn = read(lambda: [str(token(one)) for one in tokens])
+    if log_probs is None or drawn is None or not any(tops or ()):
+        return ids, log_probs, None
+    return (
+        ids,
+        log_probs,
+        tuple(
+            ((name, value), *(other for other in others if other[0] != name))
+            for name, value, others in zip(drawn, log_probs, tops, strict=True)
+        ),
+    )
+
+
+def read_log_prob(value: Any) -> float:
+    """A natural log as a server gives it. Raises ValueError where it is no finite number at most 0; a hair above is 0,
+    for rounding leaves certain tokens there.
+    """
+    if type(value) not in (int, float) or not -math.inf < value <= _ROUNDING:
+        raise ValueError(f"expected a finite log-prob of at most 0, got {value}")
+    return min(0.0, float(value))

@@ -11,21 +11,25 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from swirl.endpoints.address import EndpointLimits, open_policy
-from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, EndpointError, EndpointUnusable
-from swirl.judging.prompts import CALCULATOR_PROCESS, OUTCOME, REWARD, SEARCH_PROCESS, JudgePrompt, read_prompt
+from swirl.judging.prompts import (
+    CALCULATOR_PROCESS,
+    OUTCOME,
+    REWARD,
+    SEARCH_PROCESS,
+    TOOL_PROCESS,
+    JudgePrompt,
+    read_prompt,
+)
 from swirl.judging.verdicts import expected_score, read_score, read_verdict
 from swirl.rollout.policy import PolicyState
-from swirl.trajectories.record import Question, Step, TopLogProbs, Verdict
+from swirl.trajectories.record import Judged, Question, Step, TopLogProbs, Verdict
 
 Kind = Literal["process", "outcome", "reward"]
-NO_ANSWER = "no answer: "
-_PROCESS_PROMPTS = ("search_prompt", "calculator_prompt")
 
 
 class StepToJudge(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +53,8 @@ class OutcomeToJudge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Judgement(msgspec.Struct, frozen=True, kw_only=True):
-    """A judge's word. `verdict` None: the judge failed, the step is masked and counted, never scored 0; the `reason`
-    then begins with NO_ANSWER where a server gave none, which may be asked again, and not where its answer is none.
+    """A judge's word. `verdict` None: there is none, the step is masked and counted, never scored 0; `judged` then says
+    what became of the question, and `reason` why.
 
     `reward` is the graded score of the action in [0, 1] where the judge gives one, else None.
     """
@@ -58,6 +62,17 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Verdict | None
     reason: str
     reward: float | None = None
+    judged: Judged = Judged.ANSWERED
+
+
+class _Reading(NamedTuple):
+    """What an answer says, `value` None where it says nothing; `judged` and `reason` as of a Judgement."""
+
+    value: Any
+    reason: str
+    judged: Judged = Judged.ANSWERED
+    answer: str = ""
+    top_log_probs: TopLogProbs | None = None
 
 
 def show_context(steps: Sequence[Step]) -> str:
@@ -70,38 +85,27 @@ def show_context(steps: Sequence[Step]) -> str:
 
 
 class GenerativeJudge:
-    """Judges the process: GOOD or BAD for one step. `policy` is the model that is asked (policy.py, or a
-    local one).
+    """Judges the process: GOOD or BAD for one step. `policy` is the model that is asked, over the wire or in this
+    process; `prompt` a template for every tool in place of the built-in ones.
     """
 
-    def __init__(
-        self,
-        policy,
-        *,
-        search_prompt: JudgePrompt = SEARCH_PROCESS,
-        calculator_prompt: JudgePrompt = CALCULATOR_PROCESS,
-        max_new_tokens: int = 1024,
-    ):
+    def __init__(self, policy, *, prompt: JudgePrompt | None = None, max_new_tokens: int = 1024):
         self.policy, self.max_new_tokens = policy, max_new_tokens
-        self.prompts = {"search": search_prompt, "calculator": calculator_prompt}
-        versions = ",".join(f"{prompt.name}-v{prompt.version}" for prompt in self.prompts.values())
+        self._prompts = {("search",): prompt or SEARCH_PROCESS, ("calculator",): prompt or CALCULATOR_PROCESS}
+        self._prompt_of_others = prompt or TOOL_PROCESS
+        prompts = [*self._prompts.values(), self._prompt_of_others]
+        versions = ",".join(dict.fromkeys(f"{prompt.name}-v{prompt.version}" for prompt in prompts))
         self.name = f"{policy.name} ({versions})"
 
     async def judge(self, item: StepToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
-        prompt = self.prompts["calculator" if item.tools == ("calculator",) else "search"]
-        text = step_text(prompt, item)
-        verdict, reason, _ = await _ask(self.policy, text, prompt.reminder, read_verdict, self.max_new_tokens)
-        return Judgement(verdict=verdict, reason=reason)
-
-    async def close(self) -> None:
-        await _close(self.policy)
+        prompt = self._prompts.get(item.tools, self._prompt_of_others)
+        said = await _ask(self.policy, step_text(prompt, item), prompt.reminder, read_verdict, self.max_new_tokens)
+        return Judgement(verdict=said.value, reason=said.reason, judged=said.judged)
 
 
 class OutcomeJudge:
-    """Judges the outcome: GOOD where the model says YES, the final answer is the golden one; BAD where it
-    says NO.
-    """
+    """Judges the outcome: GOOD where the model says YES, the final answer is the golden one; BAD where it says NO."""
 
     def __init__(self, policy, *, prompt: JudgePrompt = OUTCOME, max_new_tokens: int = 512):
         self.policy, self.prompt, self.max_new_tokens = policy, prompt, max_new_tokens
@@ -110,22 +114,18 @@ class OutcomeJudge:
     async def judge(self, item: OutcomeToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one answer, is at fault."""
         if item.question.answer is None:
-            return Judgement(verdict=None, reason="the question has no golden answer")
+            return Judgement(verdict=None, reason="the question has no golden answer", judged=Judged.UNREADABLE)
         if not (item.prediction or "").strip():
             return Judgement(verdict="BAD", reason="no answer was given")
         golden = " or ".join([item.question.answer, *item.question.aliases])
-        text = self.prompt.fill(question=item.question.question, answer=golden, prediction=item.prediction)
-        verdict, reason, _ = await _ask(
+        said = await _ask(
             self.policy,
-            text,
+            self.prompt.fill(question=item.question.question, answer=golden, prediction=item.prediction),
             self.prompt.reminder,
-            lambda said: read_verdict(said, "YES", "NO"),
+            lambda answer: read_verdict(answer, "YES", "NO"),
             self.max_new_tokens,
         )
-        return Judgement(verdict=verdict, reason=reason)
-
-    async def close(self) -> None:
-        await _close(self.policy)
+        return Judgement(verdict=said.value, reason=said.reason, judged=said.judged)
 
 
 class GenerativeRewardModel:
@@ -154,14 +154,16 @@ class GenerativeRewardModel:
     async def judge(self, item: StepToJudge) -> Judgement:
         """Raises EndpointUnusable where the endpoint, not this one step, is at fault."""
         text = step_text(self.prompt, item)
-        score, reason, top_log_probs = await self._vote(text, 0)
-        expected = None if score is None else expected_score(top_log_probs)
+        first = await self._vote(text, 0)
+        expected = expected_score(first.answer, first.top_log_probs)
         if expected is not None:
-            return self._judgement([expected], reason)
-        others = await asyncio.gather(*(self._vote(text, draw) for draw in range(1, self.votes)))
-        votes = [(score, reason), *((score, reason) for score, reason, _ in others)]
-        scores = [score for score, _ in votes if score is not None]
-        return self._judgement(scores, reason if scores else _why_none([reason for _, reason in votes]))
+            return _graded([expected], first.reason)
+        votes = [first, *await asyncio.gather(*(self._vote(text, draw) for draw in range(1, self.votes)))]
+        scores = [vote.value for vote in votes if vote.value is not None]
+        if scores:
+            return _graded(scores, first.reason)
+        none = _why_none(votes)
+        return Judgement(verdict=None, reason=none.reason, judged=none.judged)
 
     def _vote(self, text: str, draw: int):
         return _ask(
@@ -170,19 +172,15 @@ class GenerativeRewardModel:
             self.prompt.reminder,
             read_score,
             self.max_new_tokens,
-            self.temperature,
-            2 * draw,
-            20,
+            temperature=self.temperature,
+            seed=2 * draw,
+            top_log_probs=20,
         )
 
-    def _judgement(self, scores: list[float], reason: str) -> Judgement:
-        if not scores:
-            return Judgement(verdict=None, reason=reason)
-        reward = sum(scores) / len(scores)
-        return Judgement(verdict="GOOD" if reward >= 0.5 else "BAD", reason=reason, reward=reward)
 
-    async def close(self) -> None:
-        await _close(self.policy)
+def _graded(scores: list[float], reason: str) -> Judgement:
+    reward = sum(scores) / len(scores)
+    return Judgement(verdict="GOOD" if reward >= 0.5 else "BAD", reason=reason, reward=reward)
 
 
 def step_text(prompt: JudgePrompt, item: StepToJudge) -> str:
@@ -196,12 +194,13 @@ async def _ask(
     reminder: str,
     read: Callable[[str], Any],
     max_new_tokens: int,
+    *,
     temperature: float = 0.0,
     seed: int = 0,
     top_log_probs: int = 0,
-) -> tuple[Any, str, TopLogProbs | None]:
-    """(what `read` makes of the answer, its text, its log-probs), or (None, why not, None)."""
-    reasons = []
+) -> _Reading:
+    """What `read` makes of the model's answer, which is asked for once more where it makes nothing of the first."""
+    readings = []
     for attempt, prompt in enumerate((text, f"{text}\n\n{reminder}")):
         state = PolicyState(
             prompt=prompt,
@@ -215,21 +214,21 @@ async def _ask(
         except EndpointUnusable:
             raise
         except EndpointError as error:
-            reasons.append(f"{NO_ANSWER}{error.reason}")
+            readings.append(_Reading(None, error.reason, Judged.UNANSWERED))
             if error.status != 200:
                 break  # no answer at all, and the client has tried what is worth trying
             continue
         value = None if step.truncated else read(step.action)
         if value is not None:
-            return value, _shorten(step.action, 1000), step.top_log_probs
+            return _Reading(value, _shorten(step.action, 1000), answer=step.action, top_log_probs=step.top_log_probs)
         why = "truncated after" if step.truncated else "the answer ends with"
-        reasons.append(f"no verdict: {why} '{_shorten(step.action, 80)}'")
-    return None, _why_none(reasons), None
+        readings.append(_Reading(None, f"{why} '{_shorten(step.action, 80)}'", Judged.UNREADABLE))
+    return _why_none(readings)
 
 
-def _why_none(reasons: list[str]) -> str:
+def _why_none(readings: list[_Reading]) -> _Reading:
     """The last, or the first that asking again might change."""
-    return next((reason for reason in reasons if reason.startswith(NO_ANSWER)), reasons[-1])
+    return next((one for one in readings if one.judged is Judged.UNANSWERED), readings[-1])
 
 
 def _shorten(text: str, characters: int) -> str:
@@ -237,41 +236,14 @@ def _shorten(text: str, characters: int) -> str:
     return text if len(text) <= characters else "…" + text[1 - characters :]
 
 
-async def _close(policy) -> None:
-    if hasattr(policy, "close"):
-        await policy.close()
-
-
-def open_judge(
-    spec: str,
-    *,
-    kind: Kind = "process",
-    prompt: str | os.PathLike | None = None,
-    votes: int = 4,
-    client: Client | None = None,
-    cache: str | os.PathLike | None = None,
-    key_env: str | None = None,
-    limits: EndpointLimits | None = None,
-):
-    """A judge over the wire, from a spec such as https://host/v1#model (policy.parse_spec). Raises
-    ConfigError, and InputError as `judge_with` does.
-
-    Without a `client` it has its own, with the file `cache` (None keeps no answers), and `close` must be
-    awaited.
-    """
-    policy = open_policy(spec, client=client, cache=cache, key_env=key_env, limits=limits, details=False)
-    return judge_with(policy, kind, prompt=prompt, votes=votes)
-
-
 def judge_with(policy, kind: Kind, *, prompt: str | os.PathLike | None = None, votes: int = 4):
     """The judge of that kind which asks `policy`, by a template of the user's where `prompt` is its file or its text.
 
-    A template of the process serves both tools. `votes` are those of a reward model. Raises ConfigError, InputError.
+    A template of the process serves all tools. `votes` are those of a reward model. Raises ConfigError, InputError.
     """
     match kind:
         case "process":
-            own = {} if prompt is None else dict.fromkeys(_PROCESS_PROMPTS, read_prompt(prompt, SEARCH_PROCESS))
-            return GenerativeJudge(policy, **own)
+            return GenerativeJudge(policy, prompt=None if prompt is None else read_prompt(prompt, SEARCH_PROCESS))
         case "outcome":
             return OutcomeJudge(policy, prompt=OUTCOME if prompt is None else read_prompt(prompt, OUTCOME))
         case "reward":

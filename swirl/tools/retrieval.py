@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from swirl.endpoints.batcher import Batcher
-from swirl.endpoints.client import Client, Endpoint, encode_payload
+from swirl.endpoints.client import Client, encode_payload
+from swirl.endpoints.endpoint import Endpoint
 from swirl.errors import ConfigError, EndpointError, InputError
 from swirl.tools.search import Page, read_pages, show_pages
 

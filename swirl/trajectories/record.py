@@ -53,8 +53,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `log_probs` are the behaviour policy's, one natural log per action id, under the distribution the action was drawn
     from (its temperature within); greedy actions have those of temperature 1. A server's are kept as it gives them:
     where those are of temperature 1 whatever it draws at, the importance ratio corrects for the model alone.
-    `top_log_probs` holds (token, log-prob) alternatives at each token, where a judge asked its model for them; no
-    trajectory has them.
+    `top_log_probs` holds (token, log-prob) alternatives at each token, the drawn one first, where a judge asked its
+    model for them; no trajectory has them.
     """
 
     action: str
@@ -83,7 +83,8 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `tools` are those on offer, each with its tag: {"search": "search_query"}.
     `tokenizer` is the fingerprint of the tokenizer that made the ids (None: no ids).
-    `outcome` says whether the final answer is correct, `dropped` why a filter let the trajectory go.
+    `outcome` says whether the final answer is correct, `dropped` why a filter let the trajectory go;
+    `judged` is UNREADABLE or UNANSWERED where that was for want of a judgement.
     `retokenized` says the ids were made from text once, because the policy's endpoint gave none.
     """
 
@@ -100,6 +101,7 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     policy: str | None = None
     outcome: bool | None = None
     dropped: str | None = None
+    judged: Judged | None = None
     tools: dict[str, str] = {}
     schema: int = SCHEMA_VERSION
 

@@ -9,7 +9,8 @@ from aiohttp import web
 
 from benchmarks.fault_server import FaultServer
 from swirl.endpoints.batcher import Batcher, embedder
-from swirl.endpoints.client import Client, Endpoint
+from swirl.endpoints.client import Client
+from swirl.endpoints.endpoint import Endpoint
 from swirl.errors import ConfigError, EndpointError
 from swirl.tools.retrieval import retriever
 

@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks.fault_server import FaultServer
 from swirl.endpoints.cache import AnswerCache
-from swirl.endpoints.client import Client, Endpoint
+from swirl.endpoints.client import Client
+from swirl.endpoints.endpoint import Endpoint
 from swirl.errors import EndpointError, InputError
 
 CHAT = "/v1/chat/completions"
@@ -121,9 +122,10 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path):
 KILLED = """
 import asyncio, sys
 from benchmarks.client import items
-from swirl.environment.client import Client, Endpoint
-from swirl.environment.judge import GenerativeJudge
-from swirl.environment.policy import ChatPolicy
+from swirl.endpoints.client import Client
+from swirl.endpoints.endpoint import Endpoint
+from swirl.judging.judges import GenerativeJudge
+from swirl.endpoints.chat import ChatPolicy
 
 async def main(url, cache):
     async with Client(cache) as client:

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from benchmarks.client import items, judge_all
 from benchmarks.fault_server import FAULTS, FaultServer, verdict_of
-from swirl.endpoints import client as client_module
+from swirl.endpoints import response as response_module
 from swirl.endpoints.chat import ChatPolicy
-from swirl.endpoints.client import Client, Endpoint, Progress, retry_after_s
+from swirl.endpoints.client import Client, Progress
+from swirl.endpoints.endpoint import Endpoint
 from swirl.endpoints.limiter import Rate
+from swirl.endpoints.response import retry_after_s
 from swirl.errors import ConfigError, EndpointError, EndpointUnusable
 from swirl.judging.judges import GenerativeJudge
 
@@ -80,7 +82,7 @@ def test_gives_up_after_the_retries():
             return await client.post(where, CHAT, prompt("second"))
 
     assert content(asyncio.run(run())).endswith(verdict_of("second"))
-    error, _ = ask_once(server, patience_s=0.2)
+    error, _ = ask_once(server, retry_deadline_s=0.2)
     assert isinstance(error, EndpointUnusable) and "HTTP 500" in error.reason
 
 
@@ -89,7 +91,7 @@ def test_honours_retry_after():
     started = time.monotonic()
     answer, _ = ask_once(server)
     assert content(answer) and time.monotonic() - started >= 0.3
-    error, _ = ask_once(FaultServer(script=["429"], retry_after="3600"), patience_s=10)
+    error, _ = ask_once(FaultServer(script=["429"], retry_after="3600"), retry_deadline_s=10)
     assert isinstance(error, EndpointError) and error.status == 429
 
 
@@ -294,11 +296,11 @@ def test_an_outage_costs_time_and_no_request(caplog):
     assert "pausing" in caplog.text and "answers again" in caplog.text
 
 
-def test_an_outage_beyond_patience_ends_the_job():
+def test_an_outage_beyond_the_retry_deadline_ends_the_job():
     async def run():
         server = FaultServer()
         async with Client() as client:
-            where = endpoint(await server.start(), patience_s=0.3)
+            where = endpoint(await server.start(), retry_deadline_s=0.3)
             await client.post(where, CHAT, prompt("before"))
             await server.stop()
             asked = [client.post(where, CHAT, prompt(str(k))) for k in range(20)]
@@ -325,7 +327,7 @@ def test_a_server_that_never_answered_is_given_up_soon():
 def test_a_server_that_hangs_is_given_up_and_one_that_is_slow_at_times_is_not():
     async def run(script, **changes):
         async with FaultServer(script=script) as server, Client() as client:
-            where = endpoint(server.url, concurrency=2, read_s=0.1, patience_s=0.25, **changes)
+            where = endpoint(server.url, concurrency=2, read_s=0.1, retry_deadline_s=0.25, **changes)
             asked = [client.post(where, CHAT, prompt(str(k))) for k in range(40)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
             return [type(answer) for answer in answers], len(server.log)
@@ -437,7 +439,7 @@ def test_endpoint_values_that_cannot_be_meant(change):
 
 
 def test_an_endless_answer_is_cut(monkeypatch):
-    monkeypatch.setattr(client_module, "_LARGEST_ANSWER_BYTES", 10_000)
+    monkeypatch.setattr(response_module, "LARGEST_ANSWER_BYTES", 10_000)
 
     def flood(path, payload):
         return web.Response(body=b"[" + b"1," * 100_000)

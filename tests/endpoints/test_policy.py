@@ -10,12 +10,13 @@ from aiohttp import web
 
 from benchmarks.fault_server import FaultServer
 from swirl.app.resolve import ALMANAC_BASE
-from swirl.endpoints.address import endpoint_for, open_policy, parse_spec
+from swirl.endpoints.address import endpoint_for, open_wire_policy, parse_spec
 from swirl.endpoints.chat import ChatPolicy
-from swirl.endpoints.client import Client, Endpoint
-from swirl.endpoints.completions import CompletionsPolicy, gemma_turns
+from swirl.endpoints.client import Client
+from swirl.endpoints.completions import CompletionsPolicy
+from swirl.endpoints.endpoint import Endpoint
 from swirl.endpoints.gemini import GeminiPolicy
-from swirl.endpoints.wire import chat_messages
+from swirl.endpoints.turns import chat_messages, gemma_turns
 from swirl.errors import ConfigError, EndpointError
 from swirl.model.tokenizer import Tokenizer
 from swirl.rollout.policy import PolicyState
@@ -281,7 +282,7 @@ def test_completions_send_gemma_turns_or_ids():
     assert (
         action.action_ids == (1, 107)
         and action.log_probs == (-0.25, -0.5)
-        and action.top_log_probs == ((("a", -0.25),), ())
+        and action.top_log_probs == ((("a", -0.25),), (("b", -0.5),))
     )
     assert (
         server.bodies[0]["prompt"]
@@ -376,7 +377,7 @@ def test_messages_alternate():
 )
 def test_specs(spec, parsed):
     assert parse_spec(spec) == parsed
-    assert open_policy(spec).name == f"{parsed[1]}#{parsed[2]}"
+    assert open_wire_policy(spec, client=Client()).name == f"{parsed[1]}#{parsed[2]}"
 
 
 @pytest.mark.parametrize("spec", ["http://h/v1", "http://h/v1#", "#m", "grpc+http://h#m", "/some/folder#m"])

@@ -363,7 +363,7 @@ def test_an_outcome_or_a_reward_without_an_answer_is_asked_for_again(tmp_path):
 
     first, again = asyncio.run(all_of_it())
     (warning,) = first.warnings
-    assert "the final answer has no verdict (no answer: HTTP 418" in warning and "has no reward (no answer: " in warning
+    assert "the final answer has no verdict (HTTP 418" in warning and "has no reward (HTTP 418" in warning
     assert first.result["unanswered"] > 1 and first.result["unjudged"] == 0
     assert again.result["unanswered"] == again.result["unjudged"] == 0 and not again.warnings
     assert again.result["kept"] + again.result["dropped"] == 12

@@ -12,7 +12,15 @@ from swirl.rollout.task import Task
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.tasks import almanac
 from swirl.tools.search import search_tool
-from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory, encode_trajectory, with_calls
+from swirl.trajectories.record import (
+    Judged,
+    Question,
+    Step,
+    Trajectory,
+    decode_trajectory,
+    encode_trajectory,
+    with_calls,
+)
 
 
 def exact(question, prediction):
@@ -204,7 +212,7 @@ def test_a_checkpoint_judges_and_what_it_fails_to_say_is_masked(tiny_folder):
     question = Question(id="q", task="bridge", question="Where was Kelmor born?")
     item = StepToJudge(question=question, steps=(), step=Step(action="<answer>Kelmor</answer>"), tools=("search",))
     judgement = asyncio.run(judge.judge(item))
-    assert judgement.verdict is None and judgement.reason.startswith("no verdict: ")
+    assert judgement.verdict is None and judgement.judged is Judged.UNREADABLE
 
 
 def test_a_state_that_comes_as_text_is_the_state_that_comes_as_ids(tiny_folder):

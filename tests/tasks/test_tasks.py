@@ -192,7 +192,7 @@ def test_open_task_scores_and_searches_every_data_set():
 
 
 def test_a_calculator_trajectory_of_others_is_judged_as_one():
-    from swirl.filter import step_to_judge
+    from swirl.judging.filtering import step_to_judge
 
     prompt = question_prompt("2 + 2?", [calculator_tool()], 10)
     step = Step(action="<answer>4</answer>")
