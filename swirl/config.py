@@ -88,8 +88,17 @@ class TrainConfig:
     softcap, so no Gemma 2 as published. Never chosen by itself: nothing is measured that would choose."""
     recompute: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    resume: str | None = None
+    """`auto`: go on from the last whole checkpoint in --out, or start where there is none. A checkpoint's folder: from
+    that one. Without it an earlier run in --out is set aside. Settings that decide the weights must be the same."""
+    save_minutes: float = 5.0
+    """Save a checkpoint about every so many minutes, while training goes on; 0: never."""
     save_every: int = 0
-    """Also save a checkpoint every so many updates; 0: at the end alone."""
+    """And after every so many updates; 0: never. Whatever stops a run, its last update is saved."""
+    keep: int = 2
+    """Checkpoints to keep, the last ones."""
+    rank_timeout_s: float = 600.0
+    """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
     evaluate_every: int = 0
     """Also evaluate every so many updates (on --task's families); 0: before and after alone."""
     device: str = "auto"
@@ -103,9 +112,10 @@ class TrainConfig:
                 raise ConfigError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected {expected}")
 
         for flag in ("updates", "trajectories_per_update", "max_new_tokens", "tokens_per_micro_batch", "num_questions",
-                     "samples", "evaluate_num_questions"):  # fmt: skip
+                     "samples", "evaluate_num_questions", "keep"):  # fmt: skip
             require(getattr(self, flag) >= 1, flag, "at least 1")
         for flag in (
+            "save_minutes",
             "save_every",
             "evaluate_every",
             "warmup",
@@ -114,7 +124,7 @@ class TrainConfig:
             "generate_temperature",
         ):
             require(getattr(self, flag) >= 0, flag, "0 or more")
-        for flag in ("learning_rate", "max_grad_norm", "clip", "temperature"):
+        for flag in ("learning_rate", "max_grad_norm", "clip", "temperature", "rank_timeout_s"):
             require(0 < getattr(self, flag) < float("inf"), flag, "more than 0, and finite")
         require(0 <= self.final_learning_rate <= 1, "final_learning_rate", "a share between 0 and 1")
         if self.attention != "tree":

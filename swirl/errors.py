@@ -6,6 +6,7 @@ SwirlError
 ├── CheckpointError  a model folder or file                              (OSError)
 ├── CalculatorError  an expression the calculator refuses                (ValueError)
 ├── EndpointError    a server that could not be reached or understood    (ConnectionError)
+├── RankError        a process of the job that was killed or is stopped  (ConnectionError)
 └── NonFiniteError   a loss or gradient that is NaN or infinite          (FloatingPointError)
 """
 
@@ -53,6 +54,10 @@ class EndpointError(SwirlError, ConnectionError):
 
 class EndpointUnusable(EndpointError):
     """The endpoint, not one request, is at fault: its key, its model, an outage beyond patience."""
+
+
+class RankError(SwirlError, ConnectionError):
+    """A rank of the job that was killed, failed, or is stopped: the others cannot go on without it."""
 
 
 class NonFiniteError(SwirlError, FloatingPointError):

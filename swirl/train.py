@@ -17,17 +17,19 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
 from swirl import config as configs
 from swirl.app import command, resolve, stages, training_data
 from swirl.app.progress import progress
-from swirl.app.run_folder import RunFolder, open_run
+from swirl.app.run_folder import RunFolder, open_run, settings_of
 from swirl.app.scores import Score, compared
-from swirl.app.signals import exit_if_terminated, exit_on_sigterm
+from swirl.app.signals import deferred, exit_if_stopped, stop_on_signals
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
 from swirl.errors import EndpointUnusable
@@ -35,12 +37,14 @@ from swirl.judging import rewards
 from swirl.judging.filtering import step_to_judge
 from swirl.learning import distributed, usage
 from swirl.learning.batches import SubTrajectory, assigned_here, micro_batches, num_tokens, present, shuffled
+from swirl.learning.checkpoints import Snapshot, restore, snapshot_of
 from swirl.learning.metrics import SUMS, log_line, per_token, reward_metrics
 from swirl.learning.objective import Objective, advantages_of
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
 from swirl.report import print_comparison, write_report
 from swirl.rollout.rollout import draw_seed
 from swirl.sampling.local_policy import LocalPolicy, completion_action
+from swirl.storage.digest import checkpoint_digest, file_digest
 from swirl.trajectories.actions import TAGS
 from swirl.trajectories.log import read_trajectories
 from swirl.trajectories.record import Step, Trajectory, with_call
@@ -57,19 +61,36 @@ class State(NamedTuple):
 
 
 def learn(
-    config: TrainConfig, policy: LocalPolicy, tokenizer, judge, kept: list[Trajectory], run: RunFolder, runner
+    config: TrainConfig,
+    policy: LocalPolicy,
+    tokenizer,
+    judge,
+    kept: list[Trajectory],
+    run: RunFolder,
+    runner: asyncio.Runner,
+    so_far: dict,
 ) -> list[dict]:
     """All updates of the policy's model; returns the metrics of each. `kept` carries ids, and rewards where recorded
-    actions are learned from. Raises SwirlError; whatever stops it, the weights of the last update are saved.
+    actions are learned from; `so_far` is the JSON that its checkpoints carry along, and where the run goes on from one,
+    that one's. Raises SwirlError; whatever stops it, the last update is saved.
     """
     model = policy.engine.model
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     objective = Objective(config, model)
     peak_flops = usage.measured_peak_flops(model.device, model.dtype) if distributed.is_main() else 0.0
-    batches = shuffled(len(kept), config.trajectories_per_update, config.seed)
-    history: list[dict] = []
-    update, show = 0, distributed.is_main()
-    with run.emergency_checkpoint(model, tokenizer, history), progress("train", config.updates, show=show) as advance:
+    history: list[dict] = list(so_far["logs"].get("metrics.jsonl", ()))
+    update, began = len(history), time.perf_counter()
+    if update:
+        restore(run.resumed, model, optimizer)
+    batches = islice(shuffled(len(kept), config.trajectories_per_update, config.seed), update, None)
+
+    def snapshot(copy: bool = True) -> Snapshot:
+        logs = {name: list(lines) for name, lines in run.logs.items()}
+        state = {**so_far, "logs": logs, "wall_s": so_far["wall_s"] + time.perf_counter() - began}
+        return snapshot_of(model, optimizer, tokenizer, update, state, copy=copy)
+
+    bar = progress("train", config.updates, completed=update, show=distributed.is_main())
+    with run.keeping_the_last_update(lambda: snapshot(copy=False) if update else None), bar as advance:
         while True:
             last = update == config.updates
             if config.evaluate_every and (last or update % config.evaluate_every == 0):
@@ -79,11 +100,10 @@ def learn(
                 accuracy = {score.task: score.accuracy for score in scores}
                 run.append("validation.jsonl", {"update": update, "accuracy": accuracy})
             if last:
-                run.save("checkpoint", model, tokenizer)
+                run.finish(lambda: snapshot(copy=False))
                 break
-            if config.save_every and update and update % config.save_every == 0:
-                run.save(f"checkpoint-{update}", model, tokenizer, f"checkpoint of update {update}")
-            exit_if_terminated()
+            run.save_if_due(update, snapshot)
+            exit_if_stopped()
             started = time.perf_counter()
 
             # The actions to learn from: G of the policy's own at every state of some trajectories, or those recorded.
@@ -92,7 +112,7 @@ def learn(
             if config.mode == "sampled":
                 steps = draw(config, policy, tokenizer, distributed.my_share(states), update)
                 steps = runner.run(rewarded(judge, distributed.my_share(states), steps))
-                steps = distributed.gather_shares(steps)
+                steps = distributed.gather_shares(steps, list[Step])
             else:
                 steps = [[state.trajectory.steps[state.k]] for state in states]
             actions = with_advantages(config, states, steps)
@@ -121,16 +141,16 @@ def learn(
                 update, config.updates, config.learning_rate, warmup=config.warmup, floor=config.final_learning_rate
             )
             set_learning_rate(optimizer, learning_rate)
-            if sums["computed_tokens"]:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            update += 1
-
-            metrics = {"update": update, **reward_metrics(actions), **per_token(sums, actions, live)}
-            metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
-            metrics |= usage.speed(model, sums, peak_flops, wall_s=time.perf_counter() - started, sample_s=drawn_s)
-            history.append(metrics)
-            run.append("metrics.jsonl", metrics)
+            with deferred():  # a signal finds an update that is done, weights and metrics, or not begun
+                if sums["computed_tokens"]:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                update += 1
+                metrics = {"update": update, **reward_metrics(actions), **per_token(sums, actions, live)}
+                metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+                metrics |= usage.speed(model, sums, peak_flops, wall_s=time.perf_counter() - started, sample_s=drawn_s)
+                history.append(metrics)
+                run.append("metrics.jsonl", metrics)
             advance(note=log_line(metrics))
             _require_grades(config, history, judge)
     _tell_masked(history)
@@ -204,7 +224,7 @@ def train(config: TrainConfig) -> dict | None:
     device = distributed.local_device(resolve.device_for(config.device))
     data = read_trajectories(config.data) if config.data is not None else None
     config = configs.settled(config, None if data is None else {t.question.task for t in data})
-    with distributed.process_group(device), asyncio.Runner() as runner:
+    with distributed.process_group(device, timeout_s=config.rank_timeout_s), asyncio.Runner() as runner:
         model, tokenizer = resolve.load_model(
             config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention
         )
@@ -215,31 +235,48 @@ def train(config: TrainConfig) -> dict | None:
             data = training_data.with_rewards(data, config)
         client = Client(config.out / "answers.sqlite")
         judge = resolve.open_judge(config.reward, kind="reward", client=client) if config.mode == "sampled" else None
-        with open_run(config) as run, ExitStack() as closing:
+        settings = settings_of(
+            config,
+            model=checkpoint_digest(resolve.model_folder(config.model)),
+            data="generated" if config.data is None else file_digest(config.data),
+        )
+        with open_run(config, settings) as run, ExitStack() as closing:
             closing.callback(lambda: runner.run(resolve.close(judge, client)))
             ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
             if distributed.is_main():
                 print(f"{config.mode} actions, {config.reward} reward, {device}{ranks}", file=sys.stderr)
-            before = runner.run(
-                stages.evaluate(config, policy, tokenizer, config.evaluate_on, "test", "evaluate before")
-            )
-            if data is None:
-                data = runner.run(stages.generate_and_filter(config, policy, tokenizer, run))
+            so_far = distributed.from_main(run.resumed and run.resumed.state)
+            if so_far is None:
+                before = runner.run(
+                    stages.evaluate(config, policy, tokenizer, config.evaluate_on, "test", "evaluate before")
+                )
+                if data is None:
+                    data = runner.run(stages.generate_and_filter(config, policy, tokenizer, run))
+                generated = config.data is None and distributed.is_main()
+                kept = file_digest(run.path / stages.KEPT) if generated else None
+                so_far = {"settings": settings, "before": msgspec.to_builtins(before), "kept": kept, "logs": {}}
+            else:
+                before = msgspec.convert(so_far["before"], list[Score])
+                started -= so_far["wall_s"]
+                if data is None:
+                    data = stages.kept_before(run, so_far["kept"])
+            if config.data is None:
                 data = training_data.with_rewards(data, config)
-            history = learn(config, policy, tokenizer, judge, data, run, runner)
+            so_far["wall_s"] = time.perf_counter() - started
+            history = learn(config, policy, tokenizer, judge, data, run, runner, so_far)
             after = runner.run(stages.evaluate(config, policy, tokenizer, config.evaluate_on, "test", "evaluate after"))
-        if not distributed.is_main():
-            return None
-        summary = _summary(config, before, after, history, started)
-        run.write("summary.json", summary)
-        write_report(config.out)
-        if after:
-            print_comparison(before, after)
-        print(
-            f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
-            f"the picture in {config.out}/report.html"
-        )
-        return summary
+            if not distributed.is_main():
+                return None
+            summary = _summary(config, before, after, history, started)
+            run.write("summary.json", summary)
+            write_report(config.out)
+            if after:
+                print_comparison(before, after)
+            print(
+                f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
+                f"the picture in {config.out}/report.html"
+            )
+            return summary
 
 
 def _summary(config: TrainConfig, before: list[Score], after: list[Score], history: list[dict], started: float) -> dict:
@@ -261,7 +298,7 @@ def main(config: TrainConfig) -> None:
     if not distributed.launched_as_main():
         # the others' results would repeat the main rank's, their errors are the launcher's to show
         sys.stdout = open(os.devnull, "w")
-    exit_on_sigterm()
+    stop_on_signals()
     train(config)
 
 

@@ -1,108 +1,230 @@
-"""The folder of a run: config.json, metrics.jsonl, checkpoints. Written by the main rank alone."""
+"""The folder of a run: config.json, metrics.jsonl, checkpoints. Written by the main rank alone, one run at a time."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from swirl.app import command
-from swirl.app.signals import sigterm_ignored
-from swirl.errors import ConfigError
+from swirl.app.signals import deferred, saving
+from swirl.config import TrainConfig
+from swirl.errors import CheckpointError, ConfigError
 from swirl.learning import distributed
-from swirl.storage.lock import take_lock
+from swirl.learning.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    Snapshot,
+    export_model,
+    newest_checkpoint,
+    open_checkpoint,
+    set_newer_aside,
+    write_checkpoint,
+)
+from swirl.storage.digest import seal
+from swirl.storage.files import replace_file
+from swirl.storage.lock import folder_lock
+
+LOGS = ("metrics.jsonl", "validation.jsonl")
+# Flags that change no weight: a run may go on with others. Of `model` and `data` the content counts, not the path.
+_FREE = {"out", "resume", "save_every", "save_minutes", "keep", "rank_timeout_s", "device", "model", "data", "smoke",
+         "evaluate_every"}  # fmt: skip
 
 
 class RunFolder:
-    """Where a run writes. On every rank but the main one its methods do nothing."""
+    """Where a run writes. On every rank but the main one its methods do nothing.
 
-    def __init__(self, path: Path):
-        self.path = path
+    `resumed` is the checkpoint the run goes on from, None where it starts; on the main rank alone.
+    """
+
+    def __init__(self, config: TrainConfig, resumed: Checkpoint | None = None):
+        self.path, self.resumed = Path(os.path.realpath(config.out)), resumed
+        self.logs: dict[str, list[dict]] = {name: [] for name in LOGS}
+        self._every, self._seconds = config.save_every, 60 * config.save_minutes
+        self._saved_at = time.monotonic()
+        self._writer = None
+        if distributed.is_main():
+            self._writer = CheckpointWriter(self.path, keep=config.keep, warn=command.warn)
+            self._writer.last = resumed and resumed.folder.parent == self.path and resumed.update
 
     def append(self, name: str, line: dict) -> None:
         """One line of JSON more in the file of that name."""
         if distributed.is_main():
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.logs.setdefault(name, []).append(line)
+            with open(self.path / name, "ab") as file:
+                file.write(_line(line))
 
     def write(self, name: str, value: dict) -> None:
         """A file of that name with one JSON object."""
         if distributed.is_main():
-            (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            replace_file(self.path / name, seal(json.dumps(value, indent=2).encode() + b"\n"))
 
-    def save(self, name: str, model, tokenizer, what: str = "") -> None:
-        """The model as a Hugging Face folder of that name; `what`, where given, is said on stderr."""
+    def rewrite_logs(self, logs: dict[str, list[dict]]) -> None:
+        """Back to the lines that a checkpoint knows: what came after will come again."""
         if distributed.is_main():
-            model.save_pretrained(self.path / name, tokenizer=tokenizer)
-            if what:
-                print(f"{what}: {self.path / name}", file=sys.stderr)
+            for name in LOGS:
+                self.logs[name] = list(logs.get(name, ()))
+                if self.logs[name] or (self.path / name).exists():
+                    replace_file(self.path / name, b"".join(map(_line, self.logs[name])))
+
+    def save_if_due(self, update: int, snapshot: Callable[[], Snapshot]) -> None:
+        """A checkpoint every so many updates and minutes, written while training goes on; a failure only warns."""
+        if not distributed.is_main() or self._writer.last == update:
+            return
+        late = self._seconds and time.monotonic() - self._saved_at >= self._seconds and not self._writer.busy
+        if late or (self._every and update and update % self._every == 0):
+            self._writer.save(snapshot)
+            self._saved_at = time.monotonic()
+
+    def finish(self, snapshot: Callable[[], Snapshot]) -> None:
+        """The last checkpoint, and its model as the folder `checkpoint`; signals wait. Raises CheckpointError."""
+        if distributed.is_main():
+            with deferred():
+                self._save_now(snapshot())
+                last = self.path / f"checkpoint-{self._writer.last}"
+                export_model(last, self.path / "checkpoint", link=True)
 
     @contextmanager
-    def emergency_checkpoint(self, model, tokenizer, history: list[dict]) -> Iterator[None]:
-        """Whatever stops the body, the weights of the last update in `history` are saved, if they are finite."""
-        try:
-            yield
-        except BaseException:
-            if distributed.is_main() and history:
-                self._save_if_finite(f"checkpoint-{len(history)}", model, tokenizer)
-            raise
+    def keeping_the_last_update(self, snapshot: Callable[[], Snapshot | None]) -> Iterator[None]:
+        """Whatever stops the body, the last update is saved: `snapshot()`, unless it is None. Nothing interrupts it."""
+        with saving():
+            try:
+                yield
+            except BaseException:
+                with deferred():
+                    self._save_at_last(snapshot)
+                raise
 
-    def _save_if_finite(self, name: str, model, tokenizer) -> None:
+    def _save_at_last(self, snapshot: Callable[[], Snapshot | None]) -> None:
         # An error is on its way already: what fails here only warns.
         what = "the weights of the last good update"
         try:
-            with sigterm_ignored():
-                if all(weight.isfinite().all() for weight in model.parameters()):
-                    self.save(name, model, tokenizer, what)
-                else:
-                    command.warn(f"{what} are not saved: some are NaN or infinite")
+            for lost in distributed.lost_ranks():
+                command.warn(lost)
+            if not distributed.is_main() or (last := snapshot()) is None:
+                return
+            if all(weight.isfinite().all() for weight in last.weights.values()):
+                self._save_now(last)
+                print(f"{what}: {self.path / f'checkpoint-{last.update}'}", file=sys.stderr)
+            else:
+                command.warn(f"{what} are not saved: some are NaN or infinite")
         except Exception as error:
             command.warn(f"{what} could not be saved ({error})")
 
+    def _save_now(self, snapshot: Snapshot) -> None:
+        self._writer.wait()
+        if self._writer.last != snapshot.update:
+            folder = self.path / f"checkpoint-{snapshot.update}"
+            try:
+                write_checkpoint(folder, snapshot)
+            except OSError as error:
+                raise CheckpointError(folder, f"cannot be written ({error})") from None
+            self._writer.last = snapshot.update
+            self._writer.prune()
+
+
+def _line(value: dict) -> bytes:
+    return seal(json.dumps(value).encode() + b"\n")
+
 
 @contextmanager
-def open_run(config) -> Iterator[RunFolder]:
-    """A new folder at `config.out`, with config.json, locked while the body runs. An earlier run is set aside.
+def open_run(config: TrainConfig, settings: dict[str, str]) -> Iterator[RunFolder]:
+    """The folder at `config.out`, this run's alone while the body runs.
 
-    Raises ConfigError where `config.out` is no run of swirl, or another run is at work there.
+    Without `--resume` it is new: an earlier run is set aside. With it the run goes on from a checkpoint, if it was made
+    with the same `settings`. Raises ConfigError where the folder is no run of swirl, or another run is at work there,
+    and where the checkpoint to go on from cannot be read or was made with other settings.
     """
     if not distributed.is_main():
-        distributed.from_main(None)  # before any rank writes into the folder, it is there, and new
-        yield RunFolder(config.out)
+        distributed.from_main(None)  # before any rank writes into the folder, it is there
+        yield RunFolder(config)
         return
-    _set_aside(config.out)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.json").write_bytes(command.config_to_json(config))
-    distributed.from_main(None)
-    with locked(config.out):
-        yield RunFolder(config.out)
+    with _own_folder(config) as out:
+        resumed = None if config.resume is None else _resumed(config, out, settings)
+        replace_file(out / "config.json", command.config_to_json(replace(config, resume=None)))
+        run = RunFolder(config, resumed)
+        run.rewrite_logs({} if resumed is None else resumed.state["logs"])
+        distributed.from_main(None)
+        yield run
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder while the body runs. Raises ConfigError where another run is at work."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _own_folder(config: TrainConfig) -> Iterator[Path]:
+    """Make the folder, lock it, and look again: whoever else did so meanwhile is seen, and neither loses a file."""
+    out = Path(os.path.realpath(config.out))
+    while True:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ConfigError(f"--out {config.out}: is a file; name another folder") from None
+        with folder_lock(out) as mine:
+            if not mine:
+                raise ConfigError(f"--out {config.out}: another run is at work there; name another folder, or stop it")
+            if any(out.iterdir()):
+                if not _is_run(out):
+                    raise ConfigError(
+                        f"--out {config.out}: is there already and is no run of swirl; name another folder"
+                    )
+                if config.resume is None:
+                    _set_aside(out, config)
+                    continue
+            yield out
+            return
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether its config.json is a run's, and not, say, a model's; damage to it makes no difference."""
     try:
-        if not take_lock(descriptor):
-            raise ConfigError(f"--out {folder}: another run is at work there; name another folder, or stop it")
-        yield
-    finally:
-        os.close(descriptor)
+        text = (folder / "config.json").read_bytes()
+    except OSError:
+        return False
+    return b'"trajectories_per_update"' in text or b'"samples_per_state"' in text
 
 
-def _set_aside(out: Path) -> None:
-    """Make room for the run: an earlier one moves to out.1, out.2, ...; what is no run is not touched."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "config.json").exists():
-        raise ConfigError(f"--out {out}: is there already and is no run of swirl; name another folder")
-    with locked(out):
-        pass
+def _set_aside(out: Path, config: TrainConfig) -> None:
+    """An earlier run moves to out.1, out.2, ... Raises ConfigError where this one would miss something in it."""
+    inside = {"data": config.data, "model": config.model if os.path.isdir(config.model) else None}
+    for flag, path in {**inside, "out": Path.cwd()}.items():
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(out):
+            what = f"--{flag} {path}" if flag != "out" else "the folder that this command runs in"
+            raise ConfigError(f"--out {config.out}: {what} lies in it, and it would be set aside; name another folder")
     number = 1
     while (aside := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
     out.rename(aside)
     print(f"{out} is an earlier run: set aside as {aside}", file=sys.stderr)
+
+
+def _resumed(config: TrainConfig, out: Path, settings: dict[str, str]) -> Checkpoint | None:
+    """The checkpoint to go on from; newer ones in `out` are renamed. None where `auto` finds none."""
+    if config.resume == "auto":
+        found = newest_checkpoint(out, command.warn)
+    else:
+        found = open_checkpoint(Path(os.path.realpath(config.resume)))
+    if found is not None:
+        _refuse_other_settings(found, settings)
+        print(f"going on after update {found.update}: {found.folder}", file=sys.stderr)
+    for aside in set_newer_aside(out, -1 if found is None else found.update):
+        command.warn(f"a checkpoint that is not gone on from is kept as {aside}")
+    return found
+
+
+def settings_of(config: TrainConfig, **contents: str) -> dict[str, str]:
+    """What decides a run's weights, by flag: settings, and of `model` and `data` the digest of their `contents`."""
+    return {name: str(value) for name, value in asdict(config).items() if name not in _FREE} | contents
+
+
+def _refuse_other_settings(found: Checkpoint, settings: dict[str, str]) -> None:
+    made_with = found.state["settings"]
+    for name in sorted(made_with.keys() | settings.keys()):
+        if made_with.get(name) != settings.get(name):
+            was, now = made_with.get(name, "not known"), settings.get(name, "not known")
+            raise ConfigError(
+                f"{found.folder} was made with --{name.replace('_', '-')} {was}, not {now}: "
+                "take the same settings, or start anew without --resume"
+            )

@@ -1,40 +1,75 @@
-"""SIGTERM as an exception, so that what is under way is left in order."""
+"""SIGTERM and Ctrl-C as exceptions, so that what is under way is left in order."""
 
 from __future__ import annotations
 
 import signal
 import sys
-import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TERMINATED = threading.Event()
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def exit_on_sigterm() -> None:
-    """From now on a scheduler's or torchrun's SIGTERM raises SystemExit in the main thread."""
-    signal.signal(signal.SIGTERM, _terminate)
+class _State:
+    received: int | None = None
+    deferring = 0
+    saving = 0
 
 
-def _terminate(number: int, frame) -> None:
-    # Raised in a finalizer the exception would be swallowed: hence the event, which is looked at before each update.
-    _TERMINATED.set()
-    sys.exit(128 + number)
+def stop_on_signals() -> None:
+    """From now on the first SIGTERM (a scheduler's, torchrun's) raises SystemExit in the main thread, and the first
+    Ctrl-C KeyboardInterrupt. A second one ends the process as it would any other, except within `saving`.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
 
 
-def exit_if_terminated() -> None:
-    """Raises SystemExit where a SIGTERM has come, also one whose exception was swallowed."""
-    if _TERMINATED.is_set():
-        sys.exit(128 + signal.SIGTERM)
+def _stop(number: int, frame) -> None:
+    first = _State.received is None
+    if first:
+        _State.received = number
+    if _State.deferring:
+        return
+    if not _State.saving:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+    if first:
+        _raise()
+
+
+def _raise() -> None:
+    if _State.received == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + _State.received)
+
+
+def exit_if_stopped() -> None:
+    """Raises what a signal should have: raised in a finalizer, it would have been swallowed."""
+    if _State.received is not None:
+        _raise()
 
 
 @contextmanager
-def sigterm_ignored():
-    """torchrun sends SIGTERM to all ranks as soon as one has failed: just when the main rank saves its weights."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread receives signals
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def deferred() -> Iterator[None]:
+    """A signal that comes in the body is raised at the body's end: an optimizer's step is done whole or not at all."""
+    before = _State.received
+    _State.deferring += 1
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _State.deferring -= 1
+    if _State.received != before and not _State.deferring:
+        _raise()
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Within the body the first signal is the last one heard: nothing interrupts the saving that it brings about."""
+    _State.saving += 1
+    try:
+        yield
+    finally:
+        _State.saving -= 1
+        if _State.received is not None and not _State.saving:
+            for each in _SIGNALS:
+                signal.signal(each, signal.SIG_DFL)

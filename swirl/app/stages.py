@@ -11,14 +11,17 @@ from swirl.app.progress import progress
 from swirl.app.run_folder import RunFolder
 from swirl.app.scores import Score, score_trajectories
 from swirl.config import TrainConfig
-from swirl.errors import ConfigError
+from swirl.errors import ConfigError, InputError
 from swirl.judging.filtering import Judges, filter_in_memory
 from swirl.learning import distributed
-from swirl.rollout.rollout import RolloutSpec, collect
+from swirl.rollout.rollout import RolloutSpec, Unanswered, collect
 from swirl.rollout.task import Task
 from swirl.sampling.local_policy import LocalPolicy
-from swirl.trajectories.log import write_trajectories
+from swirl.storage.digest import file_digest
+from swirl.trajectories.log import read_trajectories, write_trajectories
 from swirl.trajectories.record import Trajectory
+
+KEPT = "kept.jsonl"
 
 
 async def evaluate(
@@ -37,7 +40,7 @@ async def evaluate(
             mine = await answer(
                 distributed.my_share(questions), spec, judge=resolve.open_judge("rule"), advance=advance
             )
-            scores.append(score_trajectories(task, distributed.gather_shares(mine)))
+            scores.append(score_trajectories(task, _gathered(mine)))
     return scores
 
 
@@ -66,7 +69,7 @@ async def generate(config: TrainConfig, policy: LocalPolicy, tokenizer) -> list[
         spec = _spec(config, policy, tokenizer, task, max_steps=generation_steps(task), temperature=temperature)
         with progress(f"generate {name}", len(asked), show=distributed.is_main()) as advance:
             mine = await collect(asked, spec, advance=advance)
-        made += distributed.gather_shares(mine)
+        made += _gathered(mine)
     return made
 
 
@@ -81,8 +84,29 @@ async def generate_and_filter(config: TrainConfig, policy: LocalPolicy, tokenize
         kept, _ = await filter_in_memory(made, judges, mode=config.filter, advance=advance)
     if distributed.is_main():
         write_trajectories(run.path / "trajectories.jsonl", made)
-        write_trajectories(run.path / "kept.jsonl", kept)
+        write_trajectories(run.path / KEPT, kept)
         print(f"kept {len(kept)} of {len(made)} trajectories ({config.filter} filter)", file=sys.stderr)
     if not kept:
         raise ConfigError(f"--filter {config.filter} kept none of {len(made)} trajectories: nothing to train on")
     return kept
+
+
+def kept_before(run: RunFolder, digest: str) -> list[Trajectory]:
+    """The kept trajectories of a run that goes on, read again. Raises InputError where they are not those it had."""
+    kept = None
+    if distributed.is_main():
+        path = run.resumed.folder.parent / KEPT
+        if not path.exists() or file_digest(path) != digest:
+            raise InputError(path, "is not as it was when the checkpoint was made: the run cannot go on from it")
+        kept = read_trajectories(path)
+        if path.parent != run.path:
+            write_trajectories(run.path / KEPT, kept)
+    return distributed.from_main(kept, list[Trajectory])
+
+
+def _gathered(mine: list[Trajectory | Unanswered]) -> list[Trajectory | Unanswered]:
+    """All ranks' shares, in order; each item travels as a pair, so that it says of what kind it is."""
+    pairs = [(None, item) if isinstance(item, Unanswered) else (item, None) for item in mine]
+    return [
+        one or other for one, other in distributed.gather_shares(pairs, tuple[Trajectory | None, Unanswered | None])
+    ]

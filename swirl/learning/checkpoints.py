@@ -11,11 +11,13 @@ the draw. World size is no part of it either: weights and optimizer state are wr
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +26,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from swirl.errors import CheckpointError
+from swirl.learning import distributed
+from swirl.learning.optimizer import Optimizer
 from swirl.model import checkpoint as model_folder
-from swirl.storage.digest import DigestError, check_digests, digests_of, read_manifest, seal, unseal, write_manifest
+from swirl.storage.digest import (
+    MANIFEST,
+    DigestError,
+    check_digests,
+    digests_of,
+    read_manifest,
+    seal,
+    unseal,
+    write_manifest,
+)
 from swirl.storage.files import sync_files, sync_folder
 
 TENSORS, STATE = "training.safetensors", "training.json"
@@ -61,6 +74,25 @@ def copied(tensors: Tensors) -> dict[str, torch.Tensor]:
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()  # the copies are still under way
     return copies
+
+
+def snapshot_of(model, optimizer: Optimizer, tokenizer, update: int, state: dict, *, copy: bool = True) -> Snapshot:
+    """What a run is after `update`; without `copy` it is good for as long as nothing trains on."""
+    take = copied if copy else dict
+    config = model.config.to_json(model.dtype, model.origin and model.origin.config)
+    weights, training = take(model.state_dict()), take(optimizer.state_tensors())
+    return Snapshot(update, weights, config, tokenizer, training, state, model.origin)
+
+
+def restore(checkpoint: Checkpoint | None, model: torch.nn.Module, optimizer: Optimizer) -> None:
+    """Give the model and its optimizer what they had, on every rank what the main one read. Raises CheckpointError."""
+    weights = distributed.tensors_from_main(checkpoint and checkpoint.weights())
+    training = distributed.tensors_from_main(checkpoint and checkpoint.training())
+    try:
+        model.load_state_dict(weights)
+        optimizer.load_state_tensors(training)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(checkpoint.folder if checkpoint else ".", f"is of another model ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -164,11 +196,12 @@ class CheckpointWriter:
             if self.last != snapshot.update:
                 write_checkpoint(folder, snapshot)
                 self.last = snapshot.update
-            self._prune()
+            self.prune()
         except Exception as error:  # whatever it is, training is not at fault
             self._warn(f"{folder}: could not be saved ({error})")
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove all but the last `keep`."""
         for folder in list(checkpoints_in(self._run).values())[self._keep :]:
             old = _aside(folder, "old")
             folder.rename(old)  # so that no half of one is ever taken for a damaged checkpoint
@@ -192,6 +225,25 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def export_model(checkpoint: Path, target: Path, *, link: bool = False) -> None:
+    """The model of a checkpoint as a Hugging Face folder of its own; `link` shares the files of weights with it.
+
+    Raises CheckpointError where it cannot be written, or where `target` holds something that is no checkpoint.
+    """
+
+    def fill(folder: Path) -> None:
+        for path in checkpoint.iterdir():
+            if path.name in (TENSORS, STATE, MANIFEST):
+                continue
+            if link and path.suffix == ".safetensors":
+                with suppress(OSError):  # a file system without links
+                    os.link(path, folder / path.name)
+                    continue
+            shutil.copyfile(path, folder / path.name)
+
+    model_folder.replace_folder(target, fill)
 
 
 def set_newer_aside(run: Path, update: int) -> list[Path]:

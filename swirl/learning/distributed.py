@@ -6,14 +6,25 @@ Without torchrun every function is the identity of a world of one, so callers re
 from __future__ import annotations
 
 import heapq
+import json
 import os
-from collections.abc import Sequence
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 import torch
 import torch.distributed as dist
 
-from swirl.errors import NonFiniteError
+from swirl.errors import NonFiniteError, RankError
+
+Item = TypeVar("Item")
+_processes: list[tuple[str, int]] = []  # host name and process id of each rank, in a world of more than one
 
 
 def rank() -> int:
@@ -35,17 +46,87 @@ def launched_as_main() -> bool:
 
 
 @contextmanager
-def process_group(device: torch.device):
-    """Join torchrun's processes (NCCL on CUDA, gloo on CPU) for the body; a world of one joins nothing."""
+def process_group(device: torch.device, *, timeout_s: float = 600.0) -> Iterator[None]:
+    """Join torchrun's processes (NCCL on CUDA, gloo on CPU) for the body; a world of one joins nothing.
+
+    Where ranks wait for one another longer than `timeout_s`, or lose one, all that live raise RankError.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
+        _processes[:] = [tuple(json.loads(each)) for each in _gather_bytes(_this_process())]
         yield
-        dist.barrier()  # a rank that leaves first would tear the connections of the others
+        _meet()  # a rank that leaves first would tear the connections of the others
     finally:
+        _processes.clear()
         dist.destroy_process_group()
+
+
+def _this_process() -> bytes:
+    return json.dumps([socket.gethostname(), os.getpid()]).encode()
+
+
+def lost_ranks() -> list[str]:
+    """Of the ranks on this host, those that have ended or are stopped, in words: `rank 1 was killed, or failed`."""
+    words = {"T": "is stopped", "t": "is stopped", "Z": "was killed, or failed", "": "was killed, or failed"}
+    return [
+        f"rank {number} {words[state]}"
+        for number, (host, process) in enumerate(_processes)
+        if host == socket.gethostname() and number != rank() and (state := _process_state(process)) in words
+    ]
+
+
+def _process_state(process: int) -> str:
+    """The letter that the kernel has for it, such as R or T; "" where there is none any more."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "" if Path("/proc/self/stat").exists() else "?"
+
+
+def _collective(function: Callable) -> Callable:
+    """All ranks take part. Where one is lost or waits too long RankError is raised: its line is one rank's to print."""
+
+    @wraps(function)
+    def met(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            lost = lost_ranks()
+            lowest = min(number for number in range(world_size()) if not any(f"rank {number} " in one for one in lost))
+            if rank() != lowest:
+                sys.exit(1)
+            why = ", ".join(lost) or f"none on this host is lost: {str(error).splitlines()[0]}"
+            raise RankError(f"the ranks lost one another: {why}") from None
+
+    return met
+
+
+@_collective
+def _meet() -> None:
+    dist.barrier()
+
+
+@_collective
+def _gather_bytes(content: bytes) -> list[bytes]:
+    """What each rank gives, on every rank; as tensors, since what is pickled could run as a program."""
+    device = _device()
+    size = torch.tensor([len(content)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(world_size())]
+    dist.all_gather(sizes, size)
+    longest = max(1, *(int(one) for one in sizes))
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(content)] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)]
+    parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(parts, mine.to(device))
+    return [part[: int(one)].cpu().numpy().tobytes() for part, one in zip(parts, sizes, strict=True)]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def local_device(name: str) -> torch.device:
@@ -76,25 +157,50 @@ def my_share(items: Sequence) -> list:
     return list(items[rank() :: world_size()])
 
 
-def gather_shares(share: list) -> list:
-    """The inverse of `my_share` over all ranks: the whole list, in order, on every rank. Items are pickled."""
+def gather_shares(share: list[Item], kind: type[Item]) -> list[Item]:
+    """The inverse of `my_share` over all ranks: the whole list, in order, on every rank.
+
+    Items travel as MessagePack and are read as `kind`, anything that msgspec decodes.
+    """
     if world_size() == 1:
         return share
-    shares: list[list] = [[] for _ in range(world_size())]
-    dist.all_gather_object(shares, share)
+    shares = [msgspec.msgpack.decode(part, type=list[kind]) for part in _gather_bytes(msgspec.msgpack.encode(share))]
     whole = [None] * sum(map(len, shares))
     for r, part in enumerate(shares):
         whole[r :: world_size()] = part
     return whole
 
 
-def from_main(value):
-    """The main rank's value, on every rank. Pickled."""
+def from_main(value: Item, kind: type[Item] = object) -> Item:
+    """The main rank's value, on every rank; as `gather_shares` would send it."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    content = msgspec.msgpack.encode(value) if is_main() else b""
+    return msgspec.msgpack.decode(_gather_bytes(content)[0], type=kind)
+
+
+@_collective
+def _broadcast(tensor: torch.Tensor) -> None:
+    dist.broadcast(tensor, src=0)
+
+
+def tensors_from_main(tensors: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The main rank's tensors by name, on every rank, on the CPU; the others' argument is not looked at."""
+    if world_size() == 1:
+        return dict(tensors)
+    shapes = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in (tensors or {}).items()}
+    received = {}
+    for name, (shape, dtype) in from_main(shapes, dict[str, tuple[list[int], str]]).items():
+        tensor = tensors[name] if is_main() else torch.empty(shape, dtype=getattr(torch, dtype))
+        travelling = tensor.to(_device()).contiguous()
+        _broadcast(travelling)
+        received[name] = travelling.cpu()
+    return received
+
+
+@_collective
+def _sum(tensor: torch.Tensor) -> None:
+    dist.all_reduce(tensor)
 
 
 def sum_scalars(values: Sequence[float], device: torch.device) -> list[float]:
@@ -102,7 +208,7 @@ def sum_scalars(values: Sequence[float], device: torch.device) -> list[float]:
     if world_size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    _sum(total)
     return total.tolist()
 
 
@@ -112,7 +218,7 @@ def sum_gradients(model: torch.nn.Module) -> None:
         return
     weights = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in weights])
-    dist.all_reduce(flat)
+    _sum(flat)
     for weight, grad in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
         weight.grad = grad.view_as(weight).to(weight.dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -203,6 +203,14 @@ def save(
     where the folder cannot be written, where `path` holds something that is no checkpoint, or where those tensors are
     gone.
     """
+    replace_folder(path, lambda folder: write(folder, state, config, tokenizer, origin))
+
+
+def replace_folder(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
+    """What `fill` writes into an empty folder takes the place of a model folder, whole and with digests, or not at all.
+
+    Raises CheckpointError where it cannot be written, or where `path` holds something that is no checkpoint.
+    """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise CheckpointError(path, "is a file, expected a folder")
@@ -212,7 +220,7 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write(partial, state, config, tokenizer, origin)
+        fill(partial)
         write_manifest(partial, digests_of(partial.iterdir()))
         sync_files(partial)
         if target.exists():

@@ -24,13 +24,18 @@ def take_lock(file) -> bool:
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike) -> Iterator[bool]:
-    """Whether this process has the folder for itself, and keeps it while the body runs; the lock ends with the process.
+    """Whether this process has the folder for itself; if so, until the body ends, or the process does.
 
-    The lock is the folder's, not its name's: whoever waits for a name must look again whether it is still that folder.
+    False also where the folder is no longer there under its name once it is locked: another renamed it meanwhile.
     Raises OSError where there is no such folder.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield take_lock(descriptor)
+        mine = take_lock(descriptor)
+        try:
+            same = os.path.samestat(os.fstat(descriptor), os.stat(folder))
+        except FileNotFoundError:
+            same = False
+        yield mine and same
     finally:
         os.close(descriptor)

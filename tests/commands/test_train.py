@@ -19,11 +19,11 @@ from msgspec.structs import replace
 from benchmarks.fault_server import FaultServer
 from swirl import train as loop
 from swirl.app import resolve as opening
-from swirl.app.run_folder import locked
 from swirl.config import TrainConfig
 from swirl.errors import ConfigError, EndpointUnusable, InputError
 from swirl.judging.judges import Judgement
 from swirl.rollout.prompts import question_prompt
+from swirl.storage.lock import folder_lock
 from swirl.tasks import almanac
 from swirl.tools.search import search_tool
 from swirl.train import train
@@ -281,7 +281,7 @@ def test_a_second_run_leaves_the_folder_of_one_at_work_alone(small):
     config = small(list(told(4)))
     train(config)
     before = sorted(path.name for path in config.out.parent.iterdir())
-    with locked(config.out), pytest.raises(ConfigError, match="another run is at work"):
+    with folder_lock(config.out), pytest.raises(ConfigError, match="another run is at work"):
         train(config)
     assert sorted(path.name for path in config.out.parent.iterdir()) == before
     train(config)

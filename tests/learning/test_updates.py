@@ -53,14 +53,16 @@ def some_trajectories(seed, rewards=None, num=5):
 def learn(model, updates, tmp_path, **changes):
     """The train loop on recorded actions: `updates` has the trajectories of each update. Returns its metrics."""
     settings = {"mode": "recorded", "reward": "recorded", "baseline": "none", "warmup": 0, "updates": len(updates)}
-    config = replace(TrainConfig(), **settings | changes)
+    config = replace(TrainConfig(), out=tmp_path, **settings | changes)
     kept = [trajectory for of_update in updates for trajectory in of_update]
     bounds = np.cumsum([0, *map(len, updates)])
     tmp_path.mkdir(parents=True, exist_ok=True)
     policy = SimpleNamespace(engine=SimpleNamespace(model=model))
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
         patch.setattr(train, "shuffled", lambda *_: (range(a, b) for a, b in zip(bounds, bounds[1:])))
-        return train.learn(config, policy, None, None, kept, RunFolder(tmp_path), runner)
+        return train.learn(
+            config, policy, None, None, kept, RunFolder(config), runner, so_far={"logs": {}, "wall_s": 0.0}
+        )
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
@@ -157,7 +159,7 @@ with distributed.process_group(torch.device("cpu")):
     learn(once, updates[:1], folder / "once", **settings)
     learn(idle, [updates[0], some_trajectories(1, rewards=0.0)], folder / "idle", **settings)
     assert all(torch.equal(a, b) for a, b in zip(once.parameters(), idle.parameters(), strict=True))
-    whole = distributed.gather_shares(distributed.my_share(list(range(7))))
+    whole = distributed.gather_shares(distributed.my_share(list(range(7))), int)
     assert whole == list(range(7)), whole
     assert distributed.from_main(distributed.rank()) == 0
     if distributed.is_main():
