@@ -48,7 +48,30 @@ def _with_ids(trajectory: Trajectory, tokenizer: Tokenizer, file: Path) -> Traje
             "others",
             field="action_ids",
         )
+    if trajectory.tokenizer is not None and (field := _disagreement(trajectory, tokenizer)):
+        raise InputError(file, f"trajectory '{trajectory.id}': expected ids and text of one another", field=field)
     return trajectory
+
+
+def _disagreement(trajectory: Trajectory, tokenizer: Tokenizer) -> str | None:
+    """The first field whose ids are not those of its text under the tokenizer that made them; None where there is none.
+
+    A drawn action may be spelled in ids that no encoder would choose, so it is held to what they decode to.
+    """
+    if tuple(tokenizer.prompt_ids(trajectory.prompt)) != trajectory.prompt_ids:
+        return "prompt_ids"
+    for k, step in enumerate(trajectory.steps):
+        if trajectory.retokenized:
+            same = tuple(tokenizer.action_ids(step.action))[: len(step.action_ids)] == step.action_ids
+        else:
+            ended = step.action_ids[-1] in tokenizer.stop_ids
+            same = tokenizer.decode(step.action_ids[:-1] if ended else step.action_ids) == step.action
+        if not same:
+            return f"steps[{k}].action_ids"
+        observation = tokenizer.observation_ids(step.observation or "")
+        if step.observation_ids is not None and step.observation_ids != tuple(observation):
+            return f"steps[{k}].observation_ids"
+    return None
 
 
 def with_rewards(trajectories: list[Trajectory], config: TrainConfig) -> list[Trajectory]:

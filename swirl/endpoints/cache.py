@@ -161,8 +161,9 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         if connection.execute("PRAGMA user_version").fetchone()[0] != _SCHEMA:
             _create(connection)
-        with suppress(PermissionError):  # another's file, shared on purpose
-            os.chmod(path, 0o600)  # SQLite gives its log the same
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(PermissionError, FileNotFoundError):  # another's file, shared on purpose; no log yet
+                os.chmod(f"{path}{suffix}", 0o600)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
     except BaseException:

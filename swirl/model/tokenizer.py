@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,6 +52,9 @@ class Tokenizer:
         self._files = files
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+            if any(_is_control(token.content) and not token.special for token in self._added_tokens()):
+                content = _with_special_control_tokens(files["tokenizer.json"])
+                self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # noqa: BLE001, the library raises nothing narrower
             raise CheckpointError(source, f"not a tokenizer.json ({error})") from None
         self._tokenizer.no_padding()
@@ -70,12 +74,18 @@ class Tokenizer:
         if not all(0 <= id < self.vocab_size for id in self.stop_ids):
             raise CheckpointError(source, f"expected stop ids below {self.vocab_size}, got {self.stop_ids}")
         self._trims = _trims(files)
+        for token in self._added_tokens():
+            if _is_control(token.content) and self.token_id(token.content) in self.encode(token.content):
+                raise CheckpointError(source, f"text that spells {token.content} becomes that control token")
         self._to_model = [
             self.end_of_turn_id,
             *self.encode("\n"),
             self.start_of_turn_id,
             *self.encode("model\n"),
         ]
+
+    def _added_tokens(self) -> list[tokenizers.AddedToken]:
+        return list(self._tokenizer.get_added_tokens_decoder().values())
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Tokenizer:
@@ -150,6 +160,25 @@ def _stop_ids(path: Path) -> list[int]:
 def _trims(files: dict[str, bytes]) -> bool:
     """Whether the chat template strips the text of a turn."""
     return any(b"| trim" in files.get(name, b"") for name in ("chat_template.jinja", "tokenizer_config.json"))
+
+
+_MORE_CONTROL_TOKENS = re.compile(r"<(start_of_image|end_of_image|image_soft_token)>|<\|[^<>|]+\|?>|<[^<>|]+\|>")
+
+
+def _is_control(token: str) -> bool:
+    """Whether a spelling is a control token of Gemma 2 or 3, or has the form of another model's."""
+    return token in CONTROL_TOKENS or _MORE_CONTROL_TOKENS.fullmatch(token) is not None
+
+
+def _with_special_control_tokens(content: bytes) -> bytes:
+    """A tokenizer.json in which control tokens are special: what is not is found in plain text too, and a page could
+    close a turn.
+    """
+    tokenizer = json.loads(content)
+    for token in tokenizer.get("added_tokens") or ():
+        if _is_control(token["content"]):
+            token["special"] = True
+    return json.dumps(tokenizer).encode()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

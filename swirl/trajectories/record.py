@@ -8,6 +8,7 @@ state s_k = prompt_ids + (action_ids + observation_ids of every step before k).
 from __future__ import annotations
 
 import enum
+import math
 import os
 from collections.abc import Mapping
 from typing import Literal
@@ -175,6 +176,11 @@ def _validate(trajectory: Trajectory, file, line) -> None:
                 refuse(f"steps[{k}].{name}", "expected token ids >= 0")
         if step.log_probs is not None and len(step.log_probs) != len(step.action_ids or ()):
             refuse(f"steps[{k}].log_probs", f"expected {len(step.action_ids or ())} values, one per action id")
+        for log_prob in step.log_probs or ():
+            if not -math.inf < log_prob <= 0:
+                refuse(f"steps[{k}].log_probs", f"expected finite log-probs of at most 0, got {log_prob}")
+        if step.reward is not None and not 0 <= step.reward <= 1:
+            refuse(f"steps[{k}].reward", f"expected a reward in [0, 1], got {step.reward}")
 
 
 def encode_trajectory(trajectory: Trajectory) -> bytes:

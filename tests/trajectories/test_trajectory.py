@@ -191,3 +191,26 @@ def test_a_log_has_one_writer(tmp_path):
 def test_unknown_defaults_are_left_out_of_the_line():
     line = msgspec.json.decode(encode_trajectory(made(ids=False)))
     assert "verdict" not in line["steps"][0] and "outcome" not in line
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"log_probs": (0.5, -1.0)}, "log_probs"),
+        ({"log_probs": (-1.0, 1e-9)}, "log_probs"),
+        ({"reward": 1.5}, "reward"),
+        ({"reward": -0.25}, "reward"),
+    ],
+)
+def test_numbers_outside_their_range_are_named(change, field):
+    trajectory = made("q#0")
+    steps = (replace(trajectory.steps[0], **change), *trajectory.steps[1:])
+    with pytest.raises(InputError, match=rf"t.jsonl:1: field 'steps\[0\]\.{field}'"):
+        decode_trajectory(encode_trajectory(replace(trajectory, steps=steps)), "t.jsonl", 1)
+
+
+@pytest.mark.parametrize("number", [b"null", b'"NaN"', b"-1e999"])
+def test_a_log_prob_that_is_no_number_is_named(number):
+    line = encode_trajectory(made("q#0")).replace(b"-0.5", number)
+    with pytest.raises(InputError, match="t.jsonl:1"):
+        decode_trajectory(line, "t.jsonl", 1)
