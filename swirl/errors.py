@@ -53,7 +53,7 @@ class EndpointError(SwirlError, ConnectionError):
 
 
 class EndpointUnusable(EndpointError):
-    """The endpoint, not one request, is at fault: its key, its model, an outage beyond patience."""
+    """The endpoint, not one request, is at fault: its key, its model, an outage beyond its retry deadline."""
 
 
 class RankError(SwirlError, ConnectionError):

@@ -1,0 +1,18 @@
+"""The long attacks in miniature; `python -m tests.drills` runs the whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.drills import damaged_answers, hostile_server, verdicts
+
+
+@pytest.mark.parametrize(
+    "drill",
+    [verdicts.drill, lambda seed: damaged_answers.drill(seed, 40), lambda seed: hostile_server.drill(seed, 60)],
+    ids=["verdicts", "damaged_answers", "hostile_server"],
+)
+def test_nothing_forged_nothing_inverted_nothing_stalled(drill):
+    rows = drill(7)
+    assert rows and all(row.attempts for row in rows)
+    assert not [row for row in rows if row.failures]
