@@ -106,15 +106,16 @@ def open_judge(
     client: Client | None = None,
     limits: EndpointLimits | None = None,
 ):
-    """`rule` (knows Almanac only), the URL of a server whose model judges, asked by `client`, or a checkpoint folder.
+    """One of Almanac's own (rule, lenient, noisy:SHARE), a server's URL whose model judges, asked by `client`, or a
+    checkpoint folder.
 
     `kind` asks a model for a verdict on a step, for one on the final answer, or for a step's graded reward; `prompt`
     is the file of another template for it. Raises ConfigError, CheckpointError, InputError.
     """
-    if spec == "rule":
-        from swirl.tasks.almanac import RuleJudge
+    if spec in ("rule", "lenient") or spec.startswith("noisy:"):
+        from swirl.tasks import almanac
 
-        return RuleJudge()
+        return almanac.open_judge(spec)
     if is_url(spec):
         policy = open_wire_policy(spec, client=client, role=_ROLE_OF_JUDGE[kind], limits=limits, details=False)
     elif model_folder(spec).is_dir():
