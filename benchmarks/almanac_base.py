@@ -165,9 +165,11 @@ def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
     started = time.perf_counter()
     with progress("imitate", config.updates) as advance:
         for update in range(config.updates):
-            source = faultless if update < config.faultless_share * config.updates else imperfect
-            shown = [next(source) for _ in range(config.demonstrations_per_update)]
-            drawn = [as_pairs(*one, tokenizer) for one in (*shown, *islice(recited, num_recitals))]
+            source, num_recited = (
+                (faultless, 0) if update < config.faultless_share * config.updates else (imperfect, num_recitals)
+            )
+            shown = [*islice(source, config.demonstrations_per_update), *islice(recited, num_recited)]
+            drawn = [as_pairs(*one, tokenizer) for one in shown]
             actions = [pair for pairs, _ in drawn for pair in pairs]
             whole = [pair for _, pair in drawn]
             num_actions, num_whole = (sum(len(ids) for _, ids in part) for part in (actions, whole))
