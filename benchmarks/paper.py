@@ -15,6 +15,7 @@ their bases (cells makes them).
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import random
@@ -32,11 +33,13 @@ from msgspec.structs import replace
 from benchmarks import almanac_base, harness, paper_blocks, paper_evidence
 from benchmarks.paper_blocks import BASES, BLOCKS, CALCULATE, SEARCH, Base, Run
 from benchmarks.tables import grid, read
-from swirl import evaluate, generate, train
+from swirl import generate, tasks, train
+from swirl.app import resolve
+from swirl.app.evaluation import answer, evaluation_steps
 from swirl.config import TrainConfig
 from swirl.filter import step_to_judge, why_dropped
 from swirl.learning import usage
-from swirl.rollout.prompts import parse_action
+from swirl.rollout.rollout import RolloutSpec
 from swirl.tasks import almanac
 from swirl.trajectories.log import read_trajectories, write_trajectories
 from swirl.trajectories.record import Trajectory
@@ -105,7 +108,7 @@ def judged(trajectories: Iterable[Trajectory], judge_name: str) -> list[Trajecto
     judge = almanac.open_judge(judge_name)
     made = []
     for trajectory in trajectories:
-        verdicts = [judge.judge_now(step_to_judge(trajectory, k, s.action)) for k, s in enumerate(trajectory.steps)]
+        verdicts = [judge.judge_now(step_to_judge(trajectory, k, step)) for k, step in enumerate(trajectory.steps)]
         steps = (
             replace(s, verdict=v.verdict, reason=v.reason) for s, v in zip(trajectory.steps, verdicts, strict=True)
         )
@@ -120,8 +123,7 @@ def is_right(trajectory: Trajectory) -> bool:
 
 def slips(trajectory: Trajectory) -> set[str]:
     """Of `paper_evidence.SLIPS`: the habits that show in a trajectory, whatever its tool."""
-    actions = [" ".join(step.action.split()) for step in trajectory.steps]
-    calls = [action for action in actions if parse_action(action).kind not in ("answer", "invalid")]
+    calls = [step.call for step in trajectory.steps if step.call is not None and step.call.tool != "answer"]
     hops = trajectory.question.hops
     return {
         name
@@ -176,23 +178,20 @@ def trained(run: Run, workshop: Workshop, folder: Path) -> dict:
     }
 
 
-def evaluated(run: Run, policy: str, workshop: Workshop, folder: Path) -> dict[str, dict]:
+def evaluated(run: Run, checkpoint: str, workshop: Workshop) -> dict[str, dict]:
     """Greedy answers to the test questions of every family, judged by the oracle."""
     scores = {}
+    policy, tokenizer = resolve.open_policy(checkpoint)
     for family in run.evaluated_on:
-        out = folder / f"{family}.jsonl"
-        with quietly():
-            evaluate.main(
-                evaluate.EvaluateConfig(
-                    policy=policy,
-                    tasks=(family,),
-                    limit=workshop.num_test,
-                    judge="rule",
-                    out=out,
-                    no_tools=not run.tools,
-                )
-            )
-        made = sorted(read_trajectories(out), key=lambda t: int(t.question.id.rpartition("/")[2]))
+        task = tasks.open_task(family)
+        spec = RolloutSpec(
+            task=task if run.tools else task.without_tools(),
+            policy=policy,
+            tokenizer=tokenizer,
+            max_steps=evaluation_steps(task),
+            temperature=0.0,
+        )
+        made = asyncio.run(answer(task.take("test", workshop.num_test), spec, judge=almanac.RuleJudge()))
         right = [is_right(t) for t in made]
         found = Counter(slip for t in made for slip in slips(t))
         good = [[step.verdict == "GOOD" for step in t.steps] for t in made]
@@ -211,8 +210,8 @@ def measure(run: Run, workshop: Workshop) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     how = {} if run.method == "base" else trained(run, workshop, folder)
-    policy = workshop.base(run.base) if run.method == "base" else str(folder / "run" / "checkpoint")
-    row = {"key": run.key, "run": asdict(run), **how, "families": evaluated(run, policy, workshop, folder)}
+    checkpoint = workshop.base(run.base) if run.method == "base" else str(folder / "run" / "checkpoint")
+    row = {"key": run.key, "run": asdict(run), **how, "families": evaluated(run, checkpoint, workshop)}
     shutil.rmtree(folder)
     return row | {"commit": usage.commit(), "cpus": os.cpu_count()}
 

@@ -249,7 +249,17 @@ A difference is paired by base, seed and question; its 95% interval draws bases 
 
 ## The world: sound and right are two things
 
+Pages are stale in one fact of six, and one phrase of arithmetic has two readings: sound steps can lead to a wrong answer.
+Bases know some facts by heart, repeat themselves and ask too much: unsound steps can lead to a right one. Sound is what
+the oracle calls sound in every step; right is the golden answer. `python -m benchmarks.paper cells`:
+
 {cells}
+
+Bases are made by imitation of a demonstrator on bridge-2, deep-2, mixed-2 and arithmetic-2, and have never seen
+counterfactual-2, whose pages contradict what they know by heart. All relations occur in all search families, so from
+{SEARCH} to deep-2 is longer chains of known relations, not another skill. No path of a test question is in any training
+question. The three bases share a start that has the skills, and differ in the seed of everything after it. What was
+expected of each experiment was written down first, in [log.md](log.md).
 
 ## Methods
 
