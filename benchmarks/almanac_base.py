@@ -1,13 +1,12 @@
 """Make a base policy: a small Gemma 2 and its tokenizer, imitating one of Almanac's imperfect demonstrators.
 
   python -m benchmarks.almanac_base                                  from scratch: the base that ships with swirl
-  python -m benchmarks.almanac_base --edition second --start almanac --updates 1200 --seed 1 --out bases/1
-                                                                     its skills, the habits of the second edition
+  python -m benchmarks.paper cells                                   three bases of the second edition, and what they do
 
 The model card holds the command, the seed and the commit. The demonstrators slip, so a base is wrong about as often as
-it is right, and there is something left for reinforcement learning to do. Starting from a base that has the skills
-(reading a page, copying names) takes a quarter of the updates; such bases share those skills, and differ in all that
-the seed draws afterwards.
+it is right, and there is something left for reinforcement learning to do. A base of the second edition starts from one
+that has the skills (reading a page, copying names): unlearning its habits and learning others takes 400 and 300 small
+updates, not 4,200. Such bases share their skills, and differ in all that the seed draws afterwards.
 """
 
 from __future__ import annotations

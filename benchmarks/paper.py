@@ -61,9 +61,11 @@ class Workshop:
         """The folder of a base policy, `almanac` for the one that ships. A smoke run knows no other."""
         if base.edition == "first" or self.smoke:
             return "almanac"
-        folder = self.cache / "bases" / base.name
+        folder, skilled = self.cache / "bases" / base.name, self.cache / "bases" / "skilled"
         if not folder.exists():
-            almanac_base.main(recipe(base, folder))
+            if base.hidden_size == 128 and not skilled.exists():
+                almanac_base.main(with_skills(skilled))
+            almanac_base.main(with_habits(base, str(skilled), folder))
         return str(folder)
 
     def pool(self, base: Base, family: str, num_questions: int) -> list[Trajectory]:
@@ -90,16 +92,22 @@ class Workshop:
         return kept
 
 
-def recipe(base: Base, folder: Path) -> almanac_base.ImitateConfig:
-    """How the bases of the second edition are made: from the shipped one where it has their size, else from scratch."""
-    if base.hidden_size == 128:
-        return almanac_base.ImitateConfig(
-            out=folder, seed=base.seed, edition="second", start="almanac", updates=450, demonstrations_per_update=8,
-            recitals_per_update=12, faultless_share=0.0, learning_rate=1e-3,
-        )  # fmt: skip
+def with_habits(base: Base, start: str, folder: Path) -> almanac_base.ImitateConfig:
+    """How a base of the second edition is made: from a policy that has the skills, or from scratch at another size."""
+    if base.hidden_size != 128:
+        size = {"hidden_size": base.hidden_size, "intermediate_size": 2 * base.hidden_size}
+        return almanac_base.ImitateConfig(out=folder, seed=base.seed, edition="second", **size)
     return almanac_base.ImitateConfig(
-        out=folder, seed=base.seed, edition="second", hidden_size=base.hidden_size,
-        intermediate_size=2 * base.hidden_size,
+        out=folder, seed=base.seed, edition="second", start=start, updates=300, learning_rate=6e-4,
+        faultless_share=0.0, demonstrations_per_update=8, recitals_per_update=12,
+    )  # fmt: skip
+
+
+def with_skills(folder: Path) -> almanac_base.ImitateConfig:
+    """From the base that ships, which has the skills and other habits: those are unlearned, all seeds alike."""
+    return almanac_base.ImitateConfig(
+        out=folder, edition="second", start="almanac", updates=400, learning_rate=6e-4,
+        faultless_share=1.0, demonstrations_per_update=10,
     )  # fmt: skip
 
 

@@ -249,9 +249,9 @@ A difference is paired by base, seed and question; its 95% interval draws bases 
 
 ## The world: sound and right are two things
 
-Pages are stale in one fact of six, and one phrase of arithmetic has two readings: sound steps can lead to a wrong answer.
-Bases know some facts by heart, repeat themselves and ask too much: unsound steps can lead to a right one. Sound is what
-the oracle calls sound in every step; right is the golden answer. `python -m benchmarks.paper cells`:
+Pages are stale in one fact of six, and one phrase of arithmetic has two readings: sound steps can lead to a wrong
+answer. Bases know some facts by heart, repeat themselves and ask too much: unsound steps can lead to a right one. Sound
+is what the oracle calls sound in every step; right is the golden answer. `python -m benchmarks.paper cells`:
 
 {cells}
 
