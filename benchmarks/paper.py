@@ -36,6 +36,7 @@ from benchmarks.tables import grid, read
 from swirl import generate, tasks, train
 from swirl.app import resolve
 from swirl.app.evaluation import answer, evaluation_steps
+from swirl.app.scores import good_step_share
 from swirl.config import TrainConfig
 from swirl.filter import step_to_judge, why_dropped
 from swirl.learning import usage
@@ -202,10 +203,9 @@ def evaluated(run: Run, checkpoint: str, workshop: Workshop) -> dict[str, dict]:
         made = asyncio.run(answer(task.take("test", workshop.num_test), spec, judge=almanac.RuleJudge()))
         right = [is_right(t) for t in made]
         found = Counter(slip for t in made for slip in slips(t))
-        good = [[step.verdict == "GOOD" for step in t.steps] for t in made]
         scores[family] = {
             "accuracy": sum(right) / len(right),
-            "good_steps": sum(sum(one) / len(one) for one in good) / len(good),
+            "good_steps": good_step_share(made)[0],
             "slips": {slip: found[slip] / len(made) for slip in paper_evidence.SLIPS},
             "right": "".join("01"[one] for one in right),
         }
