@@ -19,7 +19,14 @@ from swirl import tasks
 from swirl.app import command
 from swirl.app.evaluation import answer, evaluation_steps
 from swirl.app.progress import progress
-from swirl.app.resolve import answers_beside, open_judge, open_policy, open_task, tokens_in_an_action
+from swirl.app.resolve import (
+    answers_beside,
+    is_almanac_judge,
+    open_judge,
+    open_policy,
+    open_task,
+    tokens_in_an_action,
+)
 from swirl.app.scores import Score, score_trajectories
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
@@ -51,7 +58,7 @@ class EvaluateConfig:
     limit: int | None = 200
     """Questions per task, from the first; None for all."""
     judge: str | None = "rule"
-    """Who says which steps are GOOD: `rule` (Almanac's own, for no other task), a URL, a checkpoint folder, or None."""
+    """Who says which steps are GOOD: `rule` (Almanac's oracle, for no other task), a URL, a checkpoint folder, None."""
     judge_prompt: Path | None = None
     """File of another template for that model: text with {question}, {context} and {action}."""
     answer_judge: str | None = None
@@ -121,7 +128,7 @@ async def _evaluate(config: EvaluateConfig) -> list[tuple[Task, list[Trajectory 
         total = sum(len(questions) for _, questions in opened)
         with progress("evaluate", total, note=client.progress.note) as advance:
             for task, questions in opened:
-                knows = config.judge != "rule" or task.name in tasks.ALMANAC_FAMILIES
+                knows = not is_almanac_judge(config.judge or "") or task.name in tasks.ALMANAC_FAMILIES
                 spec = RolloutSpec(
                     task=task,
                     policy=policy,

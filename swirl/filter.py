@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from swirl.app import command
 from swirl.app.progress import progress
-from swirl.app.resolve import answers_beside, is_url, model_folder, open_judge
+from swirl.app.resolve import answers_beside, is_almanac_judge, is_url, model_folder, open_judge
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, InputError
@@ -55,7 +55,8 @@ class FilterConfig:
     mode: Mode = "process"
     """none, process (every step GOOD), outcome (the final answer correct), or both."""
     judge: str = "rule"
-    """Who says which steps are GOOD: `rule` (Almanac's own), the URL of a server's model, or a checkpoint folder."""
+    """Who says which steps are GOOD: the URL of a server's model, a checkpoint folder, or one of Almanac's own: `rule`
+    (the oracle), `lenient` (anything grounded is GOOD), `noisy:0.2` (the oracle, wrong about that share of steps)."""
     judge_prompt: Path | None = None
     """File of another template for that model: text with {question}, {context} and {action}. The built-in ones:
     python -m swirl.judging.prompts NAME."""
@@ -92,7 +93,7 @@ def _known_as(config: FilterConfig, judges: Judges) -> dict[str, str]:
     named = {flag: judge.name for flag, judge in flags.items() if judge is not None}
     for flag in named:
         spec = getattr(config, flag)
-        if spec != "rule" and not is_url(spec):
+        if not is_almanac_judge(spec) and not is_url(spec):
             named[flag] += f" ({checkpoint_digest(model_folder(spec))})"
     return named
 

@@ -233,3 +233,24 @@ def test_weak_judges_never_see_the_golden_answer_and_know_no_other_question(judg
         assert judge_all(judge, blind, demonstration) == judge_all(judge, question, demonstration)
     other = Question(id="q", task="bridge-2", question="Who?")
     assert judge.judge_now(to_judge(other, action_text("answer", "x"))).verdict is None
+
+
+def test_weak_judges_are_chosen_by_name(tmp_path):
+    """filter --judge NAME: the lenient judge keeps what the oracle keeps, and more."""
+    from swirl.filter import FilterConfig
+    from swirl.filter import main as filter_main
+    from swirl.trajectories.log import read_trajectories, write_trajectories
+    from swirl.trajectories.record import Trajectory
+
+    made = []
+    for number, (question, demonstration) in enumerate(demonstrated("bridge-2", 60)):
+        steps = tuple(with_call(Step(action=action, observation=seen)) for action, seen in demonstration)
+        made.append(Trajectory(id=f"{number}", question=question, prompt="", steps=steps, stop="answer",
+                               tools={"search": "search_query"}))  # fmt: skip
+    write_trajectories(tmp_path / "all.jsonl", made)
+    kept = {}
+    for judge in ("rule", "lenient", "noisy:0.3"):
+        files = {"kept": tmp_path / judge / "kept.jsonl", "dropped": tmp_path / judge / "dropped.jsonl"}
+        filter_main(FilterConfig(data=tmp_path / "all.jsonl", judge=judge, **files))
+        kept[judge] = {t.id for t in read_trajectories(files["kept"])}
+    assert kept["rule"] < kept["lenient"] and kept["noisy:0.3"] not in (kept["rule"], kept["lenient"])
