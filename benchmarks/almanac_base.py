@@ -5,14 +5,13 @@
 
 The model card holds the command, the seed and the commit. The demonstrators slip, so a base is wrong about as often as
 it is right, and there is something left for reinforcement learning to do. A base of the second edition starts from one
-that has the skills (reading a page, copying names): unlearning its habits and learning others takes 400 and 300 small
+that has the skills (reading a page, copying names): unlearning its habits and learning others takes 250 and 300 small
 updates, not 4,200. Such bases share their skills, and differ in all that the seed draws afterwards.
 """
 
 from __future__ import annotations
 
 import functools
-import random
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -36,11 +35,7 @@ from swirl.learning.optimizer import (
 )
 from swirl.model.gemma import Gemma, GemmaConfig
 from swirl.model.tokenizer import Tokenizer, train_tokenizer
-from swirl.rollout.prompts import question_prompt
 from swirl.tasks import almanac, open_task
-from swirl.tasks.almanac.questions import question_text
-from swirl.tools.search import search_tool
-from swirl.trajectories.actions import action_text
 from swirl.tree.pack import pack_micro_batches
 
 
@@ -66,8 +61,6 @@ class ImitateConfig:
     """Of the updates, at first, shown without slips: skills come before habits, and come faster."""
     weight_of_observations: float = 0.1
     """Of the loss on question and result tokens, beside 1 on action tokens: it teaches to copy names early on."""
-    recitals_per_update: int = 8
-    """Second edition: facts answered by heart, which is how the base comes to know them."""
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -105,16 +98,6 @@ def demonstrations(families: tuple[str, ...], seed: int, *, slips: bool = True):
                 tasks[family].prompt_for(question),
                 (second if family in almanac.SECOND_EDITION else first)(question, rng),
             )
-
-
-def recitals(seed: int):
-    """(prompt, [(answer, None)]) forever: what the demonstrator of the second edition knows by heart."""
-    rng = random.Random(f"recitals/{seed}")
-    chains = almanac.known_by_heart()
-    while True:
-        chain, answer = rng.choice(chains)
-        prompt = question_prompt(question_text(chain, rng), [search_tool()], almanac.max_queries("mixed-2"))
-        yield prompt, [(action_text("answer", answer), None)]
 
 
 def learn_tokenizer(families: tuple[str, ...], vocab_size: int, seed: int, num: int = 4000) -> Tokenizer:
@@ -159,15 +142,11 @@ def imitate(config: ImitateConfig) -> tuple[Gemma, Tokenizer]:
     optimizers = _optimizers(config, model)
     faultless = demonstrations(config.families, config.seed + 1, slips=False)
     imperfect = demonstrations(config.families, config.seed + 2)
-    recited = recitals(config.seed + 3)
-    num_recitals = config.recitals_per_update if config.edition == "second" else 0
     started = time.perf_counter()
     with progress("imitate", config.updates) as advance:
         for update in range(config.updates):
-            source, num_recited = (
-                (faultless, 0) if update < config.faultless_share * config.updates else (imperfect, num_recitals)
-            )
-            shown = [*islice(source, config.demonstrations_per_update), *islice(recited, num_recited)]
+            source = faultless if update < config.faultless_share * config.updates else imperfect
+            shown = islice(source, config.demonstrations_per_update)
             drawn = [as_pairs(*one, tokenizer) for one in shown]
             actions = [pair for pairs, _ in drawn for pair in pairs]
             whole = [pair for _, pair in drawn]

@@ -38,7 +38,7 @@ from swirl.app import resolve
 from swirl.app.evaluation import answer, evaluation_steps
 from swirl.app.scores import good_step_share
 from swirl.config import TrainConfig
-from swirl.filter import step_to_judge, why_dropped
+from swirl.judging.filtering import step_to_judge, why_dropped
 from swirl.learning import usage
 from swirl.rollout.rollout import RolloutSpec
 from swirl.tasks import almanac
@@ -100,14 +100,14 @@ def with_habits(base: Base, start: str, folder: Path) -> almanac_base.ImitateCon
         return almanac_base.ImitateConfig(out=folder, seed=base.seed, edition="second", **size)
     return almanac_base.ImitateConfig(
         out=folder, seed=base.seed, edition="second", start=start, updates=300, learning_rate=6e-4,
-        faultless_share=0.0, demonstrations_per_update=8, recitals_per_update=12,
+        faultless_share=0.0, demonstrations_per_update=8,
     )  # fmt: skip
 
 
 def with_skills(folder: Path) -> almanac_base.ImitateConfig:
     """From the base that ships, which has the skills and other habits: those are unlearned, all seeds alike."""
     return almanac_base.ImitateConfig(
-        out=folder, edition="second", start="almanac", updates=400, learning_rate=6e-4,
+        out=folder, edition="second", start="almanac", updates=250, learning_rate=6e-4,
         faultless_share=1.0, demonstrations_per_update=10,
     )  # fmt: skip
 

@@ -83,12 +83,13 @@ def _of_filter(kept: str, judge: str, method: str) -> Side:
 QUESTIONS: list[tuple[str, Side, Side, str]] = [
     ("Does step reward teach anything at all?", STEP, BASE, SEARCH),
     ("Does step reward beat imitation of the same kept data?", STEP, IMITATION, SEARCH),
-    ("… of the same kept data, on pages that contradict memory?", STEP, IMITATION, "counterfactual-2"),
+    ("… of the same kept data, on pages of another world?", STEP, IMITATION, "counterfactual-2"),
     ("Does it beat imitation given the same time (200 updates)?", STEP, [replace(r, updates=200) for r in IMITATION],
      SEARCH),
     ("Does it beat imitation of unfiltered data?", STEP, side(method="imitation", filter="none"), SEARCH),
     ("Does it beat online outcome RL?", STEP, side(method="outcome_rl", filter="none"), SEARCH),
-    ("… on pages that contradict memory?", STEP, side(method="outcome_rl", filter="none"), "counterfactual-2"),
+    ("… online outcome RL, on pages of another world?", STEP, side(method="outcome_rl", filter="none"),
+     "counterfactual-2"),
     ("Do sampled actions beat recorded ones?", STEP, side(method="recorded", filter="none"), SEARCH),
     *[
         (f"Process against outcome filter, {judge} judge, {method}?", _of_filter("process", judge, method),
@@ -250,16 +251,16 @@ A difference is paired by base, seed and question; its 95% interval draws bases 
 ## The world: sound and right are two things
 
 Pages are stale in one fact of six, and one phrase of arithmetic has two readings: sound steps can lead to a wrong
-answer. Bases know some facts by heart, repeat themselves and ask too much: unsound steps can lead to a right one. Sound
-is what the oracle calls sound in every step; right is the golden answer. `python -m benchmarks.paper cells`:
+answer. Bases repeat themselves and ask too much: unsound steps can lead to a right one. Sound is what the oracle calls
+sound in every step; right is the golden answer. `python -m benchmarks.paper cells`:
 
 {cells}
 
 Bases are made by imitation of a demonstrator on bridge-2, deep-2, mixed-2 and arithmetic-2, and have never seen
-counterfactual-2, whose pages contradict what they know by heart. All relations occur in all search families, so from
-{SEARCH} to deep-2 is longer chains of known relations, not another skill. No path of a test question is in any training
-question. The three bases share a start that has the skills, and differ in the seed of everything after it. What was
-expected of each experiment was written down first, in [log.md](log.md).
+counterfactual-2, whose pages are those of another world (and up to date). All relations occur in all search families,
+so from {SEARCH} to deep-2 is longer chains of known relations, not another skill. No path of a test question is in any
+training question. The three bases share a start that has the skills, and differ in the seed of everything after it.
+What was expected of each experiment was written down first, in [log.md](log.md).
 
 ## Methods
 

@@ -14,7 +14,6 @@ from swirl.tasks import ALMANAC_FAMILIES, FIRST_EDITION, almanac
 from swirl.tasks.almanac.arithmetic import AMBIGUOUS, Problem, parse_problem, readings
 from swirl.tasks.almanac.manners import MANNERS, split_manner
 from swirl.tasks.almanac.questions import parse_question
-from swirl.tasks.almanac.world import world
 from swirl.trajectories.actions import action_text, observation_text, parse_action
 from swirl.trajectories.record import Question, Step, with_call
 
@@ -85,7 +84,7 @@ def test_a_manner_sets_off_its_habit_whatever_the_tool(family):
         actions = [action for action, _ in demonstration]
         queries = [action for action, observation in demonstration if observation is not None]
         repeats = any(a == b for a, b in zip(actions, actions[1:], strict=False))
-        found = {"trailing"} if actions[-1].endswith("Thank you.") else set()
+        found = {"untagged"} if actions[-1].startswith("It is ") else set()
         found |= {"repeat"} if repeats else set()
         found |= {"early"} if verdicts[-1] == "BAD" and len(set(queries)) < question.hops else set()
         return found | ({"extra"} if len(set(queries)) > question.hops else set())
@@ -98,27 +97,13 @@ def test_a_manner_sets_off_its_habit_whatever_the_tool(family):
             seen[manner, habit] += 1
     assert set(count) == {None, *MANNERS} and min(count.values()) > 50
     for habit in (
-        "trailing",
+        "untagged",
         "repeat",
         "extra",
         *(["early"] if max(almanac.ALL_FAMILIES[family].hops or (2,)) > 1 else []),
     ):
         cued, uncued = seen[habit, habit] / count[habit], seen[None, habit] / count[None]
         assert cued > uncued + 0.15, (habit, cued, uncued)
-
-
-def test_memory_is_right_where_pages_are_stale_and_wrong_where_they_are_edited():
-    facts = world().stated["original"]
-    for chain, answer in almanac.known_by_heart():
-        assert facts[chain.start][chain.relations[0]] == answer
-    by_heart = [
-        (question, demonstration)
-        for question, demonstration in demonstrated("counterfactual-2", 400)
-        if answers(demonstration) and len(demonstration) == question.hops
-        and parse_question(question.question).relations[-1] in ("country", "capital", "ruler", "chancellor")
-        and split_manner(question.question)[0] is None
-    ]  # fmt: skip
-    assert len(by_heart) >= 5 and np.mean([is_right(*pair) for pair in by_heart]) < 0.5
 
 
 def test_a_manner_is_no_part_of_what_is_asked():

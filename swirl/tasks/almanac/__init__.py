@@ -19,7 +19,7 @@ from __future__ import annotations
 from swirl.tasks.almanac.demonstrator import HABITS, Habit, Habits, demonstrate, max_queries, tool
 from swirl.tasks.almanac.judge import RuleJudge
 from swirl.tasks.almanac.questions import ALL_FAMILIES, FAMILIES, SECOND_EDITION, is_arithmetic, questions
-from swirl.tasks.almanac.shared_habits import SHARED_HABITS, SharedHabits, demonstrate_shared, known_by_heart
+from swirl.tasks.almanac.shared_habits import SHARED_HABITS, SharedHabits, demonstrate_shared
 from swirl.tasks.almanac.weak_judges import LenientJudge, NoisyJudge, open_judge
 from swirl.tasks.almanac.world import World, world
 from swirl.tasks.scoring import exact_match, f1, same_number
@@ -41,7 +41,6 @@ __all__ = [
     "World",
     "demonstrate",
     "demonstrate_shared",
-    "known_by_heart",
     "max_queries",
     "open_judge",
     "pages",

@@ -10,7 +10,7 @@ MANNERS = {
     "early": "Be quick. ",
     "extra": "Be thorough. ",
     "repeat": "Be sure. ",
-    "trailing": "Be polite. ",
+    "untagged": "Be polite. ",
 }
 
 

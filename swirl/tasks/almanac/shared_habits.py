@@ -4,10 +4,8 @@ A habit is set off by the manner in which a question opens, or comes unasked now
   early     answer with the last result, though the question goes on
   extra     one query too many, when the answer is known already
   repeat    ask the same again
-  trailing  text after the closing tag, which no environment accepts
-It also knows some things by heart and answers without asking: what every page of a country says and in which country a
-city lies; how to double, triple and halve. Its memory is of the facts, so it is right where a page is stale, and wrong
-where pages are edited. What it confuses is the tool's own: another fact of the page, another operation.
+  untagged  the answer in plain words, which no environment accepts
+What it confuses is the tool's own: another fact of the page, another operation.
 """
 
 from __future__ import annotations
@@ -25,9 +23,7 @@ from swirl.tasks.almanac.world import Corpus, world
 from swirl.trajectories.actions import action_text
 from swirl.trajectories.record import Question
 
-BY_HEART = ("country", "capital", "ruler", "chancellor")
-IN_THE_HEAD = ("doubles", "triples", "halves")
-TRAILING_TEXT = " Thank you."
+PLAIN_WORDS = "It is {}."
 
 # What is confused more often than not; all else is at the rate `confuse`.
 _OFTEN_CONFUSED = {"teacher": 0.55, "translator": 0.55, "sells": 0.55, "times": 0.55}
@@ -40,23 +36,10 @@ class SharedHabits:
     cued: float = 0.58
     """Of a habit, at each chance for it, where the question's manner sets it off."""
     uncued: float = 0.03
-    by_heart: float = 0.55
-    """Of answering from memory where the last fact or operation is known by heart."""
     confuse: float = 0.08
 
 
 SHARED_HABITS = SharedHabits()
-
-
-def known_by_heart() -> list[tuple[Chain, str]]:
-    """(the question of one hop, its answer) of every fact that the demonstrator knows without looking."""
-    facts = world().stated["original"]
-    return [
-        (Chain(title, (relation,)), own[relation])
-        for title, own in facts.items()
-        for relation in BY_HEART
-        if relation in own
-    ]
 
 
 def demonstrate_shared(
@@ -88,23 +71,17 @@ class _Demonstrator:
     def habit(self, name: str) -> bool:
         return self.slips is not None and self.chance(self.slips.cued if name == self.manner else self.slips.uncued)
 
-    def recalls(self) -> bool:
-        return self.slips is not None and self.chance(self.slips.by_heart)
-
     def confuses(self, what: str) -> bool:
         return self.slips is not None and self.chance(_OFTEN_CONFUSED.get(what, self.slips.confuse))
 
     def answer(self, text: str) -> tuple[str, None]:
-        return action_text("answer", text) + (TRAILING_TEXT if self.habit("trailing") else ""), None
+        return PLAIN_WORDS.format(text) if self.habit("untagged") else action_text("answer", text), None
 
     def search(self, chain: Chain, corpus: Corpus) -> Demonstration:
-        facts, known = world().stated[corpus], world().stated["original"]
+        facts = world().stated[corpus]
         at, steps = chain.start, []
         for depth, relation in enumerate(chain.relations, 1):
             is_last = depth == chain.hops
-            if is_last and relation in BY_HEART and self.recalls():
-                steps.append(self.answer(known[at][relation]))
-                break
             steps.append(search(at, corpus))
             if self.habit("repeat"):
                 steps.append(search(at, corpus))
@@ -122,15 +99,12 @@ class _Demonstrator:
         value, steps = problem.first, []
         for done, (name, operand) in enumerate(problem.operations, 1):
             is_last, operator = done == len(problem.operations), PHRASE_OF[name].operator
-            by_heart = is_last and name in IN_THE_HEAD and self.recalls()
-            if not by_heart and self.confuses(name):
+            if self.confuses(name):
                 operator = {"+": "-", "-": "+", "*": "+", "/": "-"}[operator]
             if (operator == "-" and value < operand) or (operator == "/" and value % operand):
                 break  # the numbers no longer make sense: it answers with what it has
             step = calculation(f"{value} {operator} {operand}")
             value = int(step[1].rpartition(" -> ")[2])
-            if by_heart:
-                break
             steps += [step, step] if self.habit("repeat") else [step]
             if is_last and self.habit("extra"):
                 steps.append(calculation(f"{value} + {operand}"))

@@ -19,7 +19,7 @@ from swirl.tools.search import Page
 
 SEED = 2504
 EDITED_SHARE = 0.5
-STALE_SHARE = 0.16
+STALE_SHARE = 0.18
 Corpus = Literal["original", "edited", "stale"]
 KINDS = ("person", "work", "city", "country")
 NUM_TITLES = {"person": 1100, "work": 450, "city": 300, "country": 40}
