@@ -48,6 +48,11 @@ from swirl.trajectories.record import Trajectory
 ROWS = harness.RESULTS / "paper.jsonl"
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence.md"
 SAMPLES = 5
+MODES = {
+    "sampled": {"mode": "sampled"},
+    "recorded": {"mode": "recorded", "reward": "recorded", "baseline": "mean"},
+    "imitation": {"mode": "imitation"},
+}
 FILTERS = ("none", "process", "outcome", "both")
 JUDGES = ("rule", "lenient", "noisy:0.2")
 
@@ -157,13 +162,8 @@ def trained(run: Run, workshop: Workshop, folder: Path) -> dict:
     """Train into `folder`; returns what to keep of how it went."""
     data = folder / "data.jsonl"
     kept = workshop.data(run)
+    mode = MODES[run.method] | ({"reward": run.judge} if run.method == "sampled" else {})
     write_trajectories(data, kept)
-    modes = {
-        "sampled": {"mode": "sampled", "reward": run.judge},
-        "recorded": {"mode": "recorded", "reward": "recorded", "baseline": "mean"},
-        "imitation": {"mode": "imitation"},
-        "outcome_rl": {"mode": "outcome"},
-    }
     started = time.perf_counter()
     with quietly():
         train.train(
@@ -175,7 +175,7 @@ def trained(run: Run, workshop: Workshop, folder: Path) -> dict:
                 seed=run.seed,
                 kl_coefficient=run.kl,
                 evaluate_on=(),
-                **modes[run.method],
+                **mode,
             )  # fmt: skip
         )
     draws = run.method in ("sampled", "outcome_rl")
@@ -274,7 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(table)
         names = [name for name in given.blocks if name != "cells"] or ([] if given.blocks else list(BLOCKS))
         runs = {run.key: run for name in names for run in BLOCKS[name]()}.values()
-        runs = paper_blocks.smoke(runs) if given.smoke else list(runs)
+        runs = [run for run in runs if run.method in ("base", *MODES)]
+        runs = paper_blocks.smoke(runs) if given.smoke else runs
         first, every = given.shard
         _run_all([run for run in runs if run.key not in done][first::every], workshop, given.out)
 

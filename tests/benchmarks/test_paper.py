@@ -74,7 +74,7 @@ def test_a_smoke_run_of_every_kind(tmp_path, monkeypatch):
     paper.main(call)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     methods = {row["run"]["method"] for row in rows}
-    assert methods == {"base", "sampled", "recorded", "imitation", "outcome_rl"}
+    assert methods == {"base", *paper.MODES}
     for row in rows:
         family = row["families"]["bridge-2"]
         assert len(family["right"]) == 10 and family["accuracy"] == family["right"].count("1") / 10

@@ -62,7 +62,7 @@ def test_without_slips_every_step_is_sound_and_still_some_answers_are_wrong(fami
         assert set(judge_all(ORACLE, question, demonstration)) == {"GOOD"}
         assert len(demonstration) == question.hops + 1 <= almanac.max_queries(family)
         right.append(is_right(question, demonstration))
-    assert np.mean(right) == 1 if family == "counterfactual-2" else 0.5 < np.mean(right) < 0.9
+    assert np.mean(right) == 1 if family == "counterfactual-2" else 0.4 < np.mean(right) < 0.9
 
 
 @pytest.mark.parametrize("family", TRAINED_ON)
