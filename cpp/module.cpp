@@ -26,6 +26,7 @@ using swirl::Dtype;
 using swirl::Geglu;
 using swirl::Linear;
 using swirl::LinearLogProb;
+using swirl::NormRope;
 using swirl::Problem;
 using swirl::RmsNorm;
 using swirl::Rope;
@@ -45,6 +46,8 @@ struct Isa {
     void (*geglu_fwd)(const Geglu&);
     void (*geglu_bwd)(const Geglu&);
     void (*rope)(const Rope&);
+    void (*norm_rope_fwd)(const NormRope&);
+    bool (*norm_rope_bwd)(const NormRope&);
     bool (*here)();
 };
 
@@ -52,7 +55,7 @@ struct Isa {
     #isa, swirl::isa::tree_attention_fwd, swirl::isa::tree_attention_bwd, swirl::isa::linear_fwd,         \
         swirl::isa::linear_dx, swirl::isa::linear_dw, swirl::isa::linear_log_prob_fwd,                    \
         swirl::isa::linear_log_prob_bwd, swirl::isa::rms_norm_fwd, swirl::isa::rms_norm_bwd,              \
-        swirl::isa::geglu_fwd, swirl::isa::geglu_bwd, swirl::isa::rope
+        swirl::isa::geglu_fwd, swirl::isa::geglu_bwd, swirl::isa::rope, swirl::isa::norm_rope_fwd, swirl::isa::norm_rope_bwd
 
 #if defined(SWIRL_X86)
 bool has_avx512() {
@@ -361,6 +364,39 @@ void rope(Tensor x, Tensor cos, Tensor sin, Tensor y, double sign, int threads, 
     set.rope(p);
 }
 
+NormRope norm_rope_of(const Tensor& x, const Tensor& weight, const Tensor& cos, const Tensor& sin, const Tensor& rstd,
+                      double eps, int threads) {
+    if (x.ndim() != 3 || x.shape(2) % (2 * LANES) || threads < 1)
+        throw std::invalid_argument("x must be (T, H, D), D a multiple of 32");
+    size_t T = x.shape(0), H = x.shape(1), D = x.shape(2);
+    NormRope p = {};
+    p.T = T, p.H = H, p.D = D, p.eps = (float)eps, p.threads = threads;
+    p.x = float_data(x, {T, H, D}, "x"), p.weight = float_data(weight, {D}, "weight");
+    p.cos = float_data(cos, {T, D / 2}, "cos"), p.sin = float_data(sin, {T, D / 2}, "sin");
+    p.rstd = float_data(rstd, {T, H}, "rstd");
+    return p;
+}
+
+void norm_rope_fwd(Tensor x, Tensor weight, Tensor cos, Tensor sin, Tensor y, Tensor rstd, double eps, int threads,
+                   const std::string& isa) {
+    NormRope p = norm_rope_of(x, weight, cos, sin, rstd, eps, threads);
+    p.y = float_data(y, {(size_t)p.T, (size_t)p.H, (size_t)p.D}, "y");
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    set.norm_rope_fwd(p);
+}
+
+void norm_rope_bwd(Tensor x, Tensor weight, Tensor cos, Tensor sin, Tensor rstd, Tensor dy, Tensor dx, Tensor dweight,
+                   int threads, const std::string& isa) {
+    NormRope p = norm_rope_of(x, weight, cos, sin, rstd, 0, threads);
+    size_t T = p.T, H = p.H, D = p.D;
+    p.dy = float_data(dy, {T, H, D}, "dy"), p.dx = float_data(dx, {T, H, D}, "dx");
+    p.dweight = float_data(dweight, {D}, "dweight");
+    const Isa& set = pick(isa);
+    nb::gil_scoped_release release;
+    if (!set.norm_rope_bwd(p)) throw std::bad_alloc();
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -396,4 +432,10 @@ NB_MODULE(_cpu, m) {
           nb::arg("threads"), nb::arg("isa"), "Fills dgate and dup (n,).");
     m.def("rope", rope, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"), nb::arg("sign"),
           nb::arg("threads"), nb::arg("isa"), "Fills y (T, H, D): x turned by sign times the angles.");
+    m.def("norm_rope_fwd", norm_rope_fwd, nb::arg("x"), nb::arg("weight"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"),
+          nb::arg("rstd"), nb::arg("eps"), nb::arg("threads"), nb::arg("isa"),
+          "Fills y (T, H, D), x normed by head and turned, and rstd (T, H), float32.");
+    m.def("norm_rope_bwd", norm_rope_bwd, nb::arg("x"), nb::arg("weight"), nb::arg("cos"), nb::arg("sin"),
+          nb::arg("rstd"), nb::arg("dy"), nb::arg("dx"), nb::arg("dweight"), nb::arg("threads"), nb::arg("isa"),
+          "Fills dx (T, H, D) and dweight (D,).");
 }

@@ -1,4 +1,4 @@
-// RMSNorm, GeGLU and rotary embedding in float32, each in one pass; built once per instruction set.
+// RMSNorm, GeGLU, rotary embedding, and norm with rotation, in float32, each in one pass; built once per instruction set.
 #pragma once
 #include <cstdint>
 
@@ -30,7 +30,17 @@ struct Rope {
     int threads;
 };
 
-// rms_norm_bwd returns false where memory ran out.
+// RmsNorm of every head, then Rope. x, y, dy, dx (T, H, D); weight, dweight (D,); cos, sin (T, D / 2), D a multiple of
+// 32; rstd (T, H) is 1 / root mean square.
+struct NormRope {
+    int64_t T, H, D;
+    float eps;
+    const float *x, *weight, *cos, *sin, *dy;
+    float *y, *rstd, *dx, *dweight;
+    int threads;
+};
+
+// rms_norm_bwd and norm_rope_bwd return false where memory ran out.
 #define SWIRL_DECLARE(isa)                \
     namespace isa {                       \
     void rms_norm_fwd(const RmsNorm&);    \
@@ -38,6 +48,8 @@ struct Rope {
     void geglu_fwd(const Geglu&);         \
     void geglu_bwd(const Geglu&);         \
     void rope(const Rope&);               \
+    void norm_rope_fwd(const NormRope&);  \
+    bool norm_rope_bwd(const NormRope&);  \
     }
 SWIRL_DECLARE(plain)
 SWIRL_DECLARE(avx2)

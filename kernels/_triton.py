@@ -48,20 +48,24 @@ def tile(
 @jit()
 def softcapped(dots, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """Scores in units of log2: scale * dots, capped by c * tanh(x / c) = c - 2c / (1 + exp(2 x / c))."""
-    if SOFTCAP is None:
-        return dots * (SCALE * LOG2E)
-    # 1 / y as rsqrt(y)^2, since y >= 1: a division costs four more instructions a score, for operands near overflow
-    root = tl.rsqrt(1.0 + tl.exp2(dots * (2 * LOG2E * SCALE / SOFTCAP)))
-    return SOFTCAP * LOG2E - (2 * SOFTCAP * LOG2E) * (root * root)
+    if SOFTCAP is None:  # and `else`, since what follows a return is compiled too
+        scores = dots * (SCALE * LOG2E)
+    else:
+        # 1 / y as rsqrt(y)^2, since y >= 1: a division costs four more instructions a score, for operands near overflow
+        root = tl.rsqrt(1.0 + tl.exp2(dots * (2 * LOG2E * SCALE / SOFTCAP)))
+        scores = SOFTCAP * LOG2E - (2 * SOFTCAP * LOG2E) * (root * root)
+    return scores
 
 
 @jit()
 def softcap_slope(scores, SOFTCAP: tl.constexpr):
     """d score / d (scale * dot), from the capped score in units of log2."""
     if SOFTCAP is None:
-        return 1.0
-    ratio = scores * (1.0 / (SOFTCAP * LOG2E))
-    return 1.0 - ratio * ratio
+        slope = 1.0
+    else:
+        ratio = scores * (1.0 / (SOFTCAP * LOG2E))
+        slope = 1.0 - ratio * ratio
+    return slope
 
 
 def takes(*tensors: torch.Tensor) -> bool:

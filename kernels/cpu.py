@@ -194,9 +194,9 @@ def linear_log_prob(
 
 
 def supports_pointwise(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether rms_norm, geglu and rope here are built and take these: float32, rows of whole vectors.
+    """Whether rms_norm, geglu, rope and norm_rope here are built and take these: float32, rows of whole vectors.
 
-    rope wants the same of half a head.
+    The latter two want the same of half a head.
     """
     return (
         all(y.device.type == "cpu" and y.dtype == torch.float32 for y in (x, *others))
@@ -278,3 +278,32 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     x (T, H, D) float32, non-empty -> (T, H, D).
     """
     return _Rope.apply(x, cos.contiguous(), sin.contiguous())
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, cos, sin, eps):
+        x, weight = x.detach().contiguous(), weight.detach().contiguous()
+        y, rstd = torch.empty_like(x), x.new_empty(x.shape[:2])
+        ctx.machine = _machine()
+        _extension().norm_rope_fwd(x, weight, cos, sin, y, rstd, eps, *ctx.machine)
+        ctx.save_for_backward(x, weight, cos, sin, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, cos, sin, rstd = (saved.detach() for saved in ctx.saved_tensors)
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        _extension().norm_rope_bwd(x, weight, cos, sin, rstd, dy.contiguous(), dx, dweight, *ctx.machine)
+        return dx, dweight, None, None, None
+
+
+def norm_rope(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, eps: float
+) -> torch.Tensor:
+    """The op of norm_rope.py where supports_pointwise(x, weight), given cos and sin as `rope` is.
+
+    x (T, H, D), D a multiple of 32 -> (T, H, D).
+    """
+    return _NormRope.apply(x, weight, cos.contiguous(), sin.contiguous(), eps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _triton, cpu
 from ._triton import jit, tl
@@ -23,6 +24,20 @@ def inverse_frequency(half, theta, factor, dtype, device):
 def angles(position_ids, half, theta, factor, dtype):
     """(T, half): what each pair is turned by."""
     return position_ids.to(dtype)[:, None] * inverse_frequency(half, theta, factor, dtype, position_ids.device)
+
+
+_kept = WeakIdKeyDictionary()  # position_ids -> {settings: cos and sin}; gone with the batch
+
+
+def cos_and_sin(position_ids, half, theta, factor):
+    """Two (T, half) float32, made once a batch: kept as long as position_ids lives and is not written to."""
+    version = None if position_ids.is_inference() else position_ids._version
+    kept = _kept.setdefault(position_ids, {})
+    found = kept.get((half, theta, factor))
+    if found is None or found[0] != version:
+        angle = angles(position_ids, half, theta, factor, torch.float32)
+        found = kept[half, theta, factor] = (version, angle.cos(), angle.sin())
+    return found[1:]
 
 
 def rope_reference(x, position_ids, *, theta=10_000.0, factor=1.0):
@@ -93,6 +108,5 @@ def rope(x: torch.Tensor, position_ids: torch.Tensor, *, theta: float = 10_000.0
         with _triton.on_device(x):
             return _Rope.apply(x, position_ids.contiguous(), theta, factor)
     if x.shape[-1] % 32 == 0 and cpu.supports_pointwise(x):
-        angle = angles(position_ids, x.shape[-1] // 2, theta, factor, torch.float32)
-        return cpu.rope(x, angle.cos(), angle.sin())
+        return cpu.rope(x, *cos_and_sin(position_ids, x.shape[-1] // 2, theta, factor))
     return rope_reference(x, position_ids, theta=theta, factor=factor)

@@ -3,11 +3,12 @@
 q (T, Hq, D), k and v (T, Hkv, D), Hq a multiple of Hkv; subtree_end, position_ids (T,) int32 -> as q.
 Query i sees key j  <=>  j <= i < subtree_end[j]  and  position_ids[i] - position_ids[j] < window.
 Numerics: scores and softmax in float32 (float64 for float64 inputs), one cast at the end. The kernels sum every
-gradient in a fixed order, without atomics. A softcap bounds the scores, so exp needs no running maximum (float16,
-whose range is too short for that, keeps one); float32 dots run as three tf32 ones. At head_dim 256 the backward
-stores p and ds of the live blocks, SCRATCH_BYTES at most, so that dK and dV are plain products.
+gradient in a fixed order, without atomics. A softcap bounds the scores, so exp needs no running maximum; without one,
+and in float16, whose range is too short for that, the maximum runs. float32 dots run as three tf32 ones. At head_dim
+256 the backward stores p and ds of the live blocks, SCRATCH_BYTES at most, so that dK and dV are plain products.
 Floor: 4 * Hq * D * (visible pairs) FLOPs forward, 2.5 times that backward.
-Source: softcap and window as in Gemma 2 (arXiv:2408.00118); the mask is docs/structure.md, "The packed tree".
+Source: softcap and window as in Gemma 2 (arXiv:2408.00118), no softcap as in Gemma 3 (arXiv:2503.19786); the mask is
+docs/structure.md, "The packed tree".
 """
 
 from __future__ import annotations
@@ -241,13 +242,17 @@ class _Config(NamedTuple):
 
 
 class _Configs(NamedTuple):
-    """dv None: dK and dV in one kernel. stored None: they are not made from a stored p and ds."""
+    """dv None: dK and dV in one kernel. stored None: they are not made from a stored p and ds.
+
+    running: the forward where the maximum is not fixed, if that wants tiles of its own.
+    """
 
     forward: _Config
     dq: _Config
     dk: _Config
     dv: _Config | None = None
     stored: _Config | None = None
+    running: _Config | None = None
 
 
 # By architecture, bytes an element and head_dim. Found by compiling, not by timing: the largest tiles that keep
@@ -264,7 +269,11 @@ _CONFIGS = {
     (100, 4): _FLOAT32,
     (80, 2): {
         256: _Configs(
-            _Config(64, 32, 4, 2), _Config(64, 32, 8, 1), _Config(32, 32, 8, 2), stored=_Config(32, 64, 8, 5)
+            _Config(64, 32, 4, 2),
+            _Config(64, 32, 8, 1),
+            _Config(32, 32, 8, 2),
+            stored=_Config(32, 64, 8, 5),
+            running=_Config(64, 32, 8, 2),  # four warps would spill it
         ),
         128: _Configs(_Config(64, 64, 4, 2), _Config(64, 64, 4, 2), _Config(32, 64, 8, 2)),
         64: _Configs(_Config(128, 64, 8, 2), _Config(128, 64, 8, 2), _Config(32, 64, 4, 2)),
@@ -350,7 +359,9 @@ def _tree_attention_fwd(q, k, v, *mask):
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)  # (Hq, T), in log2
     fixed = softcap is not None and softcap <= 80 and q.dtype != torch.float16  # exp(80) T is finite
     p, keys = {"o": o, "lse": lse}, {"k": k, "v": v}
-    _launch(_tree_attention_fwd_kernel, _configs(q).forward, "queries", {"q": q}, keys, p, *mask, FIXED_MAXIMUM=fixed)
+    configs = _configs(q)
+    config = configs.forward if fixed else configs.running or configs.forward
+    _launch(_tree_attention_fwd_kernel, config, "queries", {"q": q}, keys, p, *mask, FIXED_MAXIMUM=fixed)
     return o, lse
 
 

@@ -24,6 +24,7 @@ from swirl.kernels.chain_attention import Chains, ForkError, chain_attention, ch
 from swirl.kernels.geglu import geglu
 from swirl.kernels.linear import linear
 from swirl.kernels.linear_log_prob import linear_log_prob
+from swirl.kernels.norm_rope import norm_rope
 from swirl.kernels.rms_norm import rms_norm
 from swirl.kernels.rope import rope
 from swirl.kernels.tree_attention import tree_attention
@@ -82,8 +83,10 @@ class Attention(nn.Module):
     def normed_and_rotated(self, x, norm, position_ids):
         """Queries or keys, (T, H * D), as attention takes them: (T, H, D)."""
         x = x.view(x.shape[0], -1, self.head_dim)
-        x = x if norm is None else norm(x)
-        return rope(x, position_ids, theta=self.rope_theta, factor=self.rope_factor)
+        angles = {"theta": self.rope_theta, "factor": self.rope_factor}
+        if norm is None:
+            return rope(x, position_ids, **angles)
+        return norm_rope(x, norm.weight, position_ids, eps=norm.eps, **angles)
 
     def forward(self, x, position_ids, subtree_end, cache=None, chains=None):
         q = self.normed_and_rotated(self.q_proj(x), self.q_norm, position_ids)

@@ -12,8 +12,9 @@ import torch
 from swirl.kernels import cpu
 from swirl.kernels.geglu import geglu_reference
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
+from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
 from swirl.kernels.rms_norm import rms_norm_reference
-from swirl.kernels.rope import rope_reference
+from swirl.kernels.rope import angles, rope_reference
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference
 
 pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the C++ ops are not built")
@@ -87,6 +88,17 @@ def test_sizes(T, Hq, Hkv, D):
     assert error(*inputs, mask, scale=D**-0.5, softcap=50.0, window=40) < 4e-6
 
 
+@pytest.mark.parametrize("D, window", [(256, 512), (128, 1024)])
+def test_gemma_3_shapes(D, window):
+    """No softcap, scores of tens that rise along a row (the maximum runs), the windows and heads of the checkpoints."""
+    T = window + 200
+    q, k, v, d_out = tensors(T, 2, 1, D)
+    k *= torch.linspace(0.1, 3, T)[:, None, None]
+    for mask in forest(T, 1, branch=0.003, new_tree=0), forest(T, 2, branch=0.05, new_tree=0.01):
+        assert error(q, k, v, d_out, mask, scale=4 * D**-0.5, window=window) < 1e-5
+        assert error(q, k, v, d_out, mask, scale=4 * D**-0.5) < 1e-5
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_forests_of_every_kind(seed):
     """Chains, bushes of one-token branches, many small trees; windows shorter than they are deep."""
@@ -94,17 +106,19 @@ def test_forests_of_every_kind(seed):
     mask = forest(330, seed, branch, new_tree)
     inputs = tensors(330, 2, 1, 32, seed)
     for window in (None, 1, 100):
-        assert error(*inputs, mask, scale=0.2, softcap=20.0, window=window) < 2e-6
+        for softcap in (20.0, None):
+            assert error(*inputs, mask, scale=0.2, softcap=softcap, window=window) < 2e-6
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("D", [32, 7])
-def test_half_precision_is_no_worse_than_the_reference(monkeypatch, isa, dtype, D):
+@pytest.mark.parametrize("softcap", [50.0, None])
+def test_half_precision_is_no_worse_than_the_reference(monkeypatch, isa, dtype, D, softcap):
     monkeypatch.setenv("SWIRL_CPU_ISA", isa)
     mask = forest(300, seed=3)
     *inputs, d_out = tensors(300, 4, 2, D, dtype=dtype)
-    options = dict(scale=D**-0.5, softcap=50.0, window=60)
+    options = dict(scale=D**-0.5, softcap=softcap, window=60)
     expected = truth(*inputs, d_out, mask, **options)
     ours = run(tree_attention, *inputs, d_out, mask, **options)
     reference = run(tree_attention_reference, *inputs, d_out, mask, **options)
@@ -483,6 +497,37 @@ def test_rope(monkeypatch, isa, T, H, D):
     cos, sin = angle.cos().float(), angle.sin().float()
     x, dy = torch.randn(H, T, D).transpose(0, 1), torch.randn(H, T, D).transpose(0, 1)
     compare(lambda x: cpu.rope(x, cos, sin), lambda x: rope_reference(x, positions), [x], dy)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("T,H,D", [(1, 1, 32), (37, 3, 64), (150, 2, 256)])
+def test_norm_rope(monkeypatch, isa, T, H, D):
+    monkeypatch.setenv("SWIRL_CPU_ISA", isa)
+    positions, settings = torch.randint(0, 5000, (T,)), dict(theta=777.0, factor=4.0)
+    # float32 angles of a few hundred are an ulp of them off: what the rotation makes of those is rope's own test
+    cos, sin = (x.float() for x in (angles(positions, D // 2, 777.0, 4.0, torch.float64).cos(),
+                                    angles(positions, D // 2, 777.0, 4.0, torch.float64).sin()))  # fmt: skip
+    x, dy, weight = torch.randn(H, T, D).transpose(0, 1), torch.randn(H, T, D).transpose(0, 1), torch.randn(D)
+    reference = lambda x, weight: norm_rope_reference(x, weight, positions, **settings)  # noqa: E731
+    for size in (3.0, 1e-4):  # of the latter, eps counts
+        op = lambda x, weight: cpu.norm_rope(x, weight, cos, sin, eps=1e-6)  # noqa: E731
+        compare(op, reference, [x * size, weight], dy * min(size, 1.0), tolerance=4e-6)
+
+
+def test_the_thread_count_changes_no_bit_of_a_norm_with_rotation():
+    x, dy, weight, positions = torch.randn(300, 3, 64), torch.randn(300, 3, 64), torch.randn(64), torch.arange(300)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            leaves = [x.requires_grad_(), weight.requires_grad_()]
+            y = norm_rope(*leaves, positions)
+            assert "cpu" in type(y.grad_fn)._forward_cls.__module__
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other))
 
 
 def test_pointwise_ops_are_offered_where_they_fit():

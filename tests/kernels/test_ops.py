@@ -15,8 +15,9 @@ from swirl.kernels import cpu
 from swirl.kernels import linear_log_prob as head_op
 from swirl.kernels.geglu import geglu, geglu_reference
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
+from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
 from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
-from swirl.kernels.rope import rope, rope_reference
+from swirl.kernels.rope import cos_and_sin, rope, rope_reference
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
 
 NARROW = [torch.bfloat16, torch.float16, torch.float32]
@@ -142,6 +143,54 @@ def test_rope_refuses_shapes():
         rope(torch.zeros(2, 1, 3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"position_ids \(3,\)"):
         rope(torch.zeros(2, 1, 4), torch.zeros(3))
+
+
+def test_rope_divides_positions_by_its_factor():
+    x, positions = normal(9, 2, 8), torch.arange(0, 72, 8)
+    assert torch.equal(rope(x, positions, factor=8.0), rope(x, positions // 8))
+    wide = normal(9, 2, 64, dtype=torch.float32)  # where C++ serves
+    torch.testing.assert_close(rope(wide, positions, factor=8.0), rope(wide, positions // 8))
+
+
+def test_cos_and_sin_are_made_once_a_batch_and_again_when_it_is_written_to():
+    positions = torch.arange(5, dtype=torch.int32)
+    first = cos_and_sin(positions, 4, 500.0, 2.0)
+    assert all(a is b for a, b in zip(cos_and_sin(positions, 4, 500.0, 2.0), first, strict=True))
+    for other in ((8, 500.0, 2.0), (4, 501.0, 2.0), (4, 500.0, 1.0)):
+        assert cos_and_sin(positions, *other)[0] is not first[0]
+    positions += 1
+    assert not torch.equal(cos_and_sin(positions, 4, 500.0, 2.0)[0], first[0])
+
+
+# norm_rope
+
+
+@pytest.mark.parametrize("T, H, D", [(1, 1, 2), (63, 3, 6), (5, 2, 4)])
+def test_norm_rope_is_the_norm_of_every_head_and_then_the_turn(T, H, D):
+    x, weight, positions = normal(T, H, D), normal(D), torch.arange(T, dtype=torch.int32) * 3 % 101
+    settings = dict(theta=500.0, factor=4.0)
+    truth = rope(rms_norm(x, weight, eps=1e-3), positions, **settings)
+    torch.testing.assert_close(norm_rope(x, weight, positions, eps=1e-3, **settings), truth, rtol=1e-12, atol=1e-12)
+    leaves = (normal(4, H, D, requires_grad=True), normal(D, requires_grad=True))
+    positions = torch.tensor([0, 5, 5, 900])
+    assert torch.autograd.gradcheck(lambda x, w: norm_rope(x, w, positions, eps=1e-3, **settings), leaves)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("D", [10, 32])
+def test_norm_rope_casts_once(dtype, D):
+    x, weight, positions = normal(63, 3, D, dtype=dtype), normal(D, dtype=dtype), torch.arange(63)
+    whole = norm_rope_reference(x.float(), weight.float(), positions)
+    torch.testing.assert_close(norm_rope(x, weight, positions), whole.to(dtype))
+    inputs = [normal(63, 3, D), normal(D)]
+    op, reference = (lambda x, w, f=f: f(x, w, positions) for f in (norm_rope, norm_rope_reference))
+    assert_as_near_as_the_reference(op, reference, inputs, dtype)
+
+
+def test_norm_rope_refuses_shapes():
+    for shapes in ((2, 1, 3), (3,), (2,)), ((2, 1, 4), (3,), (2,)), ((2, 1, 4), (4,), (3,)):
+        with pytest.raises(ValueError, match=r"do not fit \(T, H, even D\), \(D,\), \(T,\)"):
+            norm_rope(*map(torch.zeros, shapes))
 
 
 # geglu

@@ -18,6 +18,7 @@ import torch
 from swirl.kernels import _triton, cpu, schedule
 from swirl.kernels.geglu import geglu, geglu_reference
 from swirl.kernels.linear_log_prob import _ChunkedLinearLogProb, linear_log_prob, linear_log_prob_reference
+from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
 from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
 from swirl.kernels.rope import rope, rope_reference
 from swirl.kernels.tree_attention import _CONFIGS, tree_attention, tree_attention_reference, tree_mask
@@ -144,6 +145,8 @@ def hold(op, reference, inputs, tolerance, num_outputs=1):
         (1, 2, 1, 32, 50.0, None),
         (97, 4, 2, 32, 50.0, None),
         (129, 2, 2, 40, None, 9),
+        (97, 4, 1, 32, None, None),
+        (63, 2, 1, 256, None, 20),
         (63, 2, 1, 256, 3.0, 20),
     ],
 )
@@ -162,9 +165,9 @@ def case_tree_attention_in_every_tile_shape(poisoned, monkeypatch, architecture)
     torch.manual_seed(0)
     monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
     mask = forest(200, seed=3)
-    for D in (64, 128, 256):
+    for D, softcap in ((64, 50.0), (128, 50.0), (128, None), (256, 50.0), (256, None)):
         inputs = [torch.randn(200, 2, D).half() for _ in range(3)]
-        settings = dict(scale=D**-0.5, softcap=50.0, window=30)
+        settings = dict(scale=D**-0.5, softcap=softcap, window=30)
         hold(
             lambda *x, s=settings: tree_attention(*x, *mask, **s),
             lambda *x, s=settings: tree_attention_reference(*x, *mask, **s),
@@ -173,9 +176,23 @@ def case_tree_attention_in_every_tile_shape(poisoned, monkeypatch, architecture)
         )
 
 
+def case_scores_without_a_softcap_may_be_of_any_size(poisoned):
+    """Hundreds, rising and falling along a row: more than exp takes in float32 unless the maximum runs."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(130, 2, 64) for _ in range(3))
+    k *= torch.linspace(-20, 30, 130)[:, None, None]
+    mask, settings = forest(130, seed=2), dict(scale=1.0, window=100)
+    scores = torch.einsum("ihd,jhd->hij", q, k)
+    assert scores.abs().max() > 500
+    o = tree_attention(q, k, v, *mask, **settings)
+    truth = tree_attention_reference(q.double(), k.double(), v.double(), *mask, **settings)
+    reference = tree_attention_reference(q, k, v, *mask, **settings)
+    assert (o - truth).norm() <= 2 * (reference - truth).norm() + 1e-5 * truth.norm()
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("key_heads_at_a_time", [0, 1, 2])
-def case_key_gradients_from_what_is_stored_and_anew(poisoned, monkeypatch, architecture, key_heads_at_a_time):
+@pytest.mark.parametrize(("key_heads_at_a_time", "softcap"), [(0, 5.0), (0, None), (1, None), (2, 5.0)])
+def case_key_gradients_from_what_is_stored_and_anew(poisoned, monkeypatch, architecture, key_heads_at_a_time, softcap):
     """Three key heads: all anew, one by one, or two and then one; 0 finds no room for any."""
     torch.manual_seed(0)
     monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
@@ -184,7 +201,7 @@ def case_key_gradients_from_what_is_stored_and_anew(poisoned, monkeypatch, archi
     num_blocks = schedule.live_blocks_of(*mask, configs.dq.block_q, configs.stored.block_k, 100).count
     room = key_heads_at_a_time * 2 * 2 * 2 * num_blocks * configs.dq.block_q * configs.stored.block_k
     monkeypatch.setattr("swirl.kernels.tree_attention.SCRATCH_BYTES", room + 1)
-    settings = dict(scale=256**-0.5, softcap=5.0, window=100)
+    settings = dict(scale=256**-0.5, softcap=softcap, window=100)
     hold(
         lambda *x: tree_attention(*x, *mask, **settings),
         lambda *x: tree_attention_reference(*x, *mask, **settings),
@@ -293,6 +310,16 @@ def case_rope(poisoned, dtype, T, H, D):
     position_ids = torch.randint(0, 100, (T,), dtype=torch.int32)
     op, reference = (lambda x, f=f: f(x, position_ids) for f in (rope, rope_reference))
     hold(op, reference, [torch.randn(T, H, D).to(dtype)], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("T", "H", "D"), [(1, 1, 2), (63, 3, 40), (10, 2, 256)])
+def case_norm_rope(poisoned, dtype, T, H, D):
+    torch.manual_seed(T)
+    settings = dict(position_ids=torch.randint(0, 100, (T,), dtype=torch.int32), theta=500.0, factor=2.0, eps=1e-4)
+    op, reference = (lambda x, w, f=f: f(x, w, **settings) for f in (norm_rope, norm_rope_reference))
+    assert "_NormRope" in str(op(torch.ones(T, H, D).to(dtype).requires_grad_(), torch.ones(D).to(dtype)).grad_fn)
+    hold(op, reference, [torch.randn(T, H, D).to(dtype), torch.randn(D).to(dtype)], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

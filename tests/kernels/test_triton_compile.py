@@ -15,7 +15,17 @@ import tempfile
 import pytest
 import torch
 
-from swirl.kernels import _triton, geglu, linear_log_prob, rms_norm, rope, schedule, tree_attention, tree_decode
+from swirl.kernels import (
+    _triton,
+    geglu,
+    linear_log_prob,
+    norm_rope,
+    rms_norm,
+    rope,
+    schedule,
+    tree_attention,
+    tree_decode,
+)
 
 triton = pytest.importorskip("triton")
 
@@ -56,7 +66,12 @@ SPILLS = {
     # not spills: where sin and cos reduce arguments beyond 1e5, a path that is hardly ever taken
     ("_rope_kernel", "bf16"): (32, 32),
     ("_rope_kernel", "fp32"): (32, 32),
+    ("_norm_rope_fwd_kernel", "bf16"): (32, 32),
+    ("_norm_rope_fwd_kernel", "fp32"): (32, 32),
+    ("_norm_rope_bwd_kernel", "bf16"): (32, 32),
+    ("_norm_rope_bwd_kernel", "fp32"): (32, 32),
 }
+HOPPERS_OWN = ("attention-256-bf16", "attention-256-capless-512-bf16", "attention-128-capless-1024-bf16", "head-bf16")
 LATER = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
 
 
@@ -68,18 +83,20 @@ def integers(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention(D, dtype, scratch_bytes=1 << 40):
+def attention(D, dtype, scratch_bytes=1 << 40, softcap=50.0, window=512):
     tree_attention.SCRATCH_BYTES = scratch_bytes  # put back by launches_of
-    q, k, v = (empty(1000, heads, D, dtype=dtype) for heads in (8, 4, 4))
-    o = tree_attention.tree_attention(q, k, v, integers(1000), integers(1000), scale=D**-0.5, softcap=50.0, window=512)
+    q, k, v = (empty(2000, heads, D, dtype=dtype) for heads in (8, 4, 4))
+    mask = integers(2000), integers(2000)
+    o = tree_attention.tree_attention(q, k, v, *mask, scale=D**-0.5, softcap=softcap, window=window)
     if dtype != torch.float16:  # its backward is bfloat16's
         o.sum().backward()
 
 
-def head(dtype, return_entropy):
-    hidden, weight = empty(8192, 2304, dtype=dtype), empty(256_000, 2304, dtype=dtype)
+def head(dtype, return_entropy, softcap=30.0, d=2304, V=256_000):
+    hidden, weight = empty(8192, d, dtype=dtype), empty(V, d, dtype=dtype)
     target_ids = integers(8192, dtype=torch.int64)
-    log_probs = linear_log_prob.linear_log_prob(hidden, weight, target_ids, softcap=30.0, return_entropy=return_entropy)
+    settings = dict(softcap=softcap, return_entropy=return_entropy)
+    log_probs = linear_log_prob.linear_log_prob(hidden, weight, target_ids, **settings)
     (sum(log_probs) if return_entropy else log_probs).sum().backward()
 
 
@@ -91,14 +108,19 @@ def pointwise(d, dtype):
     rope.rope(x.view(1000, -1, 256), integers(1000)).sum().backward()
 
 
-def decode(D, dtype):
+def head_norms(H, D, dtype):
+    x, weight = empty(1000, H, D, dtype=dtype), empty(D, dtype=dtype)
+    norm_rope.norm_rope(x, weight, integers(1000)).sum().backward()
+
+
+def decode(D, dtype, softcap=50.0):
     q, trunk, branch = (
         empty(64, 8, D, dtype=dtype),
         empty(4096, 4, D, dtype=dtype),
         empty(64, 512, 4, D, dtype=dtype),
     )
     with torch.no_grad():
-        settings = dict(scale=D**-0.5, softcap=50.0, window=4096)
+        settings = dict(scale=D**-0.5, softcap=softcap, window=4096)
         tree_decode.tree_decode(q, trunk, trunk, branch, branch, integers(64), **settings)
 
 
@@ -109,10 +131,33 @@ CASES = {
         for dtype in (torch.bfloat16, torch.float32)
     },
     "attention-256-anew-bf16": ((tree_attention,), attention, (256, torch.bfloat16, 0)),
+    # Gemma 3: no softcap, so a running maximum; windows of 512 (1b and smaller) and 1024, and layers without one
+    **{
+        f"attention-{D}-capless-{name}-{TYPES[dtype]}": (
+            (tree_attention,),
+            attention,
+            (D, dtype, scratch, None, window),
+        )
+        for D, name, window, scratch, dtype in (
+            (256, "512", 512, 1 << 40, torch.bfloat16),
+            (256, "anew-full", None, 0, torch.bfloat16),
+            (256, "1024", 1024, 1 << 40, torch.float32),
+            (128, "1024", 1024, 1 << 40, torch.bfloat16),
+            (128, "full", None, 1 << 40, torch.bfloat16),
+            (64, "512", 512, 1 << 40, torch.bfloat16),
+        )
+    },
     "attention-256-fp16": ((tree_attention,), attention, (256, torch.float16)),
     "head-bf16": ((linear_log_prob,), head, (torch.bfloat16, False)),
     "head-entropy-bf16": ((linear_log_prob,), head, (torch.bfloat16, True)),
     "head-fp32": ((linear_log_prob,), head, (torch.float32, True)),
+    "head-capless-bf16": ((linear_log_prob,), head, (torch.bfloat16, False, None, 1152, 262_144)),
+    **{
+        f"head-norms-{H}x{D}-{TYPES[dtype]}": ((norm_rope,), head_norms, (H, D, dtype))
+        for H, D in ((1, 256), (16, 256), (32, 128))
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    "decode-256-capless-bf16": ((tree_decode,), decode, (256, torch.bfloat16, None)),
     **{
         f"{name}-{size}-{TYPES[dtype]}": (modules, op, (size, dtype))
         for name, modules, op, size, dtype in (
@@ -210,7 +255,7 @@ def test_compiles_fits_and_does_not_spill(case, architecture, monkeypatch):
     for name, _, stack, shared, ptx in found:
         assert shared <= SHARED_MEMORY[architecture], f"{name}: {shared} bytes of shared memory"
         assert stack <= SPILLS.get((name, dtype), (0, 0))[LATER], f"{name}: {stack} bytes of stack"
-        if architecture == 90 and case.startswith(("attention-256-bf16", "head-bf16")):
+        if architecture == 90 and case.startswith(HOPPERS_OWN):
             assert "wgmma" in ptx and "cp.async.bulk.tensor" in ptx, f"{name}: not on Hopper's own instructions"
             assert not serialized(ptx), f"{name}: {serialized(ptx)}"
 
