@@ -66,10 +66,10 @@ SPILLS = {
     # not spills: where sin and cos reduce arguments beyond 1e5, a path that is hardly ever taken
     ("_rope_kernel", "bf16"): (32, 32),
     ("_rope_kernel", "fp32"): (32, 32),
-    ("_norm_rope_fwd_kernel", "bf16"): (32, 32),
-    ("_norm_rope_fwd_kernel", "fp32"): (32, 32),
-    ("_norm_rope_bwd_kernel", "bf16"): (32, 32),
-    ("_norm_rope_bwd_kernel", "fp32"): (32, 32),
+    ("_norm_rope_fwd_kernel", "bf16"): (32, 0),
+    ("_norm_rope_fwd_kernel", "fp32"): (32, 0),
+    ("_norm_rope_bwd_kernel", "bf16"): (32, 0),
+    ("_norm_rope_bwd_kernel", "fp32"): (32, 8),
 }
 HOPPERS_OWN = ("attention-256-bf16", "attention-256-capless-512-bf16", "attention-128-capless-1024-bf16", "head-bf16")
 LATER = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
