@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 import tyro
 
+from swirl.endpoints.address import EndpointLimits
 from swirl.errors import ConfigError
-from swirl.tasks import ALMANAC_FAMILIES, FIRST_EDITION
+from swirl.tasks import ALMANAC_FAMILIES, FIRST_EDITION, flags_of
 
 Mode = Annotated[
-    Literal["auto", "sampled", "recorded", "imitation"],
-    tyro.conf.arg(aliases=["--actions"]),
+    Literal["auto", "sampled", "recorded", "imitation", "outcome-rl"], tyro.conf.arg(aliases=["--actions"])
 ]
+ON_POLICY = ("sampled", "outcome-rl")
 
 
 @dataclass(frozen=True)
@@ -22,52 +23,79 @@ class TrainConfig:
     out: Path = Path("run")
     """The run's folder. One that is already there is set aside as run.1, run.2, ..., never overwritten."""
     model: str = "almanac"
-    """`almanac` (the 1M-parameter base policy that ships with swirl) or a Hugging Face folder of a Gemma 2."""
+    """`almanac` (the 1M-parameter base policy that ships with swirl) or a Hugging Face folder of a Gemma."""
     data: Path | None = None
     """Trajectories to train on, JSONL; default: generate them with the model on --task and filter them."""
-    task: tuple[str, ...] = ("bridge",)
-    """Almanac families to generate trajectories on: bridge, deep, counterfactual, mixed, arithmetic."""
-    evaluate_on: tuple[str, ...] = FIRST_EDITION
-    """Almanac families to evaluate on before and after; `--evaluate-on` with no value: none."""
     packed: bool = True
     """All sub-trajectories of a micro-batch as one packed tree; --no-packed runs each alone (the baseline)."""
     mode: Mode = "auto"
-    """What is learned from (docs/objective.md): sampled, actions drawn from the current policy at each recorded state
-    (the paper's formula); recorded, the actions in the data, weighted by their rewards; imitation, the actions in the
-    data, all alike. auto: sampled where the reward can score a new action, else recorded."""
+    """What is learned from (docs/objective.md). sampled: actions drawn from the current policy at each recorded state,
+    each with its own reward (the paper's formula). recorded: the actions in the data, weighted by their rewards.
+    imitation: the actions in the data, all alike. outcome-rl: whole trajectories played anew in each update, rewarded
+    by their outcome. auto: sampled where --reward can score a new action, else recorded."""
     reward: str = "auto"
-    """Who rewards an action: `rule` (Almanac's judge), `recorded` (the data's rewards or verdicts), `outcome` (recorded
-    actions, 1 where the trajectory's answer is correct, else 0), or the URL of a reward model. An action without a
-    reward is masked; a reward model that is down, or grades nothing for 3 updates, ends the run.
+    """Who rewards an action: `rule` (Almanac's judge), the URL of a reward model or its checkpoint folder; in recorded
+    mode also `recorded` (the data's rewards or verdicts) and `outcome` (1 where the trajectory's answer is correct,
+    else 0). An action without a reward is masked; one that the environment refuses has 0 and is not asked about.
     auto: rule on Almanac, else recorded."""
+    reward_prompt: Path | None = None
+    """File of another template for a reward model: text with {question}, {context} and {action}."""
+    votes: int = 4
+    """Draws that a reward is the mean of, where the model gives no log-probs to take the expected score from."""
     updates: int = 60
     """Optimizer calls. Ours."""
     seed: int = 0
     smoke: bool = False
     """Shrink everything: the whole way in under 40 s on two cores."""
 
-    filter: Literal["none", "process", "outcome", "both"] = "process"
-    """Which generated trajectories to keep (the paper's best: process)."""
+    task: tuple[str, ...] = ()
+    """What to generate trajectories on: Almanac families (bridge, deep, counterfactual, mixed, arithmetic) or data sets
+    with --questions. Default: bridge; with --data, what the data answers."""
+    questions: Path | None = None
+    """File of the data set's questions to train on; Almanac needs none."""
     num_questions: int = 600
-    """Questions to generate trajectories of, per task. Ours; the paper takes 10,000."""
+    """Questions to train on, per task. Ours; the paper takes 10,000."""
     samples: int = 5
     """Trajectories per question (the paper's 5)."""
     generate_temperature: float = 1.0
     """Ours."""
+    filter: Literal["none", "process", "outcome", "both"] = "process"
+    """Which generated trajectories to keep (the paper's best: process)."""
+    judge: str = "auto"
+    """Who says which steps are GOOD, for --filter process or both: `rule` (Almanac's own), the URL of a server's model
+    or a checkpoint folder. auto: rule on Almanac."""
+    judge_prompt: Path | None = None
+    """File of another template for that model: text with {question}, {context} and {action}."""
+    corpus: Path | None = None
+    """Pages to search: JSONL of {title, text}, or a folder of its index; default: those of the questions' own files."""
+    retriever: str = "bm25"
+    """What searches them: `bm25`; `dense+http://host/v1#model`, by embeddings of that server, indexed once beside the
+    file; or http://host:port/retrieve, a server of Search-R1's form with pages of its own."""
+    top_k: int = 1
+    """Pages returned for a query (the paper's 1)."""
+
+    evaluate_on: tuple[str, ...] = ("auto",)
+    """Tasks to evaluate on before and after; with no value: none. auto: the first five Almanac families where trained
+    on those; with --data, the data's own of them; other tasks where --evaluate-questions is given."""
+    evaluate_questions: Path | None = None
+    """File of a data set's questions to evaluate on."""
     evaluate_num_questions: int = 200
     """Questions to evaluate on, per task."""
+    evaluate_every: int = 0
+    """Also evaluate every so many updates, on --task's validation split, into validation.jsonl; 0: not at all. The
+    figures before and after are those of the test split, which nothing else reads."""
 
     trajectories_per_update: int = 24
     """Ours. Each gives as many states as it has steps."""
     samples_per_state: int = 4
-    """Actions drawn at each state. Ours."""
+    """Actions drawn at each state; in outcome-rl, trajectories of each question. Ours."""
     temperature: float = 1.0
-    """Of those draws. Ours; other than 1 the draws are off-policy, and the ratio corrects for it, within the clip."""
+    """Of those draws, and of the distribution that is trained. Ours."""
     max_new_tokens: int = 48
     """Tokens in an action at most."""
     baseline: Literal["auto", "none", "mean", "leave_one_out"] = "auto"
-    """Subtracted from the reward: mean of the update, or of the other draws at the state.
-    auto: leave_one_out when sampled, none when recorded. Ours."""
+    """Subtracted from the reward: mean of the update, or of the other draws. auto: leave_one_out where actions are
+    drawn, none where they are recorded. Ours."""
     learning_rate: float = 1e-4
     """Ours, as are warm-up, decay and clipping below. Three times as much learns no better and forgets far more."""
     warmup: int = 5
@@ -76,7 +104,11 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     clip: float = 0.2
-    """PPO's clip of the ratio to the behaviour policy."""
+    """PPO's clip of the ratio to the policy that drew the actions, or to the proximal policy. Ours."""
+    proximal_every: int = 0
+    """Correct recorded actions for the policy that drew them (decoupled PPO): weigh them against a proximal policy, a
+    copy of the policy refreshed every so many updates, to which the clip holds it. The data must carry log-probs.
+    0: no correction, no ratio."""
     kl_coefficient: float = 0.0
     """Beta of the KL to the reference policy (the model before training), per action token. Ours."""
 
@@ -87,7 +119,8 @@ class TrainConfig:
     on CUDA in bfloat16, for chains alone: recorded actions, nothing shared between trajectories. xformers has no
     softcap, so no Gemma 2 as published. Never chosen by itself: nothing is measured that would choose."""
     recompute: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Activation checkpointing: activations are computed again in the backward pass, for less memory and about a third
+    more time."""
     resume: str | None = None
     """`auto`: go on from the last whole checkpoint in --out, or start where there is none. A checkpoint's folder: from
     that one. Without it an earlier run in --out is set aside. Settings that decide the weights must be the same."""
@@ -99,30 +132,26 @@ class TrainConfig:
     """Checkpoints to keep, the last ones."""
     rank_timeout_s: float = 600.0
     """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
-    evaluate_every: int = 0
-    """Also evaluate every so many updates (on --task's families); 0: before and after alone."""
     device: str = "auto"
-    """auto, cpu, or cuda (under torchrun each rank's own)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 computes in bfloat16 and steps on float32 copies of the weights."""
+    """auto, cpu, or cuda (under torchrun each rank's own). A checkpoint that judges runs there too."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 computes in bfloat16 and steps on float32 copies of the weights. auto: bfloat16 on CUDA, float32 on
+    CPUs."""
+    in_flight: int = 1024
+    """Trajectories in flight at a time."""
+    endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
         def require(holds: bool, flag: str, expected: str):
             if not holds:
                 raise ConfigError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected {expected}")
 
-        for flag in ("updates", "trajectories_per_update", "max_new_tokens", "tokens_per_micro_batch", "num_questions",
-                     "samples", "evaluate_num_questions", "keep"):  # fmt: skip
+        for flag in ("updates", "trajectories_per_update", "samples_per_state", "max_new_tokens", "num_questions",
+                     "tokens_per_micro_batch", "samples", "evaluate_num_questions", "votes", "top_k",
+                     "in_flight", "keep"):  # fmt: skip
             require(getattr(self, flag) >= 1, flag, "at least 1")
-        for flag in (
-            "save_minutes",
-            "save_every",
-            "evaluate_every",
-            "warmup",
-            "weight_decay",
-            "kl_coefficient",
-            "generate_temperature",
-        ):
+        for flag in ("save_minutes", "save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient",
+                     "proximal_every", "generate_temperature"):  # fmt: skip
             require(getattr(self, flag) >= 0, flag, "0 or more")
         for flag in ("learning_rate", "max_grad_norm", "clip", "temperature", "rank_timeout_s"):
             require(0 < getattr(self, flag) < float("inf"), flag, "more than 0, and finite")
@@ -130,42 +159,90 @@ class TrainConfig:
         if self.attention != "tree":
             require(self.device != "cpu", "attention", "tree on a CPU")
             require(self.dtype != "float32", "attention", "--dtype bfloat16 beside it, as it has no float32")
-            require(self.mode != "sampled" or not self.packed, "attention",
+            require(self.mode not in ON_POLICY or not self.packed, "attention",
                     "--mode recorded (or --no-packed) beside it, as it computes chains alone and sampled actions "
                     "fork at every state")  # fmt: skip
-        for flag in ("task", "evaluate_on"):
-            for name in getattr(self, flag):
-                require(name in ALMANAC_FAMILIES, flag, f"of {', '.join(ALMANAC_FAMILIES)}")
-        require(bool(self.task) or self.data is not None, "task", "at least one family, or --data")
-        sampled = self.mode == "sampled"
-        require(not sampled or self.samples_per_state >= 2 or self.baseline == "none" or self.baseline == "mean",
-                "samples_per_state", "at least 2, since the other draws are the baseline")  # fmt: skip
-        require(not (sampled and self.reward in ("recorded", "outcome")), "reward",
-                "rule or a URL: sampled actions have no recorded reward")  # fmt: skip
+        self._require_sense(require)
+
+    @property
+    def items_per_update(self) -> int:
+        """Trajectories of an update, or in outcome-rl questions, each of which is played several times."""
+        return self.trajectories_per_update // (self.samples_per_state if self.mode == "outcome-rl" else 1)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run makes trajectories of its own and filters them, before it trains on them."""
+        return self.data is None and self.mode != "outcome-rl"
+
+    def _require_sense(self, require):
+        """Refuse flags that mean nothing beside --mode."""
+        if self.mode in ON_POLICY:
+            require(self.samples_per_state >= 2 or self.baseline in ("none", "mean"), "samples_per_state",
+                    "at least 2, since the other draws are the baseline")  # fmt: skip
+            require(not self.proximal_every, "proximal_every", "0: actions of the current policy need no correction")
+        if self.mode == "sampled":
+            require(self.reward not in ("recorded", "outcome"), "reward",
+                    "rule, a URL or a checkpoint: sampled actions have no recorded reward")  # fmt: skip
+        if self.mode == "recorded":
+            require(self.baseline != "leave_one_out", "baseline",
+                    "none or mean: recorded actions have no other draws")  # fmt: skip
+        if self.mode == "imitation":
+            require(self.reward in ("auto", "none"), "reward", "none, as imitation takes all actions alike")
+            require(self.baseline in ("auto", "none"), "baseline", "none, as imitation takes all actions alike")
+        if self.mode == "outcome-rl":
+            require(self.reward in ("auto", "outcome"), "reward", "outcome, which outcome-rl learns from")
+            require(self.data is None, "data", "none: outcome-rl plays its own trajectories")
+            require(self.trajectories_per_update % self.samples_per_state == 0, "trajectories_per_update",
+                    f"a multiple of --samples-per-state {self.samples_per_state}")  # fmt: skip
 
 
-def settled(config: TrainConfig, tasks_of_data: set[str] | None) -> TrainConfig:
-    """Every `auto` replaced by what it means for this data; `tasks_of_data` None: for Almanac's own trajectories.
+def settled(config: TrainConfig, tasks_of_data: set[str] | None, device: str = "cpu") -> TrainConfig:
+    """Every `auto` replaced by what it means; `tasks_of_data` are the tasks that --data answers, None without it, and
+    `device` is `cuda` or `cpu`.
 
-    Raises ConfigError on flags that contradict one another.
+    Raises ConfigError on flags that contradict one another, or the data.
     """
-    on_almanac = tasks_of_data is None or tasks_of_data <= set(ALMANAC_FAMILIES)
-    mode, reward, baseline = config.mode, config.reward, config.baseline
-    if reward == "auto":
-        reward = "rule" if on_almanac and mode in ("auto", "sampled") else "recorded"
-    if reward == "rule" and not on_almanac:
-        raise ConfigError("--reward rule: Almanac's judge knows no other questions; take recorded, outcome or a URL")
+    task = config.task or tuple(sorted(tasks_of_data) if tasks_of_data else ("bridge",))
+    trained_on = tasks_of_data or set(task)
+    on_almanac = trained_on <= set(ALMANAC_FAMILIES)
+    mode, reward = config.mode, config.reward
+    if reward == "auto" and mode in ("auto", "sampled"):
+        reward = "rule" if on_almanac else "recorded"
     if mode == "auto":
         mode = "recorded" if reward in ("recorded", "outcome") else "sampled"
-    if mode == "recorded" and reward not in ("recorded", "outcome"):
-        raise ConfigError(f"--reward {reward}: recorded actions take recorded or outcome")
-    if baseline == "auto":
-        baseline = "leave_one_out" if mode == "sampled" else "none"
-    if baseline == "leave_one_out" and mode == "recorded":
-        raise ConfigError("--baseline leave_one_out: recorded actions have no other draws; take none or mean")
-    if mode == "recorded" and tasks_of_data is None and reward == "recorded" and config.filter in ("none", "outcome"):
+    if reward == "auto":
+        reward = {"recorded": "recorded", "imitation": "none", "outcome-rl": "outcome"}[mode]
+    if mode == "sampled" and reward == "recorded":
+        raise ConfigError("--reward: sampled actions need one, as Almanac's judge knows no other task: take a URL")
+    if "rule" in (reward, config.judge) and not on_almanac:
+        flag = "judge" if config.judge == "rule" else "reward"
+        raise ConfigError(f"--{flag} rule: Almanac's judge knows no other questions; take a URL or a checkpoint folder")
+    judge = config.judge
+    if judge == "auto":
+        judge = "rule" if on_almanac else "none"
+    generates = tasks_of_data is None and mode != "outcome-rl"
+    if generates and judge == "none" and config.filter in ("process", "both"):
+        raise ConfigError(f"--filter {config.filter}: needs --judge, the URL of a model that says which steps are GOOD")
+    if generates and (mode, reward) == ("recorded", "recorded") and config.filter in ("none", "outcome"):
         raise ConfigError(f"--filter {config.filter}: gives no step a verdict; take process, both, or --reward outcome")
-    return replace(config, mode=mode, reward=reward, baseline=baseline)
+    baseline = config.baseline
+    if baseline == "auto":
+        baseline = "leave_one_out" if mode in ON_POLICY else "none"
+    evaluate_on = config.evaluate_on
+    if evaluate_on == ("auto",):
+        if tasks_of_data is not None:
+            evaluate_on = tuple(name for name in task if name in ALMANAC_FAMILIES or config.evaluate_questions)
+        else:
+            evaluate_on = FIRST_EDITION if set(task) <= set(FIRST_EDITION) else task
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    played = (*(task if tasks_of_data is None or config.evaluate_every else ()), *evaluate_on)
+    for name in dict.fromkeys(name for name in played if ":" not in name):
+        if "questions" in flags_of(name) and not (config.questions or config.evaluate_questions):
+            raise ConfigError(f"task '{name}' needs --questions or --evaluate-questions, files of the data set")
+    settings = {"mode": mode, "reward": reward, "judge": judge, "baseline": baseline, "dtype": dtype}
+    return replace(config, **settings, task=task, evaluate_on=evaluate_on)
 
 
 def smoke(config: TrainConfig) -> TrainConfig:
@@ -176,5 +253,5 @@ def smoke(config: TrainConfig) -> TrainConfig:
         num_questions=min(config.num_questions, 12),
         samples=min(config.samples, 3),
         evaluate_num_questions=min(config.evaluate_num_questions, 10),
-        trajectories_per_update=min(config.trajectories_per_update, 6),
+        trajectories_per_update=min(config.trajectories_per_update, 8),
     )

@@ -7,7 +7,8 @@ SwirlError
 ├── CalculatorError  an expression the calculator refuses                (ValueError)
 ├── EndpointError    a server that could not be reached or understood    (ConnectionError)
 ├── RankError        a process of the job that was killed or is stopped  (ConnectionError)
-└── NonFiniteError   a loss or gradient that is NaN or infinite          (FloatingPointError)
+├── NonFiniteError   a loss or gradient that is NaN or infinite          (FloatingPointError)
+└── NothingToLearn   updates in a row that compute nothing               (RuntimeError)
 """
 
 from __future__ import annotations
@@ -62,3 +63,7 @@ class RankError(SwirlError, ConnectionError):
 
 class NonFiniteError(SwirlError, FloatingPointError):
     """A loss, log-prob or gradient that is NaN or infinite; raised before the weights are touched."""
+
+
+class NothingToLearn(SwirlError, RuntimeError):
+    """Several updates in a row had nothing to compute: rewards all equal, or none at all."""

@@ -123,7 +123,7 @@ class _Update(msgspec.Struct):
     loss: float
     grad_norm: float
     tokens_per_s: float
-    kl: float
+    kl: float | None = None
 
 
 def _read_run(run: Path) -> tuple[_Summary, list[_Update]]:

@@ -18,85 +18,63 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import islice
-from typing import NamedTuple
 
 import msgspec
-import numpy as np
 import torch
 
 from swirl import config as configs
-from swirl.app import command, resolve, stages, training_data
+from swirl.app import attempts, command, resolve, stages, training_data
 from swirl.app.progress import progress
 from swirl.app.run_folder import RunFolder, open_run, settings_of
 from swirl.app.scores import Score, compared
 from swirl.app.signals import deferred, exit_if_stopped, stop_on_signals
+from swirl.app.stages import Setup
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
-from swirl.errors import EndpointUnusable
-from swirl.judging import rewards
-from swirl.judging.filtering import step_to_judge
+from swirl.errors import EndpointUnusable, NothingToLearn
 from swirl.learning import distributed, usage
-from swirl.learning.batches import SubTrajectory, assigned_here, micro_batches, num_tokens, present, shuffled
+from swirl.learning.batches import assigned_here, micro_batches, num_tokens, present, shuffled
 from swirl.learning.checkpoints import Snapshot, restore, snapshot_of
-from swirl.learning.metrics import SUMS, log_line, per_token, reward_metrics
+from swirl.learning.metrics import log_line, loss_metrics, reward_metrics, why_idle
 from swirl.learning.objective import Objective, advantages_of
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
 from swirl.report import print_comparison, write_report
-from swirl.rollout.rollout import draw_seed
-from swirl.sampling.local_policy import LocalPolicy, completion_action
+from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import checkpoint_digest, file_digest
-from swirl.trajectories.actions import TAGS
 from swirl.trajectories.log import read_trajectories
-from swirl.trajectories.record import Step, Trajectory, with_call
+from swirl.trajectories.record import Step
 
-UNGRADED_UPDATES = 3  # in a row: the reward model is at fault, and going on would only pay for more of the same
-
-
-class State(NamedTuple):
-    """State k (from 0) of a trajectory, the `tree`-th of its update."""
-
-    tree: int
-    trajectory: Trajectory
-    k: int
+IDLE_UPDATES = 3  # in a row that learn nothing end the run
 
 
-def learn(
-    config: TrainConfig,
-    policy: LocalPolicy,
-    tokenizer,
-    judge,
-    kept: list[Trajectory],
-    run: RunFolder,
-    runner: asyncio.Runner,
-    so_far: dict,
-) -> list[dict]:
-    """All updates of the policy's model; returns the metrics of each. `kept` carries ids, and rewards where recorded
-    actions are learned from; `so_far` is the JSON that its checkpoints carry along, and where the run goes on from one,
-    that one's. Raises SwirlError; whatever stops it, the last update is saved.
+def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio.Runner, so_far: dict) -> list[dict]:
+    """All updates of the policy; returns the metrics of each. `judge` rewards actions that are drawn.
+
+    `source` is what updates are made of: questions in outcome-rl, else trajectories with ids, and with rewards where
+    recorded actions are learned from. `so_far` is the JSON that the run's checkpoints carry along, and where it goes on
+    from one, that one's. Raises SwirlError; whatever stops it, the last update is saved.
     """
-    model = policy.engine.model
+    config, tokenizer, model = setup.config, setup.tokenizer, setup.policy.engine.model
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     objective = Objective(config, model)
     peak_flops = usage.measured_peak_flops(model.device, model.dtype) if distributed.is_main() else 0.0
     history: list[dict] = list(so_far["logs"].get("metrics.jsonl", ()))
     update, began = len(history), time.perf_counter()
     if update:
-        restore(run.resumed, model, optimizer)
-    batches = islice(shuffled(len(kept), config.trajectories_per_update, config.seed), update, None)
+        restore(run.resumed, model, optimizer, objective)
+    batches = islice(shuffled(len(source), config.items_per_update, config.seed), update, None)
 
     def snapshot(copy: bool = True) -> Snapshot:
         logs = {name: list(lines) for name, lines in run.logs.items()}
         state = {**so_far, "logs": logs, "wall_s": so_far["wall_s"] + time.perf_counter() - began}
-        return snapshot_of(model, optimizer, tokenizer, update, state, copy=copy)
+        return snapshot_of(model, optimizer, objective, tokenizer, update, state, copy=copy)
 
     bar = progress("train", config.updates, completed=update, show=distributed.is_main())
     with run.keeping_the_last_update(lambda: snapshot(copy=False) if update else None), bar as advance:
         while True:
             last = update == config.updates
             if config.evaluate_every and (last or update % config.evaluate_every == 0):
-                scores = runner.run(
-                    stages.evaluate(config, policy, tokenizer, config.task, "validation", f"validate at {update}")
-                )
+                scores = runner.run(stages.evaluate(setup, config.task, "validation", f"validate at {update}"))
                 accuracy = {score.task: score.accuracy for score in scores}
                 run.append("validation.jsonl", {"update": update, "accuracy": accuracy})
             if last:
@@ -106,23 +84,28 @@ def learn(
             exit_if_stopped()
             started = time.perf_counter()
 
-            # The actions to learn from: G of the policy's own at every state of some trajectories, or those recorded.
-            trajectories = [kept[i] for i in next(batches)]
-            states = [State(tree, t, k) for tree, t in enumerate(trajectories) for k in range(len(t.steps))]
-            if config.mode == "sampled":
-                steps = draw(config, policy, tokenizer, distributed.my_share(states), update)
-                steps = runner.run(rewarded(judge, distributed.my_share(states), steps))
-                steps = distributed.gather_shares(steps, list[Step])
+            # Sample and reward: groups of attempts at the same thing, each with its reward; then what each is worth.
+            chosen = [source[i] for i in next(batches)]
+            if config.mode == "outcome-rl":
+                groups = attempts.played(runner.run(stages.play(setup, chosen, update)))
+            elif config.mode == "sampled":
+                states = attempts.states_of(chosen)
+                mine = distributed.my_share(states)
+                drawn = attempts.draw(setup, mine, update)
+                drawn = distributed.gather_shares(runner.run(attempts.rewarded(judge, mine, drawn)), list[Step])
+                groups = attempts.sampled(states, drawn)
             else:
-                steps = [[state.trajectory.steps[state.k]] for state in states]
-            actions = with_advantages(config, states, steps)
-            drawn_s = time.perf_counter() - started
+                groups = attempts.recorded(attempts.states_of(chosen))
+            rewards = attempts.rewards_of(groups)
+            actions = attempts.sub_trajectories(groups, advantages_of(rewards, config.baseline))
+            sample_s = time.perf_counter() - started
 
-            # The gradient of the loss, summed over micro-batches and ranks. Actions without one are not computed, but
-            # those of advantage 0 count among the action tokens.
+            # Forward and backward: the gradient of the loss, summed over micro-batches and ranks. Actions without one
+            # are not computed, but those of advantage 0 count among the action tokens.
+            objective.refresh(model, update)
             live = [action for action in actions if objective.has_gradient(action)]
             num_action_tokens = max(1, num_tokens(present(actions)))
-            sums = dict.fromkeys(SUMS, 0.0)
+            sums = dict.fromkeys((*objective.measures, "tokens", "computed_tokens", "flops"), 0.0)
             for batch, members in micro_batches(assigned_here(live), config):
                 loss, measured = objective(model, batch.to(model.device), members)
                 (loss / num_action_tokens).backward()
@@ -130,7 +113,7 @@ def learn(
                 measured["flops"] = usage.update_flops(model.config, batch)
                 for name, value in measured.items():
                     sums[name] += value
-            sums = dict(zip(SUMS, distributed.sum_scalars(list(sums.values()), model.device), strict=True))
+            sums = dict(zip(sums, distributed.sum_scalars(list(sums.values()), model.device), strict=True))
             distributed.sum_gradients(model)
             grad_norm = clip_grad_norm(model, config.max_grad_norm).item()
             distributed.require_finite(f"update {update + 1}: loss", sums["loss"] / num_action_tokens)
@@ -142,77 +125,32 @@ def learn(
             )
             set_learning_rate(optimizer, learning_rate)
             with deferred():  # a signal finds an update that is done, weights and metrics, or not begun
-                if sums["computed_tokens"]:
+                if live:
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 update += 1
-                metrics = {"update": update, **reward_metrics(actions), **per_token(sums, actions, live)}
+                metrics = {"update": update, **reward_metrics(rewards, actions), **loss_metrics(sums, actions, live)}
                 metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
-                metrics |= usage.speed(model, sums, peak_flops, wall_s=time.perf_counter() - started, sample_s=drawn_s)
+                metrics |= {} if live else {"idle": why_idle(rewards, actions)}
+                metrics |= usage.speed(model, sums, peak_flops, wall_s=time.perf_counter() - started, sample_s=sample_s)
                 history.append(metrics)
                 run.append("metrics.jsonl", metrics)
             advance(note=log_line(metrics))
-            _require_grades(config, history, judge)
-    _tell_masked(history)
+            require_something_learned(history, judge)
     return history
 
 
-def draw(config: TrainConfig, policy: LocalPolicy, tokenizer, states: Sequence[State], update: int) -> list[list[Step]]:
-    """G actions of the current policy at each state."""
-    G = config.samples_per_state
-    ids = [trajectory.state_ids(k) for _, trajectory, k in states]
-    completions = policy.engine.sample(
-        [state_ids for state_ids in ids for _ in range(G)],
-        seeds=[draw_seed(config.seed, "update", update, t.id, k, g) for _, t, k in states for g in range(G)],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        stop_ids=policy.stop_ids,
-    )
-    steps = [completion_action(completion, tokenizer) for completion in completions]
-    return [
-        [with_call(step, trajectory.tools or TAGS) for step in steps[i * G : i * G + G]]
-        for i, (_, trajectory, _) in enumerate(states)
-    ]
-
-
-async def rewarded(judge, states: Sequence[State], drawn: Sequence[Sequence[Step]]) -> list[list[Step]]:
-    """The actions drawn at each state, each with its reward by `judge`. Raises EndpointUnusable."""
-    asked = [
-        [step_to_judge(trajectory, k, step) for step in steps]
-        for (_, trajectory, k), steps in zip(states, drawn, strict=True)
-    ]
-    return list(await asyncio.gather(*(rewards.with_rewards(judge, of_state) for of_state in asked)))
-
-
-def with_advantages(
-    config: TrainConfig, states: Sequence[State], steps: Sequence[Sequence[Step]]
-) -> list[SubTrajectory]:
-    """The actions of each state, each with its reward less the baseline of the run."""
-    table = [[np.nan if step.reward is None else step.reward for step in of_state] for of_state in steps]
-    advantages = advantages_of(np.array(table), config.baseline)
-    ids = [trajectory.state_ids(k) for _, trajectory, k in states]
-    return [
-        SubTrajectory(state.tree, state.k, state_ids, step, float(advantage))
-        for state, state_ids, of_state, row in zip(states, ids, steps, advantages, strict=True)
-        for step, advantage in zip(of_state, row, strict=True)
-    ]
-
-
-def _require_grades(config: TrainConfig, history: list[dict], judge) -> None:
-    """A reward model that answers but grades nothing is at fault, like one that is down; all ranks see the same.
-
-    Actions it is not asked about say nothing of it. Raises EndpointUnusable.
+def require_something_learned(history: list[dict], judge) -> None:
+    """Several updates in a row that computed nothing end the run; all ranks see the same. Raises EndpointUnusable where
+    the judge graded none of the actions that it was asked about, else NothingToLearn.
     """
-    recent = history[-UNGRADED_UPDATES:]
-    ungraded = [m for m in recent if m["masked"] and m["masked"] + m["truncated"] == m["actions"]]
-    if config.mode == "sampled" and len(ungraded) == UNGRADED_UPDATES:
-        raise EndpointUnusable(judge.name, f"graded none of the actions of {UNGRADED_UPDATES} updates in a row")
-
-
-def _tell_masked(history: list[dict]) -> None:
-    masked, actions = (sum(metrics[name] for metrics in history) for name in ("masked", "actions"))
-    if masked and distributed.is_main():
-        command.warn(f"{masked} of {actions} actions had no reward: they were masked, and taught nothing")
+    recent = history[-IDLE_UPDATES:]
+    if len(recent) < IDLE_UPDATES:
+        return
+    if judge is not None and all(m["masked"] and m["masked"] + m["refused"] == m["actions"] for m in recent):
+        raise EndpointUnusable(judge.name, f"graded none of the actions of {IDLE_UPDATES} updates in a row")
+    if all("idle" in metrics for metrics in recent):
+        raise NothingToLearn(f"{IDLE_UPDATES} updates in a row had nothing to learn from: {recent[-1]['idle']}")
 
 
 def train(config: TrainConfig) -> dict | None:
@@ -223,60 +161,71 @@ def train(config: TrainConfig) -> dict | None:
     config = configs.smoke(config) if config.smoke else config
     device = distributed.local_device(resolve.device_for(config.device))
     data = read_trajectories(config.data) if config.data is not None else None
-    config = configs.settled(config, None if data is None else {t.question.task for t in data})
-    with distributed.process_group(device, timeout_s=config.rank_timeout_s), asyncio.Runner() as runner:
+    config = configs.settled(config, None if data is None else {t.question.task for t in data}, device.type)
+    with (
+        distributed.process_group(device, timeout_s=config.rank_timeout_s),
+        asyncio.Runner() as runner,
+        ExitStack() as closing,
+    ):
         model, tokenizer = resolve.load_model(
             config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention
         )
         model.recompute = config.recompute
-        policy = LocalPolicy(model, tokenizer, name=config.model)
         if data is not None:
             data = training_data.fitted(data, model.config, tokenizer, config.data)
-            data = training_data.with_rewards(data, config)
-        client = Client(config.out / "answers.sqlite")
-        judge = resolve.open_judge(config.reward, kind="reward", client=client) if config.mode == "sampled" else None
+            training_data.require_rewards(data, config)
         settings = settings_of(
             config,
             model=checkpoint_digest(resolve.model_folder(config.model)),
             data="generated" if config.data is None else file_digest(config.data),
         )
-        with open_run(config, settings) as run, ExitStack() as closing:
-            closing.callback(lambda: runner.run(resolve.close(judge, client)))
+        client = Client(config.out / "answers.sqlite")
+        judge = stages.open_judge(config, "process", client)
+        rewarder = stages.open_judge(config, "reward", client)
+        run = closing.enter_context(open_run(config, settings))
+        closing.callback(lambda: runner.run(client.close()))
+        if distributed.is_main():
             ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
-            if distributed.is_main():
-                print(f"{config.mode} actions, {config.reward} reward, {device}{ranks}", file=sys.stderr)
-            so_far = distributed.from_main(run.resumed and run.resumed.state)
-            if so_far is None:
-                before = runner.run(
-                    stages.evaluate(config, policy, tokenizer, config.evaluate_on, "test", "evaluate before")
-                )
-                if data is None:
-                    data = runner.run(stages.generate_and_filter(config, policy, tokenizer, run))
-                generated = config.data is None and distributed.is_main()
-                kept = file_digest(run.path / stages.KEPT) if generated else None
-                so_far = {"settings": settings, "before": msgspec.to_builtins(before), "kept": kept, "logs": {}}
-            else:
-                before = msgspec.convert(so_far["before"], list[Score])
-                started -= so_far["wall_s"]
-                if data is None:
-                    data = stages.kept_before(run, so_far["kept"])
-            if config.data is None:
-                data = training_data.with_rewards(data, config)
-            so_far["wall_s"] = time.perf_counter() - started
-            history = learn(config, policy, tokenizer, judge, data, run, runner, so_far)
-            after = runner.run(stages.evaluate(config, policy, tokenizer, config.evaluate_on, "test", "evaluate after"))
-            if not distributed.is_main():
-                return None
-            summary = _summary(config, before, after, history, started)
-            run.write("summary.json", summary)
-            write_report(config.out)
-            if after:
-                print_comparison(before, after)
-            print(
-                f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
-                f"the picture in {config.out}/report.html"
-            )
-            return summary
+            print(f"mode {config.mode}, reward {config.reward}, {device}{ranks}", file=sys.stderr)
+        tasks = runner.run(stages.open_tasks(config, client))
+        setup = Setup(config, LocalPolicy(model, tokenizer, name=config.model), tokenizer, tasks)
+
+        so_far = distributed.from_main(run.resumed and run.resumed.state)
+        if so_far is None:
+            before = runner.run(stages.evaluate(setup, config.evaluate_on, "test", "evaluate before"))
+            so_far = {"settings": settings, "before": msgspec.to_builtins(before), "kept": None, "logs": {}}
+            if config.generates:
+                data, so_far["kept"] = runner.run(stages.generate_and_filter(setup, judge, run))
+        else:
+            before = msgspec.convert(so_far["before"], list[Score])
+            started -= so_far["wall_s"]
+            if config.generates:
+                data = stages.kept_before(run, so_far["kept"])
+        if config.mode == "outcome-rl":
+            source = stages.questions_to_play(setup)
+        else:
+            source = runner.run(training_data.with_rewards(data, config, rewarder))
+        so_far["wall_s"] = time.perf_counter() - started
+        history = learn(setup, source, rewarder if config.mode == "sampled" else None, run, runner, so_far)
+        after = runner.run(stages.evaluate(setup, config.evaluate_on, "test", "evaluate after"))
+        return _finish(config, run, before, after, history, started) if distributed.is_main() else None
+
+
+def _finish(config: TrainConfig, run: RunFolder, before: list[Score], after: list[Score], history, started) -> dict:
+    """Write the summary and the report, and show both."""
+    summary = _summary(config, before, after, history, started)
+    run.write("summary.json", summary)
+    write_report(config.out)
+    masked, actions = (sum(metrics[name] for metrics in history) for name in ("masked", "actions"))
+    if masked:
+        command.warn(f"{masked} of {actions} actions had no reward: they were masked, and taught nothing")
+    if after:
+        print_comparison(before, after)
+    print(
+        f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
+        f"the picture in {config.out}/report.html"
+    )
+    return summary
 
 
 def _summary(config: TrainConfig, before: list[Score], after: list[Score], history: list[dict], started: float) -> dict:

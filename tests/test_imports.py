@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "sampling": SHARED | {"kernels", "tree", "model", "rollout"},
     "learning": SHARED | {"config", "kernels", "tree", "model"},
     "tasks": SHARED | {"rollout", "tools", "judging"},
-    "config": {"errors", "tasks"},  # the names of the tasks are its defaults
+    "config": {"errors", "tasks", "endpoints"},  # the names of the tasks are its defaults, limits of endpoints a part
 }
 WITHOUT_TORCH = ("errors", "storage", "trajectories", "config", "rollout", "tools", "endpoints", "judging", "tasks")
 # Other libraries for the same job, to be compared with and never leant on.

@@ -77,6 +77,7 @@ def open_policy(
     spec: str,
     *,
     device: str = "cpu",
+    dtype: str = "float32",
     client: Client | None = None,
     limits: EndpointLimits | None = None,
     tokenizer: Path | None = None,
@@ -93,9 +94,11 @@ def open_policy(
         return open_wire_policy(spec, client=client, role="policy", limits=limits, tokenizer=tokenizer), tokenizer
     if tokenizer is not None:
         raise ConfigError(f"--tokenizer {tokenizer}: the policy '{spec}' has its own, expected a URL's")
+    import torch
+
     from swirl.sampling.local_policy import LocalPolicy
 
-    model, tokenizer = load_model(spec, device=device)
+    model, tokenizer = load_model(spec, device=device, dtype=getattr(torch, dtype))
     return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
 
 
@@ -110,6 +113,8 @@ def open_judge(
     votes: int = 4,
     client: Client | None = None,
     limits: EndpointLimits | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
 ):
     """One of Almanac's own (rule, lenient, noisy:SHARE), a server's URL whose model judges, asked by `client`, or a
     checkpoint folder.
@@ -124,7 +129,7 @@ def open_judge(
     if is_url(spec):
         policy = open_wire_policy(spec, client=client, role=_ROLE_OF_JUDGE[kind], limits=limits, details=False)
     elif model_folder(spec).is_dir():
-        policy, _ = open_policy(spec)
+        policy, _ = open_policy(spec, device=device, dtype=dtype)
     else:
         raise ConfigError(f"judge '{spec}' is unknown: expected 'rule', a URL or a checkpoint folder")
     return judge_with(policy, kind, prompt=prompt, votes=votes)

@@ -1,94 +1,159 @@
-"""Stage 1 and evaluation within `train`: by the policy in this process, sharded over ranks, in memory."""
+"""What `train` does beside learning, by the policy in this process: evaluate, generate, filter, play.
+
+All of it in memory, sharded over ranks; every function returns the same on every rank.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from swirl import tasks
-from swirl.app import resolve
+from swirl.app import command, resolve
 from swirl.app.evaluation import answer, evaluation_steps, generation_steps
 from swirl.app.progress import progress
 from swirl.app.run_folder import RunFolder
 from swirl.app.scores import Score, score_trajectories
 from swirl.config import TrainConfig
+from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, InputError
 from swirl.judging.filtering import Judges, filter_in_memory
 from swirl.learning import distributed
-from swirl.rollout.rollout import RolloutSpec, Unanswered, collect
+from swirl.rollout.rollout import RolloutSpec, Unanswered, collect, draw_seed
 from swirl.rollout.task import Task
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import file_digest
 from swirl.trajectories.log import read_trajectories, write_trajectories
-from swirl.trajectories.record import Trajectory
+from swirl.trajectories.record import Question, Trajectory
 
 KEPT = "kept.jsonl"
 
 
-async def evaluate(
-    config: TrainConfig, policy: LocalPolicy, tokenizer, names: tuple[str, ...], split: str, description: str
-) -> list[Score]:
-    """Scores of greedy answers to each task's questions of that split. Same on every rank."""
-    opened = [tasks.open_task(name) for name in names]
-    asked = [task.take(split, config.evaluate_num_questions) for task in opened]
-    total = sum(len(distributed.my_share(questions)) for questions in asked)
-    scores = []
+@dataclass(frozen=True)
+class Setup:
+    """The policy that is trained, and the tasks it is trained and evaluated on, by name."""
+
+    config: TrainConfig
+    policy: LocalPolicy
+    tokenizer: object
+    tasks: dict[str, Task]
+
+    def rollouts(self, name: str, *, max_steps: int, temperature: float, seed: int) -> RolloutSpec:
+        """How the policy plays the task of that name."""
+        return RolloutSpec(
+            task=self.tasks[name],
+            policy=self.policy,
+            tokenizer=self.tokenizer,
+            max_steps=max_steps,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            in_flight=self.config.in_flight,
+        )
+
+
+async def open_tasks(config: TrainConfig, client: Client) -> dict[str, Task]:
+    """The tasks that are trained and evaluated on, by name, with what the flags say of them.
+
+    Raises ConfigError, InputError, EndpointError.
+    """
+    names = [*(config.task if config.data is None or config.evaluate_every else ()), *config.evaluate_on]
+    splits = {"train": config.questions, "validation": config.evaluate_questions, "test": config.evaluate_questions}
+    files = {split: file for split, file in splits.items() if file is not None}
+    opened = {}
+    for name in dict.fromkeys(names):
+        takes = tasks.flags_of(name)
+        opened[name] = await resolve.open_task(
+            name,
+            questions=files if "questions" in takes else None,
+            corpus=config.corpus if "corpus" in takes else None,
+            retriever=config.retriever if "retriever" in takes else "bm25",
+            top_k=config.top_k if "top_k" in takes else 1,
+            client=client,
+            limits=config.endpoint,
+        )
+    return opened
+
+
+def open_judge(config: TrainConfig, kind: Literal["process", "reward"], client: Client):
+    """Who says which steps are GOOD, or who rewards actions; None where the config names nobody.
+
+    Raises ConfigError, CheckpointError, InputError.
+    """
+    spec, prompt = (config.judge, config.judge_prompt) if kind == "process" else (config.reward, config.reward_prompt)
+    if spec in ("none", "recorded", "outcome"):
+        return None
+    return resolve.open_judge(
+        spec,
+        kind=kind,
+        prompt=prompt,
+        votes=config.votes,
+        client=client,
+        limits=config.endpoint,
+        device=config.device,
+        dtype=config.dtype,
+    )
+
+
+async def evaluate(setup: Setup, names: Sequence[str], split: str, description: str) -> list[Score]:
+    """Scores of greedy answers to each task's questions of that split."""
     if not names:
-        return scores
+        return []
+    asked = {name: setup.tasks[name].take(split, setup.config.evaluate_num_questions) for name in names}
+    total = sum(len(distributed.my_share(questions)) for questions in asked.values())
+    scores = []
     with progress(description, total, show=distributed.is_main()) as advance:
-        for task, questions in zip(opened, asked, strict=True):
-            spec = _spec(config, policy, tokenizer, task, max_steps=evaluation_steps(task), temperature=0.0)
-            mine = await answer(
-                distributed.my_share(questions), spec, judge=resolve.open_judge("rule"), advance=advance
-            )
+        for name, questions in asked.items():
+            task = setup.tasks[name]
+            spec = setup.rollouts(name, max_steps=evaluation_steps(task), temperature=0.0, seed=setup.config.seed)
+            judge = resolve.open_judge("rule") if name in tasks.ALMANAC_FAMILIES else None
+            mine = await answer(distributed.my_share(questions), spec, judge=judge, advance=advance)
             scores.append(score_trajectories(task, _gathered(mine)))
     return scores
 
 
-def _spec(
-    config: TrainConfig, policy: LocalPolicy, tokenizer, task: Task, *, max_steps: int, temperature: float
-) -> RolloutSpec:
-    return RolloutSpec(
-        task=task,
-        policy=policy,
-        tokenizer=tokenizer,
-        max_steps=max_steps,
-        max_new_tokens=config.max_new_tokens,
-        temperature=temperature,
-        seed=config.seed,
-    )
-
-
-async def generate(config: TrainConfig, policy: LocalPolicy, tokenizer) -> list[Trajectory]:
-    """The policy's own trajectories on every task to train on. Same on every rank."""
-    made = []
+async def generate(setup: Setup) -> list[Trajectory]:
+    """Stage 1: the policy's own trajectories on every task to train on."""
+    config, made = setup.config, []
     for name in config.task:
-        task = tasks.open_task(name)
+        task = setup.tasks[name]
+        spec = setup.rollouts(
+            name, max_steps=generation_steps(task), temperature=config.generate_temperature, seed=config.seed
+        )
         questions = task.take("train", config.num_questions)
-        asked = distributed.my_share([(question, s) for question in questions for s in range(config.samples)])
-        temperature = config.generate_temperature
-        spec = _spec(config, policy, tokenizer, task, max_steps=generation_steps(task), temperature=temperature)
+        asked = distributed.my_share([(question, sample) for question in questions for sample in range(config.samples)])
         with progress(f"generate {name}", len(asked), show=distributed.is_main()) as advance:
             mine = await collect(asked, spec, advance=advance)
         made += _gathered(mine)
-    return made
+    unanswered = [one.reason for one in made if isinstance(one, Unanswered)]
+    if unanswered and distributed.is_main():
+        command.warn(f"{len(unanswered)} trajectories unanswered ({command.first_reasons(unanswered)})")
+    return [one for one in made if isinstance(one, Trajectory)]
 
 
-async def generate_and_filter(config: TrainConfig, policy: LocalPolicy, tokenizer, run: RunFolder) -> list[Trajectory]:
-    """Stage 1: the policy's own trajectories that pass `config.filter`; all and the kept are also written down.
+async def generate_and_filter(setup: Setup, judge, run: RunFolder) -> tuple[list[Trajectory], str | None]:
+    """Stage 1 and the filter: the policy's own trajectories that pass it by the verdicts of `judge`, and on the main
+    rank the digest of the file that holds them. All and the kept are written down.
 
     Raises ConfigError where none passes.
     """
-    made = await generate(config, policy, tokenizer)
-    with progress("filter", len(made), show=distributed.is_main()) as advance:
-        judges = Judges(resolve.open_judge("rule"), tasks.is_correct)
-        kept, _ = await filter_in_memory(made, judges, mode=config.filter, advance=advance)
+    made, mode = await generate(setup), setup.config.filter
+    mine = distributed.my_share(made)
+    with progress("filter", len(mine), show=distributed.is_main()) as advance:
+        passed, _ = await filter_in_memory(mine, Judges(judge, tasks.is_correct), mode=mode, advance=advance)
+    passed = {trajectory.id: trajectory for trajectory in passed}
+    everywhere = distributed.gather_shares([passed.get(one.id) for one in mine], Trajectory | None)
+    kept = [one for one in everywhere if one is not None]
     if distributed.is_main():
         write_trajectories(run.path / "trajectories.jsonl", made)
         write_trajectories(run.path / KEPT, kept)
-        print(f"kept {len(kept)} of {len(made)} trajectories ({config.filter} filter)", file=sys.stderr)
+        print(f"kept {len(kept)} of {len(made)} trajectories ({mode} filter)", file=sys.stderr)
     if not kept:
-        raise ConfigError(f"--filter {config.filter} kept none of {len(made)} trajectories: nothing to train on")
-    return kept
+        raise ConfigError(f"--filter {mode} kept none of {len(made)} trajectories: nothing to train on")
+    return kept, file_digest(run.path / KEPT) if distributed.is_main() else None
 
 
 def kept_before(run: RunFolder, digest: str) -> list[Trajectory]:
@@ -102,6 +167,38 @@ def kept_before(run: RunFolder, digest: str) -> list[Trajectory]:
         if path.parent != run.path:
             write_trajectories(run.path / KEPT, kept)
     return distributed.from_main(kept, list[Trajectory])
+
+
+def questions_to_play(setup: Setup) -> list[tuple[str, Question]]:
+    """Every question to train on, with the name of its task."""
+    config = setup.config
+    return [
+        (name, question) for name in config.task for question in setup.tasks[name].take("train", config.num_questions)
+    ]
+
+
+async def play(
+    setup: Setup, questions: Sequence[tuple[str, Question]], update: int
+) -> list[list[Trajectory | Unanswered]]:
+    """G whole trajectories of each question by the current policy, other draws in every update."""
+    config, G = setup.config, setup.config.samples_per_state
+    # A question that stands twice in the update has other samples each time.
+    asked = [(name, question, place * G + g) for place, (name, question) in enumerate(questions) for g in range(G)]
+    mine = distributed.my_share(asked)
+
+    async def play_task(name: str) -> list[Trajectory | Unanswered]:
+        spec = setup.rollouts(
+            name,
+            max_steps=evaluation_steps(setup.tasks[name]),
+            temperature=config.temperature,
+            seed=draw_seed(config.seed, "update", update),
+        )
+        return await collect([(question, sample) for of, question, sample in mine if of == name], spec)
+
+    names = list(dict.fromkeys(name for name, _, _ in mine))
+    by_task = dict(zip(names, map(iter, await asyncio.gather(*map(play_task, names))), strict=True))
+    made = _gathered([next(by_task[name]) for name, _, _ in mine])
+    return [made[i : i + G] for i in range(0, len(made), G)]
 
 
 def _gathered(mine: list[Trajectory | Unanswered]) -> list[Trajectory | Unanswered]:

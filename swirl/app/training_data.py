@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from swirl import tasks
 from swirl.config import TrainConfig
 from swirl.errors import InputError
-from swirl.judging.rewards import with_one_reward, with_recorded_rewards
+from swirl.judging.filtering import step_to_judge
+from swirl.judging.rewards import ask_rewards, graded, with_one_reward, with_recorded_rewards
+from swirl.learning import distributed
 from swirl.model.gemma import GemmaConfig
 from swirl.model.tokenizer import Tokenizer
 from swirl.rollout.rollout import with_ids
@@ -74,24 +79,43 @@ def _disagreement(trajectory: Trajectory, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def with_rewards(trajectories: list[Trajectory], config: TrainConfig) -> list[Trajectory]:
-    """The trajectories with the reward of each recorded action, in the modes that learn from those.
+def require_rewards(trajectories: list[Trajectory], config: TrainConfig) -> None:
+    """Raises InputError where recorded actions have nothing to teach, or no log-probs that a correction needs."""
+    if config.proximal_every:
+        for trajectory in trajectories:
+            if any(step.log_probs is None for step in trajectory.steps):
+                why = f"trajectory '{trajectory.id}' has none, which --proximal-every corrects by: leave that out"
+                raise InputError(config.data, why, field="log_probs")
+    if config.mode != "recorded":
+        return
+    steps = [step for trajectory in trajectories for step in trajectory.steps]
+    if config.reward == "recorded" and all(graded(step) is None for step in steps):
+        raise InputError(config.data, "no step has a reward or a verdict: filter it, or take --reward outcome")
+    scored = (trajectory.outcome is not None or trajectory.question.answer is not None for trajectory in trajectories)
+    if config.reward == "outcome" and not any(scored):
+        raise InputError(config.data, "no trajectory has an outcome or a golden answer: take --reward recorded")
 
-    Raises InputError where none has a reward.
+
+async def with_rewards(trajectories: list[Trajectory], config: TrainConfig, judge) -> list[Trajectory]:
+    """The trajectories with the reward of each recorded action, in the modes that learn from those: each `judge`'s,
+    where the reward is neither in the data nor the outcome. Same on every rank.
     """
     if config.mode == "sampled":
         return trajectories
     if config.mode == "imitation":
         return [with_one_reward(trajectory, 1.0) for trajectory in trajectories]
+    if config.reward == "recorded":
+        return [with_recorded_rewards(trajectory) for trajectory in trajectories]
     if config.reward == "outcome":
-        made = [with_one_reward(trajectory, _outcome(trajectory)) for trajectory in trajectories]
-        missing = "no trajectory has an outcome or a golden answer: take --reward recorded"
-    else:
-        made = [with_recorded_rewards(trajectory) for trajectory in trajectories]
-        missing = "no step has a reward or a verdict: filter it, or take --reward outcome"
-    if all(step.reward is None for trajectory in made for step in trajectory.steps):
-        raise InputError(config.data, missing)
-    return made
+        return [with_one_reward(trajectory, _outcome(trajectory)) for trajectory in trajectories]
+    mine = distributed.my_share(trajectories)
+    made = await asyncio.gather(*(_asked(trajectory, judge) for trajectory in mine))
+    return distributed.gather_shares(made, Trajectory)
+
+
+async def _asked(trajectory: Trajectory, judge) -> Trajectory:
+    steps = await ask_rewards(judge, [step_to_judge(trajectory, k, step) for k, step in enumerate(trajectory.steps)])
+    return replace(trajectory, steps=tuple(steps))
 
 
 def _outcome(trajectory: Trajectory) -> float | None:

@@ -23,7 +23,7 @@ def is_refused(step: Step) -> bool:
     return step.call is None
 
 
-async def with_rewards(judge, asked: Iterable[StepToJudge]) -> list[Step]:
+async def ask_rewards(judge, asked: Iterable[StepToJudge]) -> list[Step]:
     """The steps, each with its reward: 0 where the environment refuses the action, which is not asked about; else the
     judge's, None where it gave neither reward nor verdict. Raises EndpointUnusable.
     """

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from swirl.config import TrainConfig
 from swirl.errors import ConfigError
 from swirl.kernels.chain_attention import ForkError
 from swirl.learning import distributed
 from swirl.trajectories.record import Step
 from swirl.tree.batch import PackedBatch
 from swirl.tree.pack import pack_chains, pack_micro_batches, separate
+
+if TYPE_CHECKING:
+    from swirl.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from swirl.errors import CheckpointError
 from swirl.learning import distributed
+from swirl.learning.objective import Objective
 from swirl.learning.optimizer import Optimizer
 from swirl.model import checkpoint as model_folder
 from swirl.storage.digest import (
@@ -76,21 +77,29 @@ def copied(tensors: Tensors) -> dict[str, torch.Tensor]:
     return copies
 
 
-def snapshot_of(model, optimizer: Optimizer, tokenizer, update: int, state: dict, *, copy: bool = True) -> Snapshot:
+def snapshot_of(
+    model, optimizer: Optimizer, objective: Objective, tokenizer, update: int, state: dict, *, copy: bool = True
+) -> Snapshot:
     """What a run is after `update`; without `copy` it is good for as long as nothing trains on."""
     take = copied if copy else dict
     config = model.config.to_json(model.dtype, model.origin and model.origin.config)
-    weights, training = take(model.state_dict()), take(optimizer.state_tensors())
+    weights, training = take(model.state_dict()), take({**optimizer.state_tensors(), **objective.state_tensors()})
     return Snapshot(update, weights, config, tokenizer, training, state, model.origin)
 
 
-def restore(checkpoint: Checkpoint | None, model: torch.nn.Module, optimizer: Optimizer) -> None:
-    """Give the model and its optimizer what they had, on every rank what the main one read. Raises CheckpointError."""
+def restore(checkpoint: Checkpoint | None, model: torch.nn.Module, optimizer: Optimizer, objective: Objective) -> None:
+    """Give the model, its optimizer and its objective what they had, on every rank what the main one read.
+
+    Raises CheckpointError.
+    """
     weights = distributed.tensors_from_main(checkpoint and checkpoint.weights())
     training = distributed.tensors_from_main(checkpoint and checkpoint.training())
     try:
         model.load_state_dict(weights)
-        optimizer.load_state_tensors(training)
+        objective.load_state_tensors(training, model)
+        optimizer.load_state_tensors(
+            {name: training[name] for name in training if name not in objective.state_tensors()}
+        )
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(checkpoint.folder if checkpoint else ".", f"is of another model ({error})") from None
 

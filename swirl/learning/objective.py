@@ -1,9 +1,23 @@
-"""The step-wise objective: from the rewards of actions to advantages, and from log-probs to a loss.
+"""The objective: from the rewards of actions to advantages, and from log-probs to the loss of a micro-batch.
 
-Loss = - sum over sub-trajectories of A * ratio-corrected log-prob + beta * KL to the reference policy, as sums over
-action tokens; the caller divides by the action tokens of the whole update (all micro-batches, all ranks).
+All modes minimise, over the action tokens t of the update's N (all micro-batches, all ranks; the caller divides by N),
+
+    L = - 1/N sum_t  w_t * min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)  +  beta/N sum_t KL(pi_t || ref_t)
+
+where A is the advantage of the token's action, pi_t the policy's distribution at that token, at the temperature of the
+draws, and r_t = pi_t / old_t the ratio to the policy that the clip is held against. They differ in these:
+
+    mode        actions                            A                                       old         w
+    sampled     G draws at each recorded state     R(s, a) - mean of the other draws' R    the draw's  1
+    recorded    those in the data                  R(s, a)                                 no ratio, log pi_t A
+    imitation   those in the data                  1                                       no ratio, log pi_t
+    outcome-rl  G whole trajectories a question    outcome - mean of the others' outcome   the draw's  1
+
+With --proximal-every, recorded actions are corrected for the policy that drew them, as decoupled PPO does: old is then
+the proximal policy, a copy of the policy refreshed every so many updates, and w = min(proximal / behaviour, 2).
+docs/objective.md derives and compares them.
 Source: SWiRL (arXiv:2504.04736) for the step-wise reward; leave-one-out baseline as in RLOO (arXiv:2402.14740);
-clipped ratio as in PPO (arXiv:1707.06347); the KL estimate is k3 of Schulman's "Approximating KL divergence".
+clipped ratio as in PPO (arXiv:1707.06347), decoupled as in arXiv:2110.00641; gradient of the KL as in arXiv:2506.09477.
 The paper reports none of clip, baseline or beta: their values are ours.
 """
 
@@ -11,23 +25,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from swirl.config import TrainConfig
+from swirl.kernels.linear_kl import linear_kl
 from swirl.learning.batches import SubTrajectory, behaviour_log_probs, token_advantages
 from swirl.tree.batch import PackedBatch
 
+if TYPE_CHECKING:
+    from swirl.config import TrainConfig
+
 Baseline = Literal["none", "mean", "leave_one_out"]
+MAX_IMPORTANCE_WEIGHT = 2.0  # ours: a token is never worth more than twice what it would be on policy
 
 
 def advantages_of(rewards: np.ndarray, baseline: Baseline) -> np.ndarray:
-    """Each reward less its baseline. rewards (N, G), a row for each group of actions to be compared, NaN where there is
-    none -> (N, G) float64, NaN where masked. Equal rewards have an advantage of exactly 0 (but for `none`).
+    """Each reward less its baseline. rewards (N, G), a row for each group that is compared, NaN where there is none ->
+    (N, G) float64, NaN where masked. With a baseline, equal rewards have an advantage of exactly 0.
 
-    none: 0. mean: the mean of all rewards of the update. leave_one_out: the mean of the other rewards of the row.
+    none: R. mean: R - mean of all rewards of the update. leave_one_out: R - mean of the other rewards of the row.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if baseline == "none":
@@ -37,12 +55,12 @@ def advantages_of(rewards: np.ndarray, baseline: Baseline) -> np.ndarray:
     present = rewards[~np.isnan(rewards)]
     if not present.size:
         return rewards
-    equal = present.min() == present.max()  # their rounded mean may differ from them
+    equal = present.min() == present.max()  # the rounded mean of equal rewards may differ from them
     return rewards - (present[0] if equal else present.mean())
 
 
 def leave_one_out_advantages(rewards: np.ndarray) -> np.ndarray:
-    """Advantage of each of G actions drawn at the same state: its reward less the mean of the other draws.
+    """A_i = R_i - mean over j != i of R_j, in each row.
 
     rewards (N, G) float, NaN where the judge failed -> (N, G) float64, NaN where masked. A masked draw takes no
     part in the others' baseline; a draw left alone has nothing to be compared with, and is masked too.
@@ -50,9 +68,8 @@ def leave_one_out_advantages(rewards: np.ndarray) -> np.ndarray:
     rewards = np.asarray(rewards, dtype=np.float64)
     present = ~np.isnan(rewards)
     others = present.sum(1, keepdims=True) - 1
-    values = np.where(present, rewards, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        baseline = (values.sum(1, keepdims=True) - rewards) / others
+        baseline = (np.where(present, rewards, 0.0).sum(1, keepdims=True) - rewards) / others
     advantages = np.where(present & (others > 0), rewards - baseline, np.nan)
     highest = np.where(present, rewards, -np.inf).max(1, keepdims=True)
     lowest = np.where(present, rewards, np.inf).min(1, keepdims=True)
@@ -60,11 +77,40 @@ def leave_one_out_advantages(rewards: np.ndarray) -> np.ndarray:
 
 
 class Objective:
-    """The loss of a micro-batch, with the reference policy where a KL holds the policy: the model as it is now."""
+    """The loss of a micro-batch under a config, with the policies it needs beside the one that is trained.
+
+    `reference` is the model as it was given, where a KL holds the policy to it; `proximal` the model at the last
+    `refresh`, where recorded actions are corrected for being off policy. `measures` names what a call measures: the
+    same on all ranks, and nothing that is not measured.
+    """
 
     def __init__(self, config: TrainConfig, model: torch.nn.Module):
         self.clip, self.kl_coefficient = config.clip, config.kl_coefficient
-        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_coefficient else None
+        self.proximal_every = config.proximal_every
+        self.on_policy = config.mode in ("sampled", "outcome-rl")
+        self.temperature = config.temperature if self.on_policy else 1.0
+        self.reference = _frozen(model) if config.kl_coefficient else None
+        self.proximal: torch.nn.Module | None = None
+        has_ratio = self.on_policy or self.proximal_every
+        self.measures = ("loss", "entropy", *(("ratio", "clipped") if has_ratio else ()))
+        self.measures += ("kl",) if self.reference is not None else ()
+
+    def refresh(self, model: torch.nn.Module, update: int) -> None:
+        """To be called before each update, counted from 0: renews the proximal policy where it is due."""
+        if self.proximal_every and update % self.proximal_every == 0:
+            self.proximal = _frozen(model)
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The proximal policy's weights, where there is one. The reference is the model that the run began with."""
+        weights = {} if self.proximal is None else self.proximal.state_dict()
+        return {f"proximal.{name}": weight for name, weight in weights.items()}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
+        """The inverse of `state_tensors`, from among `tensors`; `model` is of the same shape."""
+        weights = {name.removeprefix("proximal."): tensors[name] for name in tensors if name.startswith("proximal.")}
+        if weights:
+            self.proximal = _frozen(model)
+            self.proximal.load_state_dict(weights)
 
     def has_gradient(self, action: SubTrajectory) -> bool:
         """Whether the action must be computed: not masked, and of an advantage other than 0 unless there is a KL."""
@@ -73,47 +119,88 @@ class Objective:
     def __call__(
         self, model: torch.nn.Module, batch: PackedBatch, actions: Sequence[SubTrajectory]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """(loss, differentiable, a sum over the batch's M action tokens; sums of what to log)."""
-        log_probs = model.token_log_probs(batch)
-        with torch.no_grad():
-            reference_log_probs = None if self.reference is None else self.reference.token_log_probs(batch)
-        loss, sums = policy_loss(
-            log_probs,
-            token_advantages(batch, actions, like=log_probs),
-            behaviour_log_probs=behaviour_log_probs(actions, like=log_probs),
-            reference_log_probs=reference_log_probs,
-            clip=self.clip,
-            kl_coefficient=self.kl_coefficient,
+        """(loss, differentiable, a sum over the batch's M action tokens; such sums of all that `measures` names)."""
+        hidden = model.action_hidden(batch)
+        log_probs, entropy = model.head_log_probs(
+            hidden, batch.target_ids, temperature=self.temperature, return_entropy=True
         )
-        return loss, {"loss": loss.item(), **{name: value.item() for name, value in sums.items()}}
+        old, weights = self._old_and_weights(batch, actions, log_probs)
+        loss, measured = policy_loss(
+            log_probs, token_advantages(batch, actions, like=log_probs), old, weights=weights, clip=self.clip
+        )
+        if self.reference is not None:
+            kl = self._kl(model, batch, hidden)
+            within = batch.sub_trajectory if self.on_policy else None
+            loss = loss + self.kl_coefficient * kl_loss(kl, log_probs, within)
+            measured["kl"] = kl.detach().sum()
+        measured |= {"loss": loss.detach(), "entropy": entropy.detach().sum()}
+        return loss, {name: measured[name].item() for name in self.measures}
+
+    def _old_and_weights(self, batch, actions, log_probs):
+        """(M,) log-probs of the policy that the clip is held against, None: there is no ratio; and weights, None: 1."""
+        if self.on_policy:
+            return behaviour_log_probs(actions, like=log_probs), None
+        if not self.proximal_every:
+            return None, None
+        with torch.no_grad():
+            proximal = self.proximal.token_log_probs(batch)
+        behaviour = behaviour_log_probs(actions, like=log_probs)
+        return proximal, (proximal - behaviour).exp().clamp(max=MAX_IMPORTANCE_WEIGHT)
+
+    def _kl(self, model, batch, hidden):
+        """(M,) KL of the policy to the reference at each action token, over all vocabulary entries."""
+        with torch.no_grad():
+            reference_hidden, _ = self.reference.at_temperature(self.reference.action_hidden(batch), self.temperature)
+        hidden, softcap = model.at_temperature(hidden, self.temperature)
+        weight, reference_weight = (m.model.embed_tokens.weight for m in (model, self.reference))
+        return linear_kl(hidden, weight, reference_hidden, reference_weight, softcap=softcap)
+
+
+def _frozen(model: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(model).requires_grad_(False)
 
 
 def policy_loss(
     log_probs: torch.Tensor,
     advantages: torch.Tensor,
+    old_log_probs: torch.Tensor | None = None,
     *,
-    behaviour_log_probs: torch.Tensor | None = None,
-    reference_log_probs: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
     clip: float = 0.2,
-    kl_coefficient: float = 0.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of one micro-batch, as a sum over its M action tokens, and sums of what to log.
+    """- sum_t w_t min(r_t A_t, clip(r_t, 1 - clip, 1 + clip) A_t), with r_t = exp(log_probs - old_log_probs).
 
-    log_probs (M,) of the policy, differentiable; advantages (M,), the action's own at each of its tokens;
-    behaviour_log_probs and reference_log_probs (M,), natural log. Where a behaviour log-prob is NaN, or none are given,
-    the ratio is 1 (its gradient is that of the log-prob). Returns (loss_sum, {"kl", "clipped", "ratio"}), each a scalar
-    sum.
+    log_probs (M,) of the policy, natural log, differentiable; advantages (M,), the action's own at each of its tokens;
+    old_log_probs (M,); weights (M,), None: 1. Returns (loss, {"ratio": sum of r, "clipped": tokens that the clip
+    holds}). Without old_log_probs there is no ratio: the loss is - sum_t A_t log_probs_t, and the dict is empty.
     """
-    now = log_probs.detach()
-    old = now if behaviour_log_probs is None else torch.where(behaviour_log_probs.isnan(), now, behaviour_log_probs)
-    ratio = (log_probs - old).exp()
-    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
-    gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
-    loss = -gain.sum()
-    metrics = {"ratio": ratio.detach().sum(), "clipped": (ratio * advantages > gain).detach().float().sum()}
-    if reference_log_probs is not None:
-        gap = reference_log_probs - log_probs
-        kl = (gap.exp() - gap - 1).sum()
-        loss = loss + kl_coefficient * kl
-        metrics["kl"] = kl.detach()
-    return loss, metrics
+    if old_log_probs is None:
+        return -(advantages * log_probs).sum(), {}
+    ratio = (log_probs - old_log_probs).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    loss = -(gain if weights is None else weights * gain).sum()
+    return loss, {"ratio": ratio.detach().sum(), "clipped": (ratio * advantages > gain).detach().sum()}
+
+
+def kl_loss(kl: torch.Tensor, log_probs: torch.Tensor, sub_trajectory: torch.Tensor | None = None) -> torch.Tensor:
+    """A scalar whose value is sum_t KL_t, the KL of the policy to the reference at each action token, and whose
+    gradient is that of the KL.
+
+    kl (M,), differentiable, exact at each token; log_probs (M,) of the tokens. At the tokens of recorded actions that
+    is all. Where the policy drew the actions itself (`sub_trajectory` (M,) says which token belongs to which), a token
+    also decides where the action goes on, so the KL of a whole action has the gradient
+
+        sum_t grad KL_t + (sum over later tokens u of KL_u) * grad log pi_t
+
+    in expectation over the draws. A single draw's k3, differentiated, has that of KL(ref || pi) instead.
+    Source: arXiv:2506.09477; exact at each token as in arXiv:2504.10637.
+    """
+    loss = kl.sum()
+    if sub_trajectory is None:
+        return loss
+    values = kl.detach().double()
+    num_actions = int(sub_trajectory[-1]) + 1
+    totals = values.new_zeros(num_actions).index_add(0, sub_trajectory, values)
+    through = values.cumsum(0) - (totals.cumsum(0) - totals)[sub_trajectory]  # of the action, this token included
+    later = (totals[sub_trajectory] - through).to(log_probs.dtype)
+    return loss + (later * (log_probs - log_probs.detach())).sum()

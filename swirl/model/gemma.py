@@ -224,20 +224,38 @@ class Gemma(nn.Module):
             chains = Chains(self.attention, lengths, self.device)
         return self.model(input_ids, position_ids, subtree_end, recompute=self.recompute, chains=chains)
 
-    def token_log_probs(self, batch: PackedBatch) -> torch.Tensor:
+    def token_log_probs(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
         """(M,) log-prob of each action token of a PackedBatch, float32 (float64 for float64), differentiable.
 
+        Of softmax(logits / temperature), the distribution that the engine draws from at that temperature.
         The head runs on `batch.source_rows` alone and never holds (M, V) logits.
         """
+        return self.head_log_probs(self.action_hidden(batch), batch.target_ids, temperature=temperature)
+
+    def action_hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """(M, d) hidden states that predict each action token, in the model's dtype."""
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.subtree_end, batch.chain_lengths)
         # An embedding look-up, not hidden[rows]: at a fork rows repeat, and torch sums the gradients of an index in an
         # order that changes from run to run.
-        return linear_log_prob(
-            F.embedding(batch.source_rows, hidden),
-            self.model.embed_tokens.weight,
-            batch.target_ids,
-            softcap=self.config.final_logit_softcapping,
-        )
+        return F.embedding(batch.source_rows, hidden)
+
+    def head_log_probs(
+        self, hidden: torch.Tensor, target_ids: torch.Tensor, *, temperature: float = 1.0, return_entropy: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(M,) log-prob of each target from its (M, d) hidden state; with `return_entropy`, (log-probs, the (M,)
+        entropies of the distributions in nats).
+        """
+        hidden, softcap = self.at_temperature(hidden, temperature)
+        weight = self.model.embed_tokens.weight
+        return linear_log_prob(hidden, weight, target_ids, softcap=softcap, return_entropy=return_entropy)
+
+    def at_temperature(self, hidden: torch.Tensor, temperature: float) -> tuple[torch.Tensor, float | None]:
+        """(hidden, softcap) whose logits are those of `hidden` divided by the temperature."""
+        softcap = self.config.final_logit_softcapping
+        if temperature == 1.0:
+            return hidden, softcap
+        # softcap * tanh(x / softcap) / T = softcap / T * tanh((x / T) / (softcap / T))
+        return hidden / temperature, None if softcap is None else softcap / temperature
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """`token_log_probs`, where a wrapper (data parallel, sharding) wants to be called."""

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from swirl.app import progress
 from swirl.app import resolve as opening
 from swirl.errors import ConfigError
+from swirl.trajectories.actions import Call
 from swirl.trajectories.log import iter_trajectories, read_trajectories
 from swirl.trajectories.record import encode_trajectory
 
@@ -239,10 +240,11 @@ def test_a_folder_that_is_no_run_is_never_written_into(tmp_path, tiny_folder):
 
 
 def recorded(trajectories, path):
-    """The fixture's trajectories with rewards, as a user's own data would carry them."""
+    """The fixture's trajectories with rewards, as a user's own data would carry them: actions that do something."""
+    did = {"call": Call("answer", "something"), "invalid": None, "truncated": False}
     with open(path, "wb") as file:
         for number, t in enumerate(read_trajectories(trajectories)):
-            steps = tuple(replace(step, reward=float((number + k) % 2)) for k, step in enumerate(t.steps))
+            steps = tuple(replace(step, reward=float((number + k) % 2), **did) for k, step in enumerate(t.steps))
             file.write(encode_trajectory(replace(t, steps=steps)))
     return path
 

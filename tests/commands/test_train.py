@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from msgspec.structs import replace
 from benchmarks.fault_server import FaultServer
 from swirl import train as loop
 from swirl.app import resolve as opening
-from swirl.config import TrainConfig
-from swirl.errors import ConfigError, EndpointUnusable, InputError
+from swirl.config import TrainConfig, settled
+from swirl.errors import ConfigError, EndpointUnusable, InputError, NothingToLearn
 from swirl.judging.judges import Judgement
 from swirl.rollout.prompts import question_prompt
 from swirl.storage.lock import folder_lock
@@ -107,16 +108,105 @@ def test_steps_without_a_grade_are_masked_and_counted(small, capsys):
     assert [m["reward"] for m in metrics] == [1.0, 1.0] and all(m["masked"] == m["actions"] - 1 for m in metrics)
     told_of = capsys.readouterr().err
     actions = sum(m["actions"] for m in metrics)
-    assert f"warning: {actions - 2} of {actions} actions had no reward" in told_of and "masked)  loss" in told_of
+    assert f"warning: {actions - 2} of {actions} actions had no reward" in told_of and "masked)  " in told_of
     assert summary["updates"] == 2
 
 
 def test_an_update_that_has_no_grade_has_no_reward(small):
-    config = small(told(8, lambda number, k: 0.5 if number == 0 else None), trajectories_per_update=1, updates=8)
+    config = small(told(8, lambda number, k: 0.5 if number % 2 else None), trajectories_per_update=1, updates=8)
     train(config)
     rewards = [m["reward"] for m in metrics_of(config.out)]
-    assert sorted(rewards, key=str) == [0.5] + [None] * 7
+    assert sorted(rewards, key=str) == [0.5] * 4 + [None] * 4
+    assert [("idle" in m) for m in metrics_of(config.out)] == [reward is None for reward in rewards]
     assert "figure" in (config.out / "report.html").read_text(encoding="utf-8")
+
+
+def test_updates_in_a_row_without_anything_to_learn_end_the_run(small, capsys):
+    config = small(told(8, lambda number, k: 0.5), baseline="mean", updates=8)
+    with pytest.raises(NothingToLearn, match="3 updates in a row had nothing to learn from: every reward is 0.50"):
+        train(config)
+    assert len(metrics_of(config.out)) == 3 and "nothing to learn: every reward is 0.50" in capsys.readouterr().err
+
+
+def test_what_an_update_says_of_its_actions(small):
+    config = small(told(4), baseline="mean", kl_coefficient=0.1)
+    train(config)
+    for metrics in metrics_of(config.out):
+        steps = metrics["reward_by_step"]
+        assert set(metrics["reward_by_kind"]) == {"search", "answer"} and set(steps) == {"1", "2", "3"}
+        assert metrics["reward"] == pytest.approx(sum(steps.values()) / 3)  # each trajectory has three
+        assert metrics["entropy"] > 0 and metrics["kl"] >= 0 and metrics["truncated"] == 0
+        assert metrics["action_length"] == pytest.approx(metrics["action_tokens"] / metrics["actions"])
+        assert "ratio" not in metrics and "no_variance" not in metrics  # of recorded actions there is neither
+
+
+@pytest.mark.parametrize("mode", ["sampled", "outcome-rl"])
+def test_modes_that_draw_anew_play_a_run(small, mode):
+    config = small(None if mode == "outcome-rl" else told(4), mode=mode, model="almanac", samples_per_state=2,
+                   max_new_tokens=48, num_questions=8, evaluate_every=1, evaluate_num_questions=2)  # fmt: skip
+    train(config)
+    for metrics in metrics_of(config.out):
+        assert "idle" in metrics or metrics["ratio"] == pytest.approx(1, abs=1e-3)
+        assert 0 <= metrics["no_variance"] <= 1
+        assert metrics["actions"] >= (4 if mode == "outcome-rl" else 8)
+    validated = [json.loads(line) for line in (config.out / "validation.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in validated] == [0, 1, 2] and set(validated[0]["accuracy"]) == {"bridge"}
+
+
+def test_a_judge_can_grade_recorded_actions(small):
+    ungraded = told(4, lambda *_: None)
+    config = small(ungraded, mode="recorded", reward="rule")
+    train(config)
+    assert all(m["reward"] == 1.0 and m["masked"] == 0 for m in metrics_of(config.out))
+
+
+def test_corrections_need_log_probs(small):
+    with pytest.raises(InputError, match="field 'log_probs': trajectory 't-0' has none, which --proximal-every"):
+        train(small(told(4), proximal_every=2))
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"mode": "imitation", "reward": "rule"}, "--reward rule: expected none, as imitation takes all actions alike"),
+        ({"mode": "imitation", "baseline": "mean"}, "--baseline mean: expected none"),
+        ({"mode": "outcome-rl", "reward": "rule"}, "--reward rule: expected outcome"),
+        ({"mode": "outcome-rl", "data": Path("x.jsonl")}, "--data x.jsonl: expected none"),
+        ({"mode": "outcome-rl", "samples_per_state": 5}, "--trajectories-per-update 24: expected a multiple of"),
+        ({"mode": "sampled", "reward": "outcome"}, "--reward outcome: expected rule, a URL or a checkpoint"),
+        ({"mode": "sampled", "proximal_every": 5}, "--proximal-every 5: expected 0"),
+        ({"mode": "sampled", "samples_per_state": 1}, "--samples-per-state 1: expected at least 2"),
+        ({"mode": "recorded", "baseline": "leave_one_out"}, "--baseline leave_one_out: expected none or mean"),
+    ],
+)
+def test_flags_that_mean_nothing_beside_the_mode_are_refused(flags, said):
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        TrainConfig(**flags)
+
+
+def test_what_auto_means():
+    def means(tasks_of_data=None, device="cpu", **flags):
+        config = settled(TrainConfig(**flags), tasks_of_data, device)
+        return config.mode, config.reward, config.baseline, config.judge
+
+    assert means() == ("sampled", "rule", "leave_one_out", "rule")
+    assert means({"bridge"}) == ("sampled", "rule", "leave_one_out", "rule")
+    assert means({"hotpotqa"}) == ("recorded", "recorded", "none", "none")
+    assert means({"hotpotqa"}, reward="http://h/v1#m")[:2] == ("sampled", "http://h/v1#m")
+    assert means(mode="recorded")[:3] == ("recorded", "recorded", "none")
+    assert means(mode="imitation")[:3] == ("imitation", "none", "none")
+    assert means(mode="outcome-rl")[:3] == ("outcome-rl", "outcome", "leave_one_out")
+    assert settled(TrainConfig(), {"own"}).evaluate_on == () and settled(TrainConfig(), {"deep"}).evaluate_on == (
+        "deep",
+    )
+    assert settled(TrainConfig(), None, "cuda").dtype == "bfloat16" and settled(TrainConfig(), None).dtype == "float32"
+    for flags, said in (
+        ({"task": ("hotpotqa",), "reward": "http://h/v1#m"}, "--filter process: needs --judge"),
+        ({"task": ("hotpotqa",), "mode": "sampled"}, "--reward: sampled actions need one"),
+        ({"task": ("hotpotqa",), "judge": "rule", "reward": "http://h/v1#m"}, "--judge rule: Almanac's judge knows no"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            settled(TrainConfig(**flags), None)
 
 
 class Unable:

@@ -14,8 +14,9 @@ import torch
 
 from swirl import train
 from swirl.app.run_folder import RunFolder
+from swirl.app.stages import Setup
 from swirl.config import TrainConfig
-from swirl.errors import NonFiniteError
+from swirl.errors import NonFiniteError, NothingToLearn
 from swirl.learning import distributed
 from swirl.trajectories.record import Question, Step, Trajectory
 from swirl.tree.pack import pack
@@ -54,15 +55,14 @@ def learn(model, updates, tmp_path, **changes):
     """The train loop on recorded actions: `updates` has the trajectories of each update. Returns its metrics."""
     settings = {"mode": "recorded", "reward": "recorded", "baseline": "none", "warmup": 0, "updates": len(updates)}
     config = replace(TrainConfig(), out=tmp_path, **settings | changes)
-    kept = [trajectory for of_update in updates for trajectory in of_update]
+    source = [trajectory for of_update in updates for trajectory in of_update]
     bounds = np.cumsum([0, *map(len, updates)])
+    setup = Setup(config, SimpleNamespace(engine=SimpleNamespace(model=model)), None, {})
     tmp_path.mkdir(parents=True, exist_ok=True)
-    policy = SimpleNamespace(engine=SimpleNamespace(model=model))
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
         patch.setattr(train, "shuffled", lambda *_: (range(a, b) for a, b in zip(bounds, bounds[1:])))
-        return train.learn(
-            config, policy, None, None, kept, RunFolder(config), runner, so_far={"logs": {}, "wall_s": 0.0}
-        )
+        so_far = {"logs": {}, "wall_s": 0.0}
+        return train.learn(setup, source, None, RunFolder(config), runner, so_far)
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
@@ -100,10 +100,20 @@ def test_momentum_and_decay_wait_for_something_to_learn(reward, tmp_path):
     learn(once, [busy], tmp_path / "once", **settings)
     *_, last = learn(waited, [busy, idle], tmp_path / "waited", **settings)
     learn(twice, [busy, busy], tmp_path / "twice", **settings)
-    assert last["grad_norm"] == 0.0 and last["computed_tokens"] == 0
+    assert last["grad_norm"] == 0.0 and last["computed_tokens"] == 0 and "entropy" not in last
+    assert last["idle"] == ("every reward is 0.00" if reward == 0 else "no action has a reward")
     for name, weight in weights(once).items():
         assert torch.equal(weights(waited)[name], weight)
         assert not torch.equal(weights(twice)[name], weight)
+
+
+def test_three_updates_in_a_row_without_anything_to_learn_end_the_run(tmp_path):
+    busy, idle = some_trajectories(0), some_trajectories(1, rewards=0.0)
+    model = some_model()
+    with pytest.raises(NothingToLearn, match="3 updates in a row had nothing to learn from: every reward is 0.00"):
+        learn(model, [idle, idle, busy, idle, idle, idle, busy], tmp_path)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    assert (tmp_path / "checkpoint-6").is_dir()
 
 
 def test_a_non_finite_loss_is_refused_before_the_weights_are_touched(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from swirl.config import TrainConfig
 from swirl.learning.batches import SubTrajectory, micro_batches, num_tokens, present
-from swirl.learning.metrics import SUMS, per_token
+from swirl.learning.metrics import loss_metrics
 from swirl.learning.objective import Objective
 from swirl.model.gemma import Gemma, GemmaConfig
 from swirl.trajectories.record import Step
@@ -45,17 +45,17 @@ def some_model(dtype=torch.float64):
 
 def accumulate(model, actions, *, objective=None, **changes):
     """Add the gradient of the update's loss to the weights' `grad`; returns what an update logs of it."""
-    config = replace(TrainConfig(), **changes)
+    config = replace(TrainConfig(), **{"mode": "recorded", **changes})
     objective = objective or Objective(config, model)
     computed = [action for action in actions if objective.has_gradient(action)]
-    sums = dict.fromkeys(SUMS, 0.0)
+    sums = dict.fromkeys((*objective.measures, "tokens", "computed_tokens"), 0.0)
     for batch, members in micro_batches(computed, config):
         loss, measured = objective(model, batch, members)
         (loss / max(1, num_tokens(present(actions)))).backward()
         measured |= {"tokens": batch.num_separate_tokens, "computed_tokens": batch.num_tokens}
         for name, value in measured.items():
             sums[name] += value
-    return per_token(sums, actions, computed)
+    return loss_metrics(sums, actions, computed)
 
 
 def gradients(model):
