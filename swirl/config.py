@@ -10,7 +10,7 @@ import tyro
 
 from swirl.endpoints.address import EndpointLimits
 from swirl.errors import ConfigError
-from swirl.tasks import ALMANAC_FAMILIES, FIRST_EDITION, flags_of
+from swirl.tasks import ALMANAC_FAMILIES, FIRST_EDITION, flags_of, is_almanac_judge
 
 Mode = Annotated[
     Literal["auto", "sampled", "recorded", "imitation", "outcome-rl"], tyro.conf.arg(aliases=["--actions"])
@@ -34,7 +34,8 @@ class TrainConfig:
     imitation: the actions in the data, all alike. outcome-rl: whole trajectories played anew in each update, rewarded
     by their outcome. auto: sampled where --reward can score a new action, else recorded."""
     reward: str = "auto"
-    """Who rewards an action: `rule` (Almanac's judge), the URL of a reward model or its checkpoint folder; in recorded
+    """Who rewards an action: the URL of a reward model, its checkpoint folder, or one of Almanac's own judges: `rule`
+    (the oracle), `lenient` (anything grounded is GOOD), `noisy:0.2` (the oracle, wrong about that share). In recorded
     mode also `recorded` (the data's rewards or verdicts) and `outcome` (1 where the trajectory's answer is correct,
     else 0). An action without a reward is masked; one that the environment refuses has 0 and is not asked about.
     auto: rule on Almanac, else recorded."""
@@ -62,8 +63,8 @@ class TrainConfig:
     filter: Literal["none", "process", "outcome", "both"] = "process"
     """Which generated trajectories to keep (the paper's best: process)."""
     judge: str = "auto"
-    """Who says which steps are GOOD, for --filter process or both: `rule` (Almanac's own), the URL of a server's model
-    or a checkpoint folder. auto: rule on Almanac."""
+    """Who says which steps are GOOD, for --filter process or both: the URL of a server's model, a checkpoint folder, or
+    one of Almanac's own (rule, lenient, noisy:0.2). auto: rule on Almanac. Evaluation never asks it."""
     judge_prompt: Path | None = None
     """File of another template for that model: text with {question}, {context} and {action}."""
     corpus: Path | None = None
@@ -214,9 +215,9 @@ def settled(config: TrainConfig, tasks_of_data: set[str] | None, device: str = "
         reward = {"recorded": "recorded", "imitation": "none", "outcome-rl": "outcome"}[mode]
     if mode == "sampled" and reward == "recorded":
         raise ConfigError("--reward: sampled actions need one, as Almanac's judge knows no other task: take a URL")
-    if "rule" in (reward, config.judge) and not on_almanac:
-        flag = "judge" if config.judge == "rule" else "reward"
-        raise ConfigError(f"--{flag} rule: Almanac's judge knows no other questions; take a URL or a checkpoint folder")
+    for flag, spec in (("reward", reward), ("judge", config.judge)):
+        if is_almanac_judge(spec) and not on_almanac:
+            raise ConfigError(f"--{flag} {spec}: knows Almanac's questions alone; take a URL or a checkpoint folder")
     judge = config.judge
     if judge == "auto":
         judge = "rule" if on_almanac else "none"

@@ -21,7 +21,6 @@ from swirl.app.evaluation import answer, evaluation_steps
 from swirl.app.progress import progress
 from swirl.app.resolve import (
     answers_beside,
-    is_almanac_judge,
     open_judge,
     open_policy,
     open_task,
@@ -128,7 +127,7 @@ async def _evaluate(config: EvaluateConfig) -> list[tuple[Task, list[Trajectory 
         total = sum(len(questions) for _, questions in opened)
         with progress("evaluate", total, note=client.progress.note) as advance:
             for task, questions in opened:
-                knows = not is_almanac_judge(config.judge or "") or task.name in tasks.ALMANAC_FAMILIES
+                knows = not tasks.is_almanac_judge(config.judge or "") or task.name in tasks.ALMANAC_FAMILIES
                 spec = RolloutSpec(
                     task=task,
                     policy=policy,

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from swirl.app import command
 from swirl.app.progress import progress
-from swirl.app.resolve import answers_beside, is_almanac_judge, is_url, model_folder, open_judge
+from swirl.app.resolve import answers_beside, is_url, model_folder, open_judge
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, InputError
@@ -32,7 +32,7 @@ from swirl.judging.filtering import Judges, Mode, Why, judged_trajectories
 from swirl.judging.judges import Kind
 from swirl.storage.digest import checkpoint_digest
 from swirl.storage.files import replacing
-from swirl.tasks import is_correct
+from swirl.tasks import is_almanac_judge, is_correct
 from swirl.trajectories.log import TrajectoryLog, iter_trajectories, read_lines
 from swirl.trajectories.record import Judged, Trajectory
 

@@ -26,11 +26,6 @@ def is_url(spec: str) -> bool:
     return "://" in spec
 
 
-def is_almanac_judge(spec: str) -> bool:
-    """One of Almanac's own judges (swirl/tasks/almanac/weak_judges.py), which know no other task."""
-    return spec in ("rule", "lenient") or spec.startswith("noisy:")
-
-
 def model_folder(spec: str) -> Path:
     """`almanac` is the base policy that ships with swirl; anything else is a Hugging Face folder."""
     return ALMANAC_BASE if spec == "almanac" else Path(spec)
@@ -122,7 +117,7 @@ def open_judge(
     `kind` asks a model for a verdict on a step, for one on the final answer, or for a step's graded reward; `prompt`
     is the file of another template for it. Raises ConfigError, CheckpointError, InputError.
     """
-    if is_almanac_judge(spec):
+    if tasks.is_almanac_judge(spec):
         from swirl.tasks import almanac
 
         return almanac.open_judge(spec)

@@ -25,6 +25,11 @@ _ACCURACY = {"gsm8k": "number"}  # numbers compared as numbers, where exact matc
 PathLike = str | os.PathLike
 
 
+def is_almanac_judge(spec: str) -> bool:
+    """One of Almanac's own judges (swirl/tasks/almanac/weak_judges.py), which know no other task."""
+    return spec in ("rule", "lenient") or spec.startswith("noisy:")
+
+
 def open_task(
     name: str,
     *,

@@ -203,7 +203,10 @@ def test_what_auto_means():
     for flags, said in (
         ({"task": ("hotpotqa",), "reward": "http://h/v1#m"}, "--filter process: needs --judge"),
         ({"task": ("hotpotqa",), "mode": "sampled"}, "--reward: sampled actions need one"),
-        ({"task": ("hotpotqa",), "judge": "rule", "reward": "http://h/v1#m"}, "--judge rule: Almanac's judge knows no"),
+        (
+            {"task": ("hotpotqa",), "judge": "rule", "reward": "http://h/v1#m"},
+            "--judge rule: knows Almanac's questions alone",
+        ),
     ):
         with pytest.raises(ConfigError, match=said):
             settled(TrainConfig(**flags), None)

@@ -248,7 +248,7 @@ def test_the_proximal_policy_is_refreshed_and_the_weights_are_bounded():
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(1.3)
+            weight.add_(0.3 * torch.sin(torch.arange(weight.numel(), dtype=weight.dtype)).view(weight.shape))
     objective.refresh(model, 1)
     assert objective.proximal is first
     metrics = accumulate(model, actions, objective=objective)
