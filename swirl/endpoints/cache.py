@@ -49,6 +49,7 @@ class AnswerCache:
         self._waiting: list[tuple[bytes, bytes, asyncio.Future]] = []
         self._flushing: asyncio.Task | None = None
         self._unreadable: set[bytes] = set()  # keys whose rows are to be replaced
+        self._suspect = False  # whether a row was damaged: then what is written is read again
 
     def __len__(self) -> int:
         return self._reader.execute("SELECT count(*) FROM answers").fetchone()[0]
@@ -62,6 +63,7 @@ class AnswerCache:
         if row is None:
             return None
         if not _fits(key, *row):
+            self._suspect = True
             self.drop(key)
             return None
         return row[0]
@@ -108,6 +110,7 @@ class AnswerCache:
             _rebuild(self.path, error)
             self._reader, old = _connect(self.path), self._reader
             old.close()
+            self._suspect = False
             self._write(group)
 
     def _write(self, group: list[tuple[bytes, bytes, asyncio.Future]]) -> None:
@@ -129,6 +132,8 @@ class AnswerCache:
                     connection.execute("ROLLBACK")
             raise
         self._unreadable.difference_update(replaced)
+        if self._suspect and not all(_holds(connection, key) for key, _, _ in group):
+            raise _damage("an index that does not find its rows")
 
     async def close(self) -> None:
         if self._flushing is not None:
@@ -152,6 +157,12 @@ def _connect_or_rebuild(path: Path) -> sqlite3.Connection:
 def _is_damage(error: sqlite3.Error) -> bool:
     """Of the file, a table that is gone included; not a full disk, a lock or a file that may not be written."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
+
+
+def _damage(what: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(what)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -192,6 +203,11 @@ def _insert(connection: sqlite3.Connection, rows: list[tuple[bytes, bytes]]) -> 
     values = [value for key, answer in rows for value in (key, answer, _digest(key, answer))]
     places = ", ".join(["(?, ?, ?)"] * len(rows))
     connection.execute(f"INSERT OR IGNORE INTO answers (key, answer, digest) VALUES {places}", values)
+
+
+def _holds(connection: sqlite3.Connection, key: bytes) -> bool:
+    row = connection.execute("SELECT answer, digest FROM answers WHERE key = ?", (key,)).fetchone()
+    return row is not None and _fits(key, *row)
 
 
 def _digest(key: bytes, answer: bytes) -> bytes:

@@ -85,7 +85,7 @@ def mutated(value, draw: random.Random):
     if isinstance(value, list) and value and draw.random() < 0.85:
         k = draw.randrange(len(value))
         if draw.random() < 0.1:
-            return value * 1000
+            return value * draw.choice((2, 1000 if len(str(value)) < 10_000 else 3))
         return [*value[:k], mutated(value[k], draw), *value[k + 1 :]]
     return draw.choice(SCALARS)
 

@@ -175,3 +175,35 @@ def test_nothing_is_paid_twice_across_kill_9(tmp_path):
             return len(rows())
 
     assert asyncio.run(run()) == 300
+
+
+def flipped(path, at, bit=1):
+    content = bytearray(path.read_bytes())
+    content[at] ^= bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("where", ["answer", "key", "index", "page"])
+def test_a_damaged_row_or_page_is_a_miss_and_is_mended(tmp_path, where, caplog):
+    path = tmp_path / "answers.sqlite"
+    rows = {f"key {k:04} ".encode() * 4: f"answer {k:04}".encode() * 9 for k in range(60)}
+
+    async def use(keys):
+        cache = AnswerCache(path)
+        try:
+            found = {key: cache.get(key) for key in keys}
+            await asyncio.gather(*(cache.put(key, rows[key]) for key, answer in found.items() if answer is None))
+            return found
+        finally:
+            await cache.close()
+
+    assert set(asyncio.run(use(rows)).values()) == {None}
+    content, key = path.read_bytes(), b"key 0030 " * 4
+    places = {"answer": content.index(b"answer 0030"), "key": content.index(key)}
+    places |= {"index": content.rindex(key) + 5, "page": content.index(b"answer 0030") // 4096 * 4096}
+    flipped(path, places[where], 0xFF if where == "page" else 1)
+    found = asyncio.run(use(rows))
+    assert all(answer in (None, rows[key]) for key, answer in found.items())
+    assert where not in ("answer", "page") or None in found.values()
+    asyncio.run(use(rows))  # a rebuilt file may lack rows that the damage hid
+    assert asyncio.run(use(rows)) == rows
