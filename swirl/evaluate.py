@@ -1,9 +1,10 @@
 """How good is a policy: accuracy, F1 and the share of GOOD steps on whole trajectories, with bootstrap intervals.
 
 Every question is answered once, greedily, with at most the paper's number of queries (5 with search, 10 with the
-calculator). The official rule of each data set scores the answer, and beside it, with --answer-judge, a model that
-compares it with the golden one, as in the paper. A question whose request got no answer is unanswered: it is counted
-beside the scores, which are over the others, and never taken for a wrong answer.
+calculator); with --samples N it is answered N times, as the paper's Table 3 does. The official rule of each data set
+scores the answer, and beside it, with --outcome-judge, a model that compares it with the golden one, as in the paper.
+A question whose request got no answer is unanswered: it is counted beside the scores, which are over the others, and
+never taken for a wrong answer.
 """
 
 from __future__ import annotations
@@ -14,96 +15,61 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from tyro.conf import OmitArgPrefixes
 
 from swirl import tasks
 from swirl.app import command
 from swirl.app.evaluation import answer, evaluation_steps
+from swirl.app.flags import PolicyFlags
 from swirl.app.progress import progress
-from swirl.app.resolve import (
-    answers_beside,
-    open_judge,
-    open_policy,
-    open_task,
-    tokens_in_an_action,
-)
+from swirl.app.resolve import answers_beside, open_judge, require_judge_knows
+from swirl.app.resolve_tasks import TaskFlags, open_tasks
 from swirl.app.scores import Score, score_trajectories
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError
 from swirl.report import print_scores
-from swirl.rollout.rollout import RolloutSpec, Unanswered
+from swirl.rollout.rollout import Unanswered
 from swirl.rollout.task import Task
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Question, Trajectory
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    policy: str = "almanac"
-    """`almanac` (ships with swirl), a checkpoint folder, or a server's URL such as http://127.0.0.1:8000/v1#model."""
-    tasks: tuple[str, ...] = tasks.FIRST_EDITION
-    """Almanac families, or one data set (gsm8k, hotpotqa, musique, cofca, beerqa, own) with --questions."""
-    questions: Path | None = None
-    """The data set's file; Almanac needs none."""
-    corpus: Path | None = None
-    """Pages to search: JSONL of {title, text}, or a folder of its index; default: those of the questions' own file."""
-    retriever: str = "bm25"
-    """What searches them: `bm25`; `dense+http://host/v1#model`, by embeddings of that server, indexed once beside the
-    file; or http://host:port/retrieve, a server of Search-R1's form with pages of its own."""
-    top_k: int = 1
-    """Pages returned for a query (the paper's 1)."""
-    split: str = "test"
-    """Almanac's split: train, validation or test."""
-    limit: int | None = 200
-    """Questions per task, from the first; None for all."""
-    judge: str | None = "rule"
-    """Who says which steps are GOOD: `rule` (Almanac's oracle, for no other task), a URL, a checkpoint folder, None."""
+@dataclass(frozen=True, kw_only=True)
+class JudgeFlags:
+    """Who says what is good."""
+
+    judge: str = "auto"
+    """Who says which steps are GOOD: `rule`, `lenient` or `noisy:SHARE` (Almanac's own), a URL, a checkpoint folder,
+    module:object, file.py:object, or none; auto: `rule` on Almanac, which knows no other task, and else none."""
     judge_prompt: Path | None = None
     """File of another template for that model: text with {question}, {context} and {action}."""
-    answer_judge: str | None = None
+    outcome_judge: str | None = None
     """Who says, beside the official rule, whether answers are correct: a URL or a checkpoint folder."""
-    answer_judge_prompt: Path | None = None
+    outcome_judge_prompt: Path | None = None
     """File of another template for that model: text with {question}, {answer} and {prediction}."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-    max_new_tokens: int | None = None
-    """Tokens in an action at most; default: 48, enough for `almanac`, or 512 for a model behind a URL."""
-    in_flight: int = 1024
-    """Trajectories in flight at a time."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
     out: Path | None = None
     """Where to write the trajectories, JSONL."""
-    seed: int = 0
-    """Of the draws, where the temperature is above 0."""
-    device: str = "cpu"
-    """Where a checkpoint runs: cpu or cuda."""
+    samples: int = 1
+    """Trajectories per question; several are drawn, not greedy: give a --temperature (Table 3 of the paper: 5)."""
+    tools: bool = True
+    """With --no-tools the model answers directly (Figure 6 of the paper)."""
     cache: Path | None = None
     """File that keeps the answers of servers, so that none is paid for twice; default: <out>.answers.sqlite. Without
     --out none is kept. Give each checkpoint that is served under one name its own."""
+    asked: OmitArgPrefixes[TaskFlags] = TaskFlags(task=tasks.FIRST_EDITION, num_questions=200)
+    actor: OmitArgPrefixes[PolicyFlags] = PolicyFlags(temperature=0.0)
+    judges: OmitArgPrefixes[JudgeFlags] = JudgeFlags()
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
-        command.require_at_least(1, self, "top_k", "limit", "max_new_tokens", "in_flight")
-        command.require_at_least(0, self, "temperature")
-
-
-async def _open_tasks(config: EvaluateConfig, client: Client) -> list[tuple[Task, list[Question]]]:
-    """Each task with its questions, by the flags that mean something to it.
-
-    Raises ConfigError where there is nothing to ask, or to score against, and where a flag means nothing to any task.
-    """
-    defaults, opened = EvaluateConfig(), []
-    of_tasks = ("questions", "corpus", "top_k", "split", "retriever")
-    given = [flag for flag in of_tasks if getattr(config, flag) != getattr(defaults, flag)]
-    tasks.require_use(given, config.tasks)
-    for name in config.tasks:
-        takes = tasks.flags_of(name) - {"split"}
-        flags = {flag: getattr(config, flag) for flag in of_tasks if flag in takes}
-        task = await open_task(name, **flags, client=client, limits=config.endpoint)
-        questions = task.take(config.split, config.limit)
-        if any(question.answer is None for question in questions):
-            raise ConfigError(f"task '{name}' has questions without golden answers: nothing to score against")
-        opened.append((task, questions))
-    return opened
+        command.require_at_least(1, self, "samples")
+        if self.samples > 1 and self.actor.temperature == 0:
+            raise ConfigError(f"--samples {self.samples}: all the same at --temperature 0, expected more than 0")
 
 
 async def _evaluate(config: EvaluateConfig) -> list[tuple[Task, list[Trajectory | Unanswered]]]:
@@ -113,33 +79,18 @@ async def _evaluate(config: EvaluateConfig) -> list[tuple[Task, list[Trajectory 
     cache = config.cache or (answers_beside(config.out) if config.out else None)
     made = []
     async with Client(cache) as client:
-        opened = await _open_tasks(config, client)
-        limits = config.endpoint
-        policy, tokenizer = open_policy(config.policy, device=config.device, client=client, limits=limits)
-        judge = answer_judge = None
-        if config.judge:
-            judge = open_judge(config.judge, prompt=config.judge_prompt, client=client, limits=limits)
-        if config.answer_judge:
-            template = config.answer_judge_prompt
-            answer_judge = open_judge(
-                config.answer_judge, kind="outcome", prompt=template, client=client, limits=limits
-            )
-        total = sum(len(questions) for _, questions in opened)
+        opened = [
+            _with_questions(config, task)
+            for task in await open_tasks(config.asked, client=client, limits=config.endpoint)
+        ]
+        judges = [_judges(config, task, client) for task, _ in opened]
+        policy, tokenizer = config.actor.open(client, config.endpoint)
+        total = sum(len(questions) for _, questions in opened) * config.samples
         with progress("evaluate", total, note=client.progress.note) as advance:
-            for task, questions in opened:
-                knows = not tasks.is_almanac_judge(config.judge or "") or task.name in tasks.ALMANAC_FAMILIES
-                spec = RolloutSpec(
-                    task=task,
-                    policy=policy,
-                    tokenizer=tokenizer,
-                    max_steps=evaluation_steps(task),
-                    max_new_tokens=tokens_in_an_action(config.max_new_tokens, config.policy),
-                    temperature=config.temperature,
-                    seed=config.seed,
-                    in_flight=config.in_flight,
-                )
-                judges = {"judge": judge if knows else None, "outcome_judge": answer_judge}
-                made.append((task, await answer(questions, spec, **judges, advance=advance)))
+            for (task, questions), of_task in zip(opened, judges, strict=True):
+                spec = config.actor.spec(task, policy, tokenizer, max_steps=evaluation_steps(task))
+                answers = await answer(questions, spec, samples=config.samples, **of_task, advance=advance)
+                made.append((task, answers))
     if client.progress.cached:
         command.warn(
             f"{client.progress.cached} of {client.progress.done} answers were paid for before and come from {cache}: "
@@ -153,6 +104,34 @@ async def _evaluate(config: EvaluateConfig) -> list[tuple[Task, list[Trajectory 
                 f"({command.first_reasons(reasons)})"
             )
     return made
+
+
+def _with_questions(config: EvaluateConfig, task: Task) -> tuple[Task, list[Question]]:
+    """The task, with or without its tools, and what it is asked. Raises ConfigError where there is nothing to score
+    against.
+    """
+    questions = task.take(config.asked.split or "test", config.asked.num_questions)
+    if any(question.answer is None for question in questions):
+        raise ConfigError(f"task '{task.name}' has questions without golden answers: nothing to score against")
+    return task if config.tools else task.without_tools(), questions
+
+
+def _judges(config: EvaluateConfig, task: Task, client: Client) -> dict:
+    """The judges of a task's steps and answers. Raises ConfigError where one knows no such task."""
+    flags = config.judges
+    how = {"client": client, "limits": config.endpoint, "device": config.actor.device, "dtype": config.actor.dtype}
+    judge, outcome_judge = flags.judge, None
+    if judge == "auto":
+        judge = "rule" if config.tools and task.name in tasks.ALMANAC_FAMILIES else "none"
+    if judge == "none":
+        judge = None
+    else:
+        require_judge_knows(judge, task.name)
+        judge = open_judge(judge, prompt=flags.judge_prompt, **how)
+    if flags.outcome_judge is not None:
+        named = {"flag": "--outcome-judge", "kind": "outcome", "prompt": flags.outcome_judge_prompt}
+        outcome_judge = open_judge(flags.outcome_judge, **named, **how)
+    return {"judge": judge, "outcome_judge": outcome_judge}
 
 
 def _make_room(out: Path) -> None:
@@ -169,7 +148,7 @@ def main(config: EvaluateConfig) -> None:
             answered = (t for _, of_task in made for t in of_task if isinstance(t, Trajectory))
             write_trajectories(config.out, answered)
     finally:  # a disk that is full costs the trajectories, not the scores
-        judged = config.answer_judge is not None
+        judged = config.judges.outcome_judge is not None
         _show([score_trajectories(task, of_task, answers_judged=judged) for task, of_task in made])
 
 

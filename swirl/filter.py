@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from swirl.app import command
 from swirl.app.progress import progress
-from swirl.app.resolve import answers_beside, is_url, model_folder, open_judge
+from swirl.app.resolve import answers_beside, model_folder, open_judge, require_judge_knows
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, InputError
@@ -32,7 +32,7 @@ from swirl.judging.filtering import Judges, Mode, Why, judged_trajectories
 from swirl.judging.judges import Kind
 from swirl.storage.digest import checkpoint_digest
 from swirl.storage.files import replacing
-from swirl.tasks import is_almanac_judge, is_correct
+from swirl.tasks import is_correct
 from swirl.trajectories.log import TrajectoryLog, iter_trajectories, read_lines
 from swirl.trajectories.record import Judged, Trajectory
 
@@ -93,7 +93,7 @@ def _known_as(config: FilterConfig, judges: Judges) -> dict[str, str]:
     named = {flag: judge.name for flag, judge in flags.items() if judge is not None}
     for flag in named:
         spec = getattr(config, flag)
-        if not is_almanac_judge(spec) and not is_url(spec):
+        if model_folder(spec).is_dir():
             named[flag] += f" ({checkpoint_digest(model_folder(spec))})"
     return named
 
@@ -131,13 +131,16 @@ def _open_judges(config: FilterConfig, client: Client) -> Judges:
     )
 
 
-def _each_once(path: Path) -> Iterator[Trajectory]:
-    """Streamed. Raises InputError at an id that stands there twice: what is kept or dropped is told apart by it."""
+def _each_once(path: Path, judge: str | None) -> Iterator[Trajectory]:
+    """Streamed. Raises InputError at an id that stands there twice: what is kept or dropped is told apart by it; and
+    ConfigError at a task that the judge of steps, where one is asked, cannot know.
+    """
     seen: set[str] = set()
     for trajectory in iter_trajectories(path):
         if trajectory.id in seen:
             raise InputError(path, f"trajectory '{trajectory.id}' stands there twice, expected an id each", field="id")
         seen.add(trajectory.id)
+        require_judge_knows(judge, trajectory.question.task)
         yield trajectory
 
 
@@ -149,10 +152,11 @@ async def _filter(config: FilterConfig) -> dict:
     dropped_now: list[Why] = []
     async with Client(config.cache or answers_beside(config.kept)) as client:
         judges = _open_judges(config, client)
+        asked = config.judge if config.mode in ("process", "both") else None
         with TrajectoryLog(config.kept) as kept, _begun_again(config, judges) as dropped:
             finished = kept.done | dropped.done
             decisions = judged_trajectories(
-                (t for t in _each_once(config.data) if t.id not in finished),
+                (t for t in _each_once(config.data, asked) if t.id not in finished),
                 judges,
                 mode=config.mode,
                 in_flight=config.in_flight,

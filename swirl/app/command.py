@@ -1,6 +1,8 @@
 """What the commands share: flags from a frozen dataclass, results on stdout, one line and an exit code for errors.
 
-Exit codes: 0 done, 1 a known error (one line on stderr), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 a known error of data or servers, 2 wrong usage, found early or late, 130 interrupted; an error is
+one line on stderr. Flags come in groups: fields of a config that are dataclasses marked OmitArgPrefixes, whose keys
+stand in a config file like all others.
 """
 
 from __future__ import annotations
@@ -9,9 +11,9 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 import msgspec
 
@@ -25,13 +27,46 @@ Config = TypeVar("Config")
 def config_from_json(path: str, kind: type[Config]) -> Config:
     """A config dataclass from a JSON object; absent keys keep their defaults. Raises ConfigError naming the key."""
     values = read_object(path)
-    _refuse_unknown_keys(values, kind, path)
+    groups = _groups(kind)
+    known = flat(kind())
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{path}: key '{key}' is unknown: expected one of {', '.join(sorted(known))}")
+        if isinstance(known[key], dict) and isinstance(value, dict) and not value.keys() <= known[key].keys():
+            unknown, expected = min(value.keys() - known[key].keys()), ", ".join(sorted(known[key]))
+            raise ConfigError(f"{path}: key '{key}.{unknown}' is unknown: expected one of {expected}")
+    for group, group_kind in groups.items():  # an absent key has the default of this command, not of the group
+        default = getattr(kind(), group)
+        values[group] = {
+            field.name: values.pop(field.name, getattr(default, field.name)) for field in fields(group_kind)
+        }
     try:
         return msgspec.convert(values, kind, strict=True, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$.")
-        key = f"key '{where.rstrip('`')}': " if where else ""  # a config's own check names its flag
+        where = where.rstrip("`")
+        for group in groups:
+            where = where.removeprefix(f"{group}.")
+        key = f"key '{where}': " if where else ""  # a config's own check names its flag
         raise ConfigError(f"{path}: {key}{message}") from None
+
+
+def _groups(kind: type) -> dict[str, type]:
+    """The fields of a config that group flags without giving them a prefix."""
+    from tyro.conf import OmitArgPrefixes
+
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        name: hint.__origin__ for name, hint in hints.items() if OmitArgPrefixes in getattr(hint, "__metadata__", ())
+    }
+
+
+def flat(config: object) -> dict:
+    """A config's values by flag, those of its groups among the others."""
+    groups, values = _groups(type(config)), {}
+    for name, value in asdict(config).items():
+        values |= value if name in groups else {name: value}
+    return values
 
 
 def read_object(path: str | os.PathLike) -> dict:
@@ -50,18 +85,9 @@ def read_object(path: str | os.PathLike) -> dict:
     return values
 
 
-def _refuse_unknown_keys(values: dict, kind: type, path: str, inside: str = "") -> None:
-    known = {field.name: field.default for field in fields(kind)}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"{path}: key '{inside}{key}' is unknown: expected one of {', '.join(sorted(known))}")
-        if is_dataclass(known[key]) and isinstance(value, dict):
-            _refuse_unknown_keys(value, type(known[key]), path, f"{inside}{key}.")
-
-
 def config_to_json(config: object) -> bytes:
     """Indented, with a digest, as `config_from_json` reads it."""
-    return seal(msgspec.json.format(msgspec.json.encode(asdict(config), enc_hook=os.fspath), indent=2) + b"\n")
+    return seal(msgspec.json.format(msgspec.json.encode(flat(config), enc_hook=os.fspath), indent=2) + b"\n")
 
 
 def refuse_other_settings(
@@ -72,7 +98,7 @@ def refuse_other_settings(
     Call it with the outputs' logs open: their locks keep a second command from replacing the settings of one at work.
     `known_as` says more than a flag does: which weights lie in a folder, which template in a file.
     """
-    settings = {name: str(value) for name, value in asdict(config).items() if name not in may_change}
+    settings = {name: str(value) for name, value in flat(config).items() if name not in may_change}
     settings |= known_as
     beside = outputs[0].with_name(outputs[0].name + ".settings.json")
     if beside.exists() and beside.stat().st_size and any(out.exists() and out.stat().st_size for out in outputs):
@@ -95,20 +121,33 @@ def require_at_least(least: float, config: object, *flags: str) -> None:
 
 
 def parse(kind: type[Config], description: str, argv: list[str] | None = None) -> Config:
-    """Flags over defaults; `--config FILE` (JSON, such as a run's own config.json) replaces the defaults."""
+    """Flags over defaults; `--config FILE` (JSON, such as a run's own config.json) replaces the defaults.
+
+    Raises ConfigError where the values contradict one another; leaves with exit code 2 where a flag cannot be read.
+    """
     import tyro
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    default = kind()
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise ConfigError("--config: expected the path of a JSON file")
-        default = config_from_json(argv[at + 1], kind)
-        del argv[at : at + 2]
+    argv, default = _take_config_file(list(sys.argv[1:] if argv is None else argv), kind)
+    # A config checks itself when it is made, and tyro boxes what it says: so tyro makes one without checks.
+    names = [field.name for field in fields(kind)]
+    unchecked = dataclass(frozen=True)(type(kind.__name__, (kind,), {"__post_init__": lambda self: None}))
     description += "\n\nAlso: --config FILE takes defaults from a JSON file, such as the config.json of a run."
-    name = sys.argv[0] if sys.argv[0].startswith("swirl ") else f"python -m swirl.{Path(sys.argv[0]).stem}"
-    return tyro.cli(kind, prog=name, args=argv, default=default, description=description)
+    program = sys.argv[0] if sys.argv[0].startswith("swirl ") else f"python -m swirl.{Path(sys.argv[0]).stem}"
+    default = unchecked(**{name: getattr(default, name) for name in names})
+    made = tyro.cli(unchecked, prog=program, args=argv, default=default, description=description)
+    return kind(**{name: getattr(made, name) for name in names})
+
+
+def _take_config_file(argv: list[str], kind: type[Config]) -> tuple[list[str], Config]:
+    """(the other flags, the defaults) of `--config FILE` or `--config=FILE`."""
+    for at, flag in enumerate(argv):
+        if flag == "--config" and at + 1 < len(argv):
+            return argv[:at] + argv[at + 2 :], config_from_json(argv[at + 1], kind)
+        if flag.startswith("--config=") and flag != "--config=":
+            return argv[:at] + argv[at + 1 :], config_from_json(flag.partition("=")[2], kind)
+        if flag in ("--config", "--config="):
+            raise ConfigError("--config: expected the path of a JSON file")
+    return argv, kind()
 
 
 def warn(text: str) -> None:
@@ -130,7 +169,7 @@ def run(command: Callable[[Config], None], kind: type[Config], description: str)
         sys.stdout.flush()
     except SwirlError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept", file=sys.stderr)
         sys.exit(130)

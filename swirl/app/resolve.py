@@ -1,23 +1,16 @@
-"""From what a user names on the command line to the thing itself: policies, judges, search tools."""
+"""From what a user names on the command line to the thing itself: models, policies, judges."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 from swirl import tasks
-from swirl.app.progress import progress
-from swirl.endpoints.address import EndpointLimits, endpoint_for, open_wire_policy, parse_spec
+from swirl.app.loader import is_reference, load_object, name_of
+from swirl.endpoints.address import EndpointLimits, open_wire_policy
 from swirl.endpoints.client import Client
-from swirl.errors import CheckpointError, ConfigError, InputError
+from swirl.errors import CheckpointError, ConfigError
 from swirl.judging.judges import Kind, judge_with
-from swirl.rollout.task import Task
-from swirl.tools.search import search_tool
 
 ALMANAC_BASE = Path(__file__).parents[1] / "tasks" / "almanac" / "base"
 
@@ -49,6 +42,15 @@ def device_for(name: str) -> str:
     return name
 
 
+def dtype_for(name: str, device: str):
+    """The torch dtype of that name; `auto` is bfloat16 on a GPU, else float32."""
+    import torch
+
+    if name == "auto":
+        name = "float32" if device_for(device) == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
 def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
     """(Gemma, Tokenizer) from a folder or `almanac`. Raises CheckpointError, also where the two do not fit, and
     ConfigError where there is no such device, or this `attention` cannot compute that model.
@@ -71,8 +73,8 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
 def open_policy(
     spec: str,
     *,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str = "auto",
+    dtype: str = "auto",
     client: Client | None = None,
     limits: EndpointLimits | None = None,
     tokenizer: Path | None = None,
@@ -89,11 +91,9 @@ def open_policy(
         return open_wire_policy(spec, client=client, role="policy", limits=limits, tokenizer=tokenizer), tokenizer
     if tokenizer is not None:
         raise ConfigError(f"--tokenizer {tokenizer}: the policy '{spec}' has its own, expected a URL's")
-    import torch
-
     from swirl.sampling.local_policy import LocalPolicy
 
-    model, tokenizer = load_model(spec, device=device, dtype=getattr(torch, dtype))
+    model, tokenizer = load_model(spec, device=device, dtype=dtype_for(dtype, device))
     return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
 
 
@@ -108,11 +108,12 @@ def open_judge(
     votes: int = 4,
     client: Client | None = None,
     limits: EndpointLimits | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str = "auto",
+    dtype: str = "auto",
+    flag: str = "--judge",
 ):
-    """One of Almanac's own (rule, lenient, noisy:SHARE), a server's URL whose model judges, asked by `client`, or a
-    checkpoint folder.
+    """One of Almanac's judges by name (`rule`, `lenient`, `noisy:SHARE`), a function or a judge of one's own
+    (module:object, file.py:object), the URL of a server whose model judges, or a checkpoint folder that does.
 
     `kind` asks a model for a verdict on a step, for one on the final answer, or for a step's graded reward; `prompt`
     is the file of another template for it. Raises ConfigError, CheckpointError, InputError.
@@ -121,84 +122,37 @@ def open_judge(
         from swirl.tasks import almanac
 
         return almanac.open_judge(spec)
+    if is_reference(spec):
+        return _own_judge(spec, flag)
     if is_url(spec):
         policy = open_wire_policy(spec, client=client, role=_ROLE_OF_JUDGE[kind], limits=limits, details=False)
     elif model_folder(spec).is_dir():
         policy, _ = open_policy(spec, device=device, dtype=dtype)
     else:
-        raise ConfigError(f"judge '{spec}' is unknown: expected 'rule', a URL or a checkpoint folder")
+        raise ConfigError(
+            f"{flag} {spec}: unknown, expected {', '.join(_ALMANAC_JUDGES)}, a URL, a checkpoint folder, module:object "
+            "or file.py:object"
+        )
     return judge_with(policy, kind, prompt=prompt, votes=votes)
 
 
-async def open_task(
-    spec: str,
-    *,
-    questions: Path | Mapping[str, Path] | None = None,
-    corpus: Path | None = None,
-    retriever: str = "bm25",
-    top_k: int = 1,
-    without_easy: bool = False,
-    client: Client,
-    limits: EndpointLimits | None = None,
-) -> Task:
-    """The task by its name, with its search done by `retriever`: `bm25`, `dense+http://host/v1#model`, or a URL of
-    Search-R1's form.
+def _own_judge(spec: str, flag: str):
+    """An object with `judge` as it is, any other callable as a FunctionJudge."""
+    from swirl.judging.functions import FunctionJudge
 
-    Dense: the task's pages are embedded once, into a folder beside the file they come from; a later run opens that.
-    Raises ConfigError where a flag means nothing to the task, or it has nothing that could be embedded, InputError
-    where the folder is of other pages, EndpointError as the server does.
-    """
-    search = None
-    if retriever != "bm25":
-        tasks.require_use(["retriever"], [spec])
-        pages = partial(tasks.pages_of, spec, questions, corpus)
-        beside = corpus or (questions if isinstance(questions, Path) else None)
-        search = search_tool(await _open_retriever(retriever, pages, beside, top_k, client, limits))
-    options = {"corpus": corpus, "top_k": top_k, "without_easy": without_easy}
-    return tasks.open_task(spec, questions=questions, search=search, **options)
+    found = load_object(spec, flag)
+    if not callable(found) and not hasattr(found, "judge"):
+        raise ConfigError(f"{flag} {spec}: expected a function of (question, steps, step), or an object with `judge`")
+    return found if hasattr(found, "judge") else FunctionJudge(found, name_of(spec, flag))
 
 
-async def _open_retriever(
-    spec: str, pages: Callable[[], Iterable], beside: Path | None, top_k: int, client: Client, limits
-):
-    if not is_url(spec):
-        raise ConfigError(
-            f"retriever '{spec}' is unknown: expected bm25, dense+http://host/v1#model or http://host:port/retrieve"
-        )
-    if spec.startswith("dense+"):
-        return await _open_dense(spec.removeprefix("dense+"), pages, beside, top_k, client, limits)
-    from swirl.tools.retrieval import RetrievalServerTool, retriever
-
-    endpoint = replace(endpoint_for(spec, limits=limits), key_env=None)  # that form knows no key
-    return RetrievalServerTool(spec, retriever(client, endpoint), top_k)
+_ALMANAC_JUDGES = ("rule", "lenient", "noisy:SHARE")
 
 
-async def _open_dense(
-    spec: str, pages: Callable[[], Iterable], beside: Path | None, top_k: int, client: Client, limits
-):
-    from swirl.endpoints.batcher import embedder
-    from swirl.tools.retrieval import DenseSearchTool, build_dense_index
-
-    _, url, model = parse_spec(spec)
-    endpoint = endpoint_for(url, role="retriever", limits=limits)
-    embed = embedder(client, endpoint, model)
-    if beside is None:
-        raise ConfigError("--retriever: the task has no file of pages to index, a server's URL would do")
-    folder = beside.with_name(f"{beside.name}.dense-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}")
-    if not folder.exists():
-        with progress("embed pages", None, note=client.progress.note) as advance:
-
-            async def embed_pages(texts: list[str]) -> list[list[float]]:
-                vectors = await embed(texts)
-                advance(len(texts))
-                return vectors
-
-            at_a_time = endpoint.batch_size * endpoint.concurrency
-            await build_dense_index(pages(), folder, embed_pages, pages_per_request=at_a_time)
-    tool = DenseSearchTool(folder, embed, top_k)
-    if any(old != new for old, new in zip_longest(tool.pages, pages())):
-        raise InputError(folder, f"expected an index of {beside} as it is now: remove the folder to build it anew")
-    return tool
+def require_judge_knows(spec: str | None, task: str, flag: str = "--judge") -> None:
+    """Raises ConfigError where one of Almanac's judges is asked about a task that is not Almanac's."""
+    if spec is not None and tasks.is_almanac_judge(spec) and task not in tasks.ALMANAC_FAMILIES:
+        raise ConfigError(f"{flag} {spec}: knows the steps of Almanac's tasks alone, not those of '{task}'")
 
 
 def tokens_in_an_action(asked: int | None, policy: str) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from math import comb
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ from swirl.app import command
 from swirl.errors import EndpointError
 from swirl.rollout.rollout import Unanswered
 from swirl.rollout.task import Task
+from swirl.tasks.scoring import normalize_answer
 from swirl.trajectories.record import Trajectory
 
 
@@ -20,6 +22,8 @@ class Score(msgspec.Struct, frozen=True):
 
     Of `questions`, those `unanswered` are left out of all scores. `correct` is per question, in question order, None
     where unanswered. `judged_accuracy` is over the answers with a verdict; `unjudged_answers` had none.
+    With several `samples` a question, `correct` is the share of them, the intervals are over questions, `pass_at` says
+    how often at least one of k is correct (unbiased), `majority` how often the most frequent answer is.
     """
 
     task: str
@@ -34,7 +38,10 @@ class Score(msgspec.Struct, frozen=True):
     judged_interval: tuple[float, float] | None
     unjudged_answers: int
     accuracy_by_hops: dict[str, float]
-    correct: tuple[bool | None, ...]
+    correct: tuple[bool | float | None, ...]
+    samples: int = 1
+    pass_at: dict[str, float] = {}
+    majority: float | None = None
 
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -63,7 +70,8 @@ def good_step_share(trajectories: Sequence[Trajectory]) -> tuple[float | None, i
 def score_trajectories(
     task: Task, trajectories: Sequence[Trajectory | Unanswered], *, answers_judged: bool = False
 ) -> Score:
-    """Scores of one trajectory a question, every question of it present; `answers_judged`: by their `outcome` too.
+    """Scores of the trajectories of all questions, each with the same number of samples; `answers_judged`: by their
+    `outcome` too.
 
     Raises EndpointError where none was answered.
     """
@@ -71,28 +79,55 @@ def score_trajectories(
     if not answered:
         reasons = command.first_reasons(t.reason for t in trajectories)
         raise EndpointError(task.name, f"none of {len(trajectories)} questions was answered ({reasons})")
+    of_question: dict[str, list[Trajectory]] = {t.question.id: [] for t in trajectories}
+    for t in answered:
+        of_question[t.question.id].append(t)
     right = {t.id: bool(task.is_correct(t.question, t.prediction)) for t in answered}
-    f1 = [_f1(task, t, right[t.id]) for t in answered]
+    asked = [[right[t.id] for t in made] for made in of_question.values()]
+    shares = [float(np.mean(made)) for made in asked if made]
     judged = [t.outcome for t in answered if t.outcome is not None] if answers_judged else []
     by_hops: dict[str, list[bool]] = defaultdict(list)
     for t in answered:
         by_hops[str(t.question.hops)].append(right[t.id])
     good, unjudged = good_step_share(answered)
+    samples = max(1, round(len(trajectories) / len(of_question)))
+    several = [(made, rights) for made, rights in zip(of_question.values(), asked, strict=True) if made]
     return Score(
         task=task.name,
-        accuracy=float(np.mean(list(right.values()))),
-        interval=bootstrap_interval(list(right.values())),
-        f1=float(np.mean(f1)),
+        accuracy=float(np.mean(shares)),
+        interval=bootstrap_interval(shares),
+        f1=float(np.mean([_f1(task, t, right[t.id]) for t in answered])),
         good_steps=good,
         unjudged_steps=unjudged,
-        questions=len(trajectories),
+        questions=len(of_question),
         unanswered=len(trajectories) - len(answered),
         judged_accuracy=float(np.mean(judged)) if judged else None,
         judged_interval=bootstrap_interval(judged) if judged else None,
         unjudged_answers=len(answered) - len(judged) if answers_judged else 0,
         accuracy_by_hops={hops: float(np.mean(of_hops)) for hops, of_hops in sorted(by_hops.items())},
-        correct=tuple(right.get(t.id) for t in trajectories),
+        correct=tuple(None if not made else made[0] if samples == 1 else float(np.mean(made)) for made in asked),
+        samples=samples,
+        pass_at={} if samples == 1 else _pass_at([rights for _, rights in several]),
+        majority=None if samples == 1 else float(np.mean([_majority(*pair) for pair in several])),
     )
+
+
+def _pass_at(asked: list[list[bool]]) -> dict[str, float]:
+    """k to how often at least one of k samples is correct, for every k that each question has samples for.
+
+    Source: the unbiased estimator of arXiv:2107.03374.
+    """
+    return {
+        str(k): float(np.mean([1 - comb(len(made) - sum(made), k) / comb(len(made), k) for made in asked]))
+        for k in range(1, min(map(len, asked)) + 1)
+    }
+
+
+def _majority(trajectories: list[Trajectory], right: list[bool]) -> bool:
+    """Whether the most frequent answer is correct; a tie goes to the earlier one, no answer counts for nothing."""
+    given = [None if t.prediction is None else normalize_answer(t.prediction) for t in trajectories]
+    votes = Counter(answer for answer in given if answer is not None)
+    return bool(votes) and right[given.index(votes.most_common(1)[0][0])]
 
 
 def _f1(task: Task, trajectory: Trajectory, right: bool) -> float:

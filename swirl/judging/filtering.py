@@ -34,7 +34,8 @@ class Judges(NamedTuple):
 
 
 def step_to_judge(trajectory: Trajectory, k: int, step: Step) -> StepToJudge:
-    """`step`, recorded or drawn anew, at state k of the trajectory (from 0)."""
+    """`step`, recorded or drawn anew, at state k of the trajectory (from 0), without what came of it."""
+    step = replace(step, observation=None, observation_ids=None)
     return StepToJudge(
         question=trajectory.question, steps=trajectory.steps[:k], step=step, tools=tuple(trajectory.tools)
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from swirl.errors import ConfigError
 from swirl.judging.judges import Judgement, StepToJudge
+from swirl.trajectories.record import Judged
 
 log = logging.getLogger("swirl.judging")
 
@@ -43,7 +44,11 @@ class FunctionJudge:
         self._told = False
 
     async def judge(self, item: StepToJudge) -> Judgement:
-        """Raises ConfigError where the function fails."""
+        """Raises ConfigError where the function fails. It is never asked about an action that the environment refuses:
+        that is BAD, with reward 0.
+        """
+        if item.step.call is None:
+            return Judgement(verdict="BAD", reason=f"not an action: {item.step.invalid}", reward=0.0)
         if not self.batch_size:
             return self._judgement(await self._ask(item.question, item.steps, item.step))
         future = asyncio.get_running_loop().create_future()
@@ -87,7 +92,7 @@ class FunctionJudge:
 
     def _judgement(self, value: Any) -> Judgement:
         if value is None:
-            return Judgement(verdict=None, reason="no opinion")
+            return Judgement(verdict=None, reason="no opinion", judged=Judged.UNREADABLE)
         if value in ("GOOD", "BAD"):
             return Judgement(verdict=value, reason=self.name)
         try:
@@ -98,5 +103,6 @@ class FunctionJudge:
             if not self._told:
                 log.warning("%s: expected a number from 0 to 1, got %r: such steps are masked", self.name, value)
                 self._told = True
-            return Judgement(verdict=None, reason=f"expected a number from 0 to 1, got {value!r}")
+            reason = f"expected a number from 0 to 1, got {value!r}"
+            return Judgement(verdict=None, reason=reason, judged=Judged.UNREADABLE)
         return Judgement(verdict="GOOD" if reward >= 0.5 else "BAD", reason=self.name, reward=reward)

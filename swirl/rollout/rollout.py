@@ -1,7 +1,7 @@
 """Rollouts: a policy and a task's tools answer questions step by step, many trajectories in flight.
 
 Each turn the policy calls a tool or answers. A trajectory ends with the answer, at the step limit, at an action that is
-neither (nothing can follow it), or when the state no longer fits the policy's context.
+neither (unless it may go on: then that is what it reads), or when the state no longer fits the policy's context.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -26,7 +27,8 @@ class RolloutSpec:
     """All that a rollout needs but the question: who plays what, how long, and with which draws.
 
     With a `tokenizer` token ids travel along with the text. `max_steps` ends a trajectory, `max_new_tokens` an action;
-    a draw depends on `seed`, the question, the sample and the step alone. `in_flight` trajectories run at a time.
+    a draw depends on `seed`, the question, the sample and the step alone. A `malformed` action, neither a call nor an
+    answer, ends the trajectory, or the model is told so and asked again. `in_flight` trajectories run at a time.
     """
 
     task: Task
@@ -35,6 +37,7 @@ class RolloutSpec:
     max_steps: int
     max_new_tokens: int = 48
     temperature: float = 1.0
+    malformed: Literal["end", "continue"] = "end"
     seed: int = 0
     in_flight: int = 1024
 
@@ -63,13 +66,11 @@ class Unanswered(msgspec.Struct, frozen=True):
         return trajectory_id(self.question, self.sample)
 
 
-def _why_it_ends(step: Step, *, last: bool) -> str | None:
-    """None: the trajectory goes on with the tool's result. In its last step no state can follow, so the tool is not
-    asked.
-    """
-    if step.call is None:
+def _why_it_ends(step: Step, malformed: str, *, last: bool) -> str | None:
+    """None: the trajectory goes on with an observation. In its last step no state can follow, so no tool is asked."""
+    if step.call is None and malformed == "end":
         return "invalid_action"
-    if step.call.tool == ANSWER:
+    if step.call is not None and step.call.tool == ANSWER:
         return "answer"
     return "step_limit" if last else None
 
@@ -102,13 +103,16 @@ async def rollout(question: Question, sample: int, spec: RolloutSpec) -> Traject
             step = replace(step, action_ids=action_ids(step, tokenizer), log_probs=None)
             retokenized = True
         step = with_call(step, tags)
-        stop = _why_it_ends(step, last=len(steps) + 1 == spec.max_steps)
+        stop = _why_it_ends(step, spec.malformed, last=len(steps) + 1 == spec.max_steps)
         if stop == "answer":
             prediction = step.call.argument
         elif stop is None:
-            observation = observation_text(step.call.argument, await tools[step.call.tool](step.call.argument))
-            observation_ids = tuple(tokenizer.observation_ids(observation)) if tokenizer else None
-            step = replace(step, observation=observation, observation_ids=observation_ids)
+            observation = f"error: {step.invalid}"
+            if step.call is not None:
+                observation = observation_text(step.call.argument, await tools[step.call.tool](step.call.argument))
+            step = replace(step, observation=observation)
+            if tokenizer:
+                step = replace(step, observation_ids=observation_ids(step, tokenizer))
         steps.append(step)
         state += (step.action_ids or ()) + (step.observation_ids or ())
         if stop is None and context is not None and len(state) + spec.max_new_tokens > context:
@@ -138,6 +142,12 @@ def action_ids(step: Step, tokenizer: TurnTokenizer) -> tuple[int, ...]:
     return tuple(ids[:-1] if step.truncated and len(ids) > 1 else ids)
 
 
+def observation_ids(step: Step, tokenizer: TurnTokenizer) -> tuple[int, ...]:
+    """Ids of what follows an action. Where the model did not end its turn, that is done here, as context."""
+    ended = (tokenizer.end_of_turn_id,) if step.truncated else ()
+    return (*ended, *tokenizer.observation_ids(step.observation or ""))
+
+
 def with_ids(trajectory: Trajectory, tokenizer: TurnTokenizer) -> Trajectory:
     """The trajectory with token ids made from its text, once; `retokenized` says so.
 
@@ -148,9 +158,7 @@ def with_ids(trajectory: Trajectory, tokenizer: TurnTokenizer) -> Trajectory:
         replace(
             step,
             action_ids=action_ids(step, tokenizer),
-            observation_ids=None
-            if step.observation is None and k == last
-            else tuple(tokenizer.observation_ids(step.observation or "")),
+            observation_ids=None if step.observation is None and k == last else observation_ids(step, tokenizer),
             log_probs=None,
         )
         for k, step in enumerate(trajectory.steps)

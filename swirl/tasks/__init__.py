@@ -76,10 +76,14 @@ def flags_of(name: str) -> frozenset[str]:
 
 def require_use(flags: Iterable[str], names: Sequence[str]) -> None:
     """Raises ConfigError where a task is unknown, or one of the `flags` given means nothing to any of them."""
-    meant = frozenset().union(*map(flags_of, names))
+    refuse_flags(flags, {name: flags_of(name) for name in names})
+
+
+def refuse_flags(flags: Iterable[str], means: Mapping[str, frozenset[str]]) -> None:
+    """Raises ConfigError where one of the `flags` given is not among those that mean something to a task (`means`)."""
     for flag in flags:
-        if flag not in meant:
-            shown = ", ".join(f"'{name}'" for name in names)
+        if not any(flag in of_task for of_task in means.values()):
+            shown = ", ".join(f"'{name}'" for name in means)
             raise ConfigError(f"--{flag.replace('_', '-')}: means nothing to task {shown}; leave it out")
 
 

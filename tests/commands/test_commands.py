@@ -35,9 +35,10 @@ def command(name, *flags, cwd, check=None, **environment):
     return done
 
 
-def one_line(done):
+def one_line(done, code=1):
+    """The one line of an error: of data or a server (exit code 1), or of wrong usage (2)."""
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == code and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0]
 
 
@@ -48,7 +49,7 @@ def sorted_lines(*paths):
 @pytest.fixture(scope="module")
 def trajectories(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("data")
-    flags = ("--policy", tiny_folder, "--limit", 6, "--samples", 2, "--max-new-tokens", 8)
+    flags = ("--policy", tiny_folder, "--num-questions", 6, "--samples", 2, "--max-new-tokens", 8)
     done = command("generate", "--out", "t.jsonl", *flags, cwd=folder, check=0)
     assert json.loads(done.stdout)["trajectories"] == 12
     return folder / "t.jsonl"
@@ -66,7 +67,7 @@ def test_help_is_for_strangers_and_wrong_usage_exits_2(name, tmp_path):
     [
         ("generate", "--in-flight", 0),
         ("generate", "--samples", 0),
-        ("evaluate", "--limit", 0),
+        ("evaluate", "--num-questions", 0),
         ("filter", "--votes", 0),
     ],
 )
@@ -77,7 +78,7 @@ def test_numbers_that_cannot_be_meant_are_wrong_usage(name, flag, value, tmp_pat
 
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    assert "file" in one_line(command("generate", "--limit", 1, "--out", "file/t.jsonl", cwd=tmp_path))
+    assert "file" in one_line(command("generate", "--num-questions", 1, "--out", "file/t.jsonl", cwd=tmp_path))
 
 
 def test_progress_in_a_log_file(capsys, monkeypatch):
@@ -108,18 +109,18 @@ def test_filter_help_loads_no_torch(tmp_path):
 
 def test_generate_again_adds_nothing_and_other_settings_are_refused(trajectories, tiny_folder):
     before = trajectories.read_bytes()
-    flags = ("--policy", tiny_folder, "--limit", 6, "--samples", 2, "--max-new-tokens", 8)
+    flags = ("--policy", tiny_folder, "--num-questions", 6, "--samples", 2, "--max-new-tokens", 8)
     done = command("generate", "--out", trajectories, *flags, cwd=trajectories.parent, check=0)
     assert json.loads(done.stdout)["new"] == 0 and trajectories.read_bytes() == before
     done = command("generate", "--out", trajectories, *flags, "--seed", 1, cwd=trajectories.parent)
-    assert "--seed" in one_line(done) and trajectories.read_bytes() == before
+    assert "--seed" in one_line(done, 2) and trajectories.read_bytes() == before
 
 
 def test_generate_killed_at_any_moment_resumes_to_the_same_file(trajectories, tiny_folder, tmp_path):
     flags = [
         "--policy",
         str(tiny_folder),
-        "--limit",
+        "--num-questions",
         "6",
         "--samples",
         "2",
@@ -164,7 +165,7 @@ def test_filter_keeps_and_drops_all_with_reasons_and_resumes(trajectories, tmp_p
         command("filter", *flags, cwd=tmp_path, check=0)
         assert sorted_lines(tmp_path / f"{mode}.k", tmp_path / f"{mode}.d") == whole
         other = command("filter", *flags[:-1], "both" if mode == "none" else "none", cwd=tmp_path)
-        assert f"was begun with --mode {mode}" in one_line(other)
+        assert f"was begun with --mode {mode}" in one_line(other, 2)
         assert sorted_lines(tmp_path / f"{mode}.k", tmp_path / f"{mode}.d") == whole
 
 
@@ -178,17 +179,16 @@ def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_fo
     (tmp_path / "empty.jsonl").touch()
     assert "at least one" in one_line(command("train", "--data", "empty.jsonl", "--model", tiny_folder, cwd=tmp_path))
     assert "no such folder" in one_line(command("train", "--model", tmp_path / "nowhere", cwd=tmp_path))
-    usage = command("train", "--updates", "0", cwd=tmp_path)
-    assert usage.returncode == 2 and "--updates 0: expected at least 1" in usage.stderr
+    assert "--updates 0: expected at least 1" in one_line(command("train", "--updates", "0", cwd=tmp_path), 2)
     (tmp_path / "c.json").write_text('{"updates": 0}')
-    assert "--updates 0" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
-    assert "expected" in one_line(command("evaluate", "--tasks", "trivia", cwd=tmp_path))
+    assert "--updates 0" in one_line(command("train", "--config", "c.json", cwd=tmp_path), 2)
+    assert "expected" in one_line(command("evaluate", "--task", "trivia", cwd=tmp_path), 2)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name, device", [("train", "cuda:99"), ("generate", "foo"), ("evaluate", "meta")])
 def test_a_device_that_is_not_there_is_one_line(name, device, tmp_path):
-    assert f"--device {device}: " in one_line(command(name, "--device", device, cwd=tmp_path))
+    assert f"--device {device}: " in one_line(command(name, "--device", device, cwd=tmp_path), 2)
     assert not (tmp_path / "run").exists() and not (tmp_path / "trajectories.jsonl").exists()
 
 
@@ -201,16 +201,20 @@ def test_devices_that_there_are_none_of(device):
 
 def test_cuda_on_a_machine_without_it_is_one_line(tmp_path):
     done = command("train", "--device", "cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert "--device cuda: torch " in one_line(done) and "finds 0 CUDA devices here" in done.stderr
+    assert "--device cuda: torch " in one_line(done, 2) and "finds 0 CUDA devices here" in done.stderr
 
 
 def test_an_unknown_config_key_is_named(tmp_path):
     (tmp_path / "c.json").write_text('{"updates": 2, "learning_rat": 1}')
-    assert "learning_rat" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
+    assert "learning_rat" in one_line(command("train", "--config", "c.json", cwd=tmp_path), 2)
     (tmp_path / "c.json").write_text('{"updates": "many"}')
-    assert "updates" in one_line(command("train", "--config", "c.json", cwd=tmp_path))
-    (tmp_path / "c.json").write_text('{"limit": 2, "endpoint": {"concurency": 1}}')
-    assert "endpoint.concurency" in one_line(command("generate", "--config", "c.json", cwd=tmp_path))
+    assert "updates" in one_line(command("train", "--config", "c.json", cwd=tmp_path), 2)
+    (tmp_path / "c.json").write_text('{"num_questions": 2, "endpoint": {"concurency": 1}}')
+    assert "endpoint.concurency" in one_line(command("generate", "--config=c.json", cwd=tmp_path), 2)
+    (tmp_path / "c.json").write_text('{"num_questions": "many"}')
+    assert "key 'num_questions'" in one_line(command("generate", "--config=c.json", cwd=tmp_path), 2)
+    (tmp_path / "c.json").write_text('{"samples": 2}')
+    assert "--samples 2: all the same" in one_line(command("evaluate", "--config", "c.json", cwd=tmp_path), 2)
 
 
 def test_a_truncated_checkpoint_and_a_foreign_tokenizer_are_refused(tiny_folder, tmp_path):
@@ -235,7 +239,7 @@ def test_a_folder_that_is_no_run_is_never_written_into(tmp_path, tiny_folder):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     done = command("train", "--smoke", "--model", tiny_folder, cwd=tmp_path)
-    assert "is no run" in one_line(done)
+    assert "is no run" in one_line(done, 2)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
@@ -323,22 +327,24 @@ def test_the_whole_way_in_miniature(tmp_path):
         "summary.json",
         "report.html",
     } <= names
-    done = command("evaluate", "--policy", "run/checkpoint", "--limit", 5, "--tasks", "bridge", cwd=tmp_path, check=0)
+    done = command(
+        "evaluate", "--policy", "run/checkpoint", "--num-questions", 5, "--task", "bridge", cwd=tmp_path, check=0
+    )
     assert json.loads(done.stdout)["task"] == "bridge"
 
 
 def test_evaluate_makes_the_folder_it_writes_into(tiny_folder, tmp_path):
-    flags = ("--policy", tiny_folder, "--tasks", "bridge", "--limit", 3, "--max-new-tokens", 4)
+    flags = ("--policy", tiny_folder, "--task", "bridge", "--num-questions", 3, "--max-new-tokens", 4)
     done = command("evaluate", *flags, "--out", "new/folder/t.jsonl", cwd=tmp_path, check=0)
     assert json.loads(done.stdout)["questions"] == 3
     assert len(read_trajectories(tmp_path / "new" / "folder" / "t.jsonl")) == 3
     refused = command("evaluate", *flags, "--out", "new", cwd=tmp_path)
-    assert "is a folder" in one_line(refused) and refused.stdout == ""
+    assert "is a folder" in one_line(refused, 2) and refused.stdout == ""
 
 
 def test_evaluate_shows_the_scores_where_the_trajectories_cannot_be_written(tiny_folder, tmp_path):
     (tmp_path / "t.jsonl.partial").mkdir()
-    flags = ("--policy", tiny_folder, "--tasks", "bridge", "--limit", 3, "--max-new-tokens", 4)
+    flags = ("--policy", tiny_folder, "--task", "bridge", "--num-questions", 3, "--max-new-tokens", 4)
     done = command("evaluate", *flags, "--out", "t.jsonl", cwd=tmp_path)
     assert "t.jsonl" in one_line(done) and json.loads(done.stdout)["questions"] == 3
 

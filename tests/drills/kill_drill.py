@@ -105,7 +105,7 @@ class Job:
 
 
 def generate_job(policy: str, num_questions: int, in_flight: int) -> Job:
-    words = ("generate", "--policy", policy, "--task", FAMILY, "--limit", str(num_questions))
+    words = ("generate", "--policy", policy, "--task", FAMILY, "--num-questions", str(num_questions))
     words += ("--samples", str(SAMPLES), "--in-flight", str(in_flight))
     wire = "://" in policy
     name = "generate" if wire else f"generate, {policy}"

@@ -73,7 +73,7 @@ def test_a_command_with_other_settings_beside_one_just_begun_leaves_it_its_own(n
     """A settings file is replaced where its outputs are empty still, and so is theirs who began a moment ago."""
     settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
     flags = {
-        "generate": ["--out", "t.jsonl", "--limit", "1", "--samples", "1", "--max-new-tokens", "4", "--seed"],
+        "generate": ["--out", "t.jsonl", "--num-questions", "1", "--samples", "1", "--max-new-tokens", "4", "--seed"],
         "filter": ["--data", "data.jsonl", "--kept", "k.jsonl", "--dropped", "d.jsonl", "--votes"],
     }[name]
     (tmp_path / "data.jsonl").touch()

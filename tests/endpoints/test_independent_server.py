@@ -21,7 +21,9 @@ from pathlib import Path
 import pytest
 
 from swirl import generate
+from swirl.app.flags import PolicyFlags
 from swirl.app.resolve import load_model
+from swirl.app.resolve_tasks import TaskFlags
 from swirl.generate import GenerateConfig
 from swirl.trajectories.log import read_trajectories
 from swirl.trajectories.record import Trajectory
@@ -151,19 +153,26 @@ def texts(trajectories: list[Trajectory]) -> list:
 def drawn(server, tmp_path_factory):
     """Two trajectories of each of three questions, drawn one after another by the chat protocol."""
     out = tmp_path_factory.mktemp("drawn") / "trajectories.jsonl"
-    return out, made(server, "chat", out, "--limit", 3, "--samples", 2, "--in-flight", 1)
+    return out, made(server, "chat", out, "--num-questions", 3, "--samples", 2, "--in-flight", 1)
 
 
 @pytest.fixture(scope="module")
 def greedy_here(server, tmp_path_factory):
     out = tmp_path_factory.mktemp("here") / "trajectories.jsonl"
-    generate.main(GenerateConfig(policy=str(server.folder), task="bridge", limit=34, samples=1, temperature=0, out=out))
+    generate.main(
+        GenerateConfig(
+            out=out,
+            samples=1,
+            asked=TaskFlags(task=("bridge",), num_questions=34),
+            actor=PolicyFlags(policy=str(server.folder), temperature=0),
+        )
+    )
     return sorted(read_trajectories(out), key=lambda trajectory: trajectory.id)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_greedy_trajectories_are_those_of_our_own_policy(server, greedy_here, tmp_path, protocol):
-    there = made(server, protocol, tmp_path / "t.jsonl", "--limit", 34, "--samples", 1, "--temperature", 0)
+    there = made(server, protocol, tmp_path / "t.jsonl", "--num-questions", 34, "--samples", 1, "--temperature", 0)
     assert len(there) == 34 and {t.stop for t in there} == {"answer"}
     assert texts(there) == texts(greedy_here)
 
@@ -171,14 +180,14 @@ def test_greedy_trajectories_are_those_of_our_own_policy(server, greedy_here, tm
 def test_draws_go_by_their_seed_in_both_protocols(server, drawn, tmp_path):
     """One after another: this server keeps one generator for all requests, so those in flight disturb each other."""
     _, by_chat = drawn
-    again = made(server, "completions", tmp_path / "t.jsonl", "--limit", 3, "--samples", 2, "--in-flight", 1)
+    again = made(server, "completions", tmp_path / "t.jsonl", "--num-questions", 3, "--samples", 2, "--in-flight", 1)
     assert texts(again) == texts(by_chat)
     samples = [[t for t in by_chat if t.sample == sample] for sample in (0, 1)]
     assert [[s.action for s in t.steps] for t in samples[0]] != [[s.action for s in t.steps] for t in samples[1]]
 
 
 def test_an_action_that_was_cut_off_is_none(server, tmp_path):
-    cut = made(server, "chat", tmp_path / "t.jsonl", "--limit", 2, "--samples", 1, "--max-new-tokens", 3)
+    cut = made(server, "chat", tmp_path / "t.jsonl", "--num-questions", 2, "--samples", 1, "--max-new-tokens", 3)
     assert [(t.stop, len(t.steps), t.prediction) for t in cut] == [("invalid_action", 1, None)] * 2
 
 
@@ -215,7 +224,7 @@ def test_a_judge_that_talks_nonsense_scores_nothing_and_is_not_paid_twice(server
 
 
 def test_a_model_that_is_not_served_is_one_line(server, tmp_path):
-    flags = ("--policy", f"http://127.0.0.1:{server.port}/v1#other", "--limit", 1, "--out", "t.jsonl")
+    flags = ("--policy", f"http://127.0.0.1:{server.port}/v1#other", "--num-questions", 1, "--out", "t.jsonl")
     done = command("generate", *flags, cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and "other" in errors[0] and "Traceback" not in done.stderr

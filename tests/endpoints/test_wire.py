@@ -106,7 +106,7 @@ async def run(folder, name, *flags, code=0, **environment):
 
 
 def generate(folder, url, *flags, **rest):
-    flags = ("--policy", f"{url}/v1#policy", "--limit", 6, "--samples", 2, *flags)
+    flags = ("--policy", f"{url}/v1#policy", "--num-questions", 6, "--samples", 2, *flags)
     return run(folder, "generate", *flags, **rest)
 
 
@@ -129,8 +129,17 @@ def test_the_whole_way_with_faults_is_the_whole_way_without(tmp_path):
             flags = ("--data", "trajectories.jsonl", "--mode", "both", "--judge", f"{url}/v1#judge")
             flags += ("--outcome-judge", f"{url}/v1#answers", "--reward-judge", f"{url}/v1#reward", "--votes", 3)
             kept = (await run(folder, "filter", *flags)).result
-            flags = ("--policy", f"{url}/v1#policy", "--limit", 12, "--tasks", "bridge", "--out", "evaluated.jsonl")
-            flags += ("--judge", f"{url}/v1#judge", "--answer-judge", f"{url}/v1#answers")
+            flags = (
+                "--policy",
+                f"{url}/v1#policy",
+                "--num-questions",
+                12,
+                "--task",
+                "bridge",
+                "--out",
+                "evaluated.jsonl",
+            )
+            flags += ("--judge", f"{url}/v1#judge", "--outcome-judge", f"{url}/v1#answers")
             evaluated = await run(folder, "evaluate", *flags)
             assert server.summary()["answered_twice"] == 0
             return made, kept, evaluated, server.summary()["faults"]
@@ -211,7 +220,7 @@ def test_nothing_answered_is_an_error_and_not_an_empty_success(tmp_path):
     async def all_of_it():
         async with FaultServer(model, faults=1.0, kinds=["not_json"]) as server:
             made = await generate(tmp_path, server.url, code=1)
-            flags = ("--policy", f"{server.url}/v1#policy", "--limit", 3, "--tasks", "bridge")
+            flags = ("--policy", f"{server.url}/v1#policy", "--num-questions", 3, "--task", "bridge")
             return made, await run(tmp_path, "evaluate", *flags, code=1)
 
     for done, what in zip(asyncio.run(all_of_it()), ("12 trajectories", "3 questions"), strict=True):
@@ -281,7 +290,7 @@ def test_no_answer_is_paid_for_twice(tmp_path):
             done = await generate(tmp_path, server.url, *flags)
             assert lines(tmp_path / "other.jsonl") == before and len(server.log) == asked
             assert f"{asked} done · {asked} cached · 0 in flight" in done.err
-            flags = ("--policy", f"{server.url}/v1#policy", "--limit", 3, "--tasks", "bridge")
+            flags = ("--policy", f"{server.url}/v1#policy", "--num-questions", 3, "--task", "bridge")
             for cache, new in (((), 1), ((), 1), (("--cache", "c.sqlite"), 1), (("--cache", "c.sqlite"), 0)):
                 asked = len(server.log)
                 done = await run(tmp_path, "evaluate", *flags, *cache)
@@ -305,7 +314,7 @@ def test_nothing_is_kept_where_no_server_is_asked(tmp_path):
 
 def test_scores_say_how_many_questions_they_leave_out(tmp_path):
     async def all_of_it():
-        flags = ("--limit", 12, "--tasks", "bridge", "--judge", "None")
+        flags = ("--num-questions", 12, "--task", "bridge", "--judge", "none")
         async with FaultServer(model, script=["418", "not_json"]) as server:
             return await run(tmp_path, "evaluate", "--policy", f"{server.url}/v1#policy", *flags)
 
@@ -426,7 +435,7 @@ def test_search_by_meaning_indexes_once_beside_the_pages(tmp_path, own_questions
             asked = len(server.bodies)
             await generate(tmp_path, server.url, *flags, *dense, "--out", "again.jsonl")
             assert not any("Herring" in str(body.get("input")) for body in server.bodies[asked:])
-            evaluated = ("--policy", f"{server.url}/v1#policy", "--tasks", "own", *flags[2:4], *flags[6:])
+            evaluated = ("--policy", f"{server.url}/v1#policy", "--task", "own", *flags[2:4], *flags[6:])
             score = (await run(tmp_path, "evaluate", *evaluated, *dense)).result
             assert (score["accuracy"], score["good_steps"]) == (1.0, None)  # Almanac's judge was not asked
             (tmp_path / "pages.jsonl").write_text(json.dumps(PAGES[0]))
@@ -474,7 +483,7 @@ def test_a_search_that_got_no_answer_is_not_what_the_policy_reads(tmp_path, own_
 
     async def all_of_it():
         async with FaultServer(failing) as server:
-            flags = (*own_questions, "--retriever", f"{server.url}/retrieve", "--limit", 1, "--out", "t.jsonl")
+            flags = (*own_questions, "--retriever", f"{server.url}/retrieve", "--num-questions", 1, "--out", "t.jsonl")
             first = await generate(tmp_path, server.url, *flags, code=1)
             await generate(tmp_path, server.url, *flags)
             await generate(tmp_path, server.url, *own_questions, "--retriever", f"{server.url}/retrieve")
@@ -494,7 +503,7 @@ def test_what_other_weights_began_is_not_gone_on_with(tmp_path, tiny_folder):
     assert checkpoint_digest(model) == checkpoint_digest(copy)
 
     async def all_of_it():
-        flags = ("--policy", "model", "--limit", 1, "--samples", 2, "--max-new-tokens", 4, "--out", "t.jsonl")
+        flags = ("--policy", "model", "--num-questions", 1, "--samples", 2, "--max-new-tokens", 4, "--out", "t.jsonl")
         judged = ("--data", "t.jsonl", "--judge", "model")
         for _ in range(2):
             made = await run(tmp_path, "generate", *flags)

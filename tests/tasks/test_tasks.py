@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from swirl import tasks
+from swirl.app.resolve_tasks import TaskFlags, open_tasks
 from swirl.errors import ConfigError, InputError
 from swirl.rollout.prompts import question_prompt
 from swirl.tasks import beerqa, cofca, gsm8k, hotpotqa, musique, own, scoring
@@ -223,31 +224,40 @@ def test_almanac_returns_as_many_pages_as_asked_for():
 
 
 def opened_for(**flags):
-    from swirl.endpoints.client import Client
-    from swirl.evaluate import EvaluateConfig, _open_tasks
-
-    async def opened():
-        async with Client(None) as client:
-            return await _open_tasks(EvaluateConfig(**flags), client)
-
-    return asyncio.run(opened())
+    return asyncio.run(open_tasks(TaskFlags(**flags), client=None))
 
 
-def test_evaluate_gives_each_task_its_own_flags():
+def test_each_task_gets_the_flags_that_mean_something_to_it():
     gsm8k_file = FIXTURES / "gsm8k.jsonl"
     names = ("bridge", "gsm8k", "arithmetic")
-    opened = opened_for(tasks=names, questions=gsm8k_file, top_k=2, split="validation", limit=2)
-    assert [(task.name, len(questions)) for task, questions in opened] == [(name, 2) for name in names]
+    opened = opened_for(task=names, questions=gsm8k_file, top_k=2, split="validation")
+    assert [(task.name, len(task.take("validation", 2))) for task in opened] == [(name, 2) for name in names]
     for names, flag, value in (
         (("bridge", "arithmetic"), "questions", gsm8k_file),
         (("bridge",), "corpus", FIXTURES / "own.jsonl"),
         (("arithmetic",), "top_k", 2),
+        (("bridge", "musique"), "without_easy", True),
     ):
         with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')}: means nothing to task '{names[0]}'"):
-            opened_for(tasks=names, **{flag: value})
-    assert len(opened_for(tasks=("gsm8k",), questions=gsm8k_file)) == 1
+            opened_for(task=names, **{flag: value})
+    assert len(opened_for(task=("gsm8k",), questions=gsm8k_file)) == 1
     with pytest.raises(ConfigError, match="--split: means nothing to task 'gsm8k'"):
-        opened_for(tasks=("gsm8k",), questions=gsm8k_file, split="train")
+        opened_for(task=("gsm8k",), questions=gsm8k_file, split="train")
+
+
+def test_easy_questions_of_hotpotqa_can_be_left_out():
+    (every,) = opened_for(task=("hotpotqa",), questions=FIXTURES / "hotpotqa.json")
+    (hard,) = opened_for(task=("hotpotqa",), questions=FIXTURES / "hotpotqa.json", without_easy=True)
+    assert len(hard.take("train")) == len(hotpotqa.load(FIXTURES / "hotpotqa.json", without_easy=True))
+    assert 0 < len(hard.take("train")) < len(every.take("train"))
+
+
+def test_questions_come_from_the_file_of_their_split():
+    files = {"train": FIXTURES / "own.jsonl", "test": FIXTURES / "own.jsonl"}
+    task = tasks.open_task("own", questions=files)
+    assert len(task.take("train")) == len(task.take("test")) == 2
+    with pytest.raises(ConfigError, match="no file of questions for its split 'validation'"):
+        task.take("validation")
 
 
 BROKEN = [
