@@ -68,6 +68,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         command.require_at_least(1, self, "samples")
+        self.asked.check()
+        self.actor.check()
         if self.samples > 1 and self.actor.temperature == 0:
             raise ConfigError(f"--samples {self.samples}: all the same at --temperature 0, expected more than 0")
 

@@ -46,6 +46,8 @@ class GenerateConfig:
 
     def __post_init__(self):
         command.require_at_least(1, self, "samples")
+        self.asked.check()
+        self.actor.check()
 
 
 # No line depends on these, but by rounding where a checkpoint runs here.

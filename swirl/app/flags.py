@@ -42,7 +42,8 @@ class PolicyFlags:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in; auto: bfloat16 on cuda, else float32."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises ConfigError on a value that cannot be meant; called by the config that holds the group."""
         command.require_at_least(1, self, "max_steps", "max_new_tokens", "in_flight")
         command.require_at_least(0, self, "temperature")
 

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from swirl import tasks
+from swirl.app import command
 from swirl.app.loader import is_reference, load_object
 from swirl.app.progress import progress
 from swirl.app.resolve import is_url
@@ -47,13 +48,17 @@ class TaskFlags:
     top_k: int = 1
     """Pages returned for a query (the paper's 1)."""
 
+    def check(self) -> None:
+        """Raises ConfigError on a value that cannot be meant; called by the config that holds the group."""
+        command.require_at_least(1, self, "num_questions", "top_k")
+        if not self.task:
+            raise ConfigError("--task: expected at least one task")
+
 
 async def open_tasks(flags: TaskFlags, *, client: Client, limits: EndpointLimits | None = None) -> list[Task]:
     """Every task that is named, by the flags that mean something to it. Raises ConfigError where a flag means nothing
     to any of them, and as `open_task` does.
     """
-    if not flags.task:
-        raise ConfigError("--task: expected at least one task")
     given = [
         flag
         for flag in ("questions", "corpus", "top_k", "split", "retriever", "without_easy")

@@ -72,8 +72,8 @@ def test_help_is_for_strangers_and_wrong_usage_exits_2(name, tmp_path):
     ],
 )
 def test_numbers_that_cannot_be_meant_are_wrong_usage(name, flag, value, tmp_path):
-    done = command(name, flag, value, cwd=tmp_path, check=2)
-    assert f"{flag} {value}: expected at least 1" in done.stderr and not list(tmp_path.iterdir())
+    said = one_line(command(name, flag, value, cwd=tmp_path), 2)
+    assert said == f"error: {flag} {value}: expected at least 1" and not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
