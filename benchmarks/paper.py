@@ -36,6 +36,8 @@ from benchmarks.tables import grid, read
 from swirl import generate, tasks, train
 from swirl.app import resolve
 from swirl.app.evaluation import answer, evaluation_steps
+from swirl.app.flags import PolicyFlags
+from swirl.app.resolve_tasks import TaskFlags
 from swirl.app.scores import good_step_share
 from swirl.config import TrainConfig
 from swirl.judging.filtering import step_to_judge, why_dropped
@@ -81,7 +83,10 @@ class Workshop:
         with quietly():
             generate.main(
                 generate.GenerateConfig(
-                    out=file, task=family, policy=self.base(base), limit=num_questions, samples=SAMPLES
+                    out=file,
+                    samples=SAMPLES,
+                    asked=TaskFlags(task=(family,), num_questions=num_questions),
+                    actor=PolicyFlags(policy=self.base(base)),
                 )
             )
         asked = {question.id for question in almanac.questions(family, "train", num_questions)}

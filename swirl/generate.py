@@ -111,6 +111,7 @@ def _known_as(config: GenerateConfig, tokenizer) -> dict[str, str]:
         name: " ".join(name_of(spec, f"--{name}") if is_reference(spec) else spec for spec in specs)
         for name, specs in (("task", config.asked.task), ("tool", config.asked.tool))
     }
+    known["split"] = config.asked.split or "train"
     actor = config.actor
     if not is_url(actor.policy):
         return known | {"policy": f"{actor.policy} ({checkpoint_digest(model_folder(actor.policy))})"}

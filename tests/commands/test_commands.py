@@ -343,9 +343,9 @@ def test_evaluate_makes_the_folder_it_writes_into(tiny_folder, tmp_path):
 
 
 def test_evaluate_shows_the_scores_where_the_trajectories_cannot_be_written(tiny_folder, tmp_path):
-    (tmp_path / "t.jsonl.partial").mkdir()
+    out = "t" * 244 + ".jsonl"  # a name with no room for that of the file which is written aside
     flags = ("--policy", tiny_folder, "--task", "bridge", "--num-questions", 3, "--max-new-tokens", 4)
-    done = command("evaluate", *flags, "--out", "t.jsonl", cwd=tmp_path)
+    done = command("evaluate", *flags, "--out", out, "--cache", "answers.sqlite", cwd=tmp_path)
     assert "t.jsonl" in one_line(done) and json.loads(done.stdout)["questions"] == 3
 
 
