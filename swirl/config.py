@@ -232,7 +232,9 @@ def settled(config: TrainConfig, tasks_of_data: set[str] | None, device: str = "
     evaluate_on = config.evaluate_on
     if evaluate_on == ("auto",):
         if tasks_of_data is not None:
-            evaluate_on = tuple(name for name in task if name in ALMANAC_FAMILIES or config.evaluate_questions)
+            evaluate_on = tuple(
+                name for name in task if name in ALMANAC_FAMILIES or ":" in name or config.evaluate_questions
+            )
         else:
             evaluate_on = FIRST_EDITION if set(task) <= set(FIRST_EDITION) else task
     dtype = config.dtype

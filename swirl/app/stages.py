@@ -14,7 +14,9 @@ from typing import Literal
 from swirl import tasks
 from swirl.app import command, resolve
 from swirl.app.evaluation import answer, evaluation_steps, generation_steps
+from swirl.app.loader import is_reference
 from swirl.app.progress import progress
+from swirl.app.resolve_tasks import open_task
 from swirl.app.run_folder import RunFolder
 from swirl.app.scores import Score, score_trajectories
 from swirl.config import TrainConfig
@@ -65,8 +67,8 @@ async def open_tasks(config: TrainConfig, client: Client) -> dict[str, Task]:
     files = {split: file for split, file in splits.items() if file is not None}
     opened = {}
     for name in dict.fromkeys(names):
-        takes = tasks.flags_of(name)
-        opened[name] = await resolve.open_task(
+        takes = frozenset() if is_reference(name) else tasks.flags_of(name)
+        opened[name] = await open_task(
             name,
             questions=files if "questions" in takes else None,
             corpus=config.corpus if "corpus" in takes else None,
