@@ -13,6 +13,7 @@ COMMANDS = {
     "filter": "trajectories.jsonl -> kept.jsonl and dropped.jsonl",
     "evaluate": "how good is a policy on a task",
     "report": "a run's folder -> report.html",
+    "export": "a run's checkpoint -> a Hugging Face folder, at any time",
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from swirl.app import command
 from swirl.app.scores import Score, bootstrap_interval
 from swirl.errors import InputError
+from swirl.storage.digest import unseal
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def _read_run(run: Path) -> tuple[_Summary, list[_Update]]:
 
 def _decode(text: bytes, kind: type, path: Path, expected: str, line: int | None = None):
     try:
-        return msgspec.json.decode(text, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return msgspec.json.decode(unseal(text), type=kind)
+    except (ValueError, RecursionError) as error:
         missing = re.search("missing required field `(.+?)`", str(error))
         why = f"'{missing[1]}' is missing" if missing else str(error)
         raise InputError(path, f"expected {expected}, {why}", line=line) from None

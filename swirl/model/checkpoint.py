@@ -214,8 +214,11 @@ def replace_folder(path: str | os.PathLike, fill: Callable[[Path], None]) -> Non
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise CheckpointError(path, "is a file, expected a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        raise CheckpointError(path, "holds files but no config.json: not a checkpoint, so it is left as it is")
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / "config.json").is_file():
+            raise CheckpointError(path, "holds files but no config.json: not a checkpoint, so it is left as it is")
+        if not any((target / name).is_file() for name in (SINGLE, INDEX)):  # a run's folder has a config.json, too
+            raise CheckpointError(path, "holds files but no weights: not a checkpoint, so it is left as it is")
     partial, old = _aside(target, "partial"), _aside(target, "old")
     try:
         shutil.rmtree(partial, ignore_errors=True)

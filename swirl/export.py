@@ -1,0 +1,58 @@
+"""The model of a run's checkpoint as a Hugging Face folder, at any time, also while the run is at work.
+
+python -m swirl.export run model                 of the last whole checkpoint
+python -m swirl.export run model --update 40     of the one after update 40
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from swirl.app import command
+from swirl.errors import CheckpointError, ConfigError
+from swirl.learning.checkpoints import checkpoints_in, export_model, newest_checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    run: Annotated[Path, tyro.conf.Positional] = Path("run")
+    """The run's folder."""
+    out: Annotated[Path, tyro.conf.Positional] = Path("model")
+    """The folder to write, whole or not at all; another model that is there is replaced."""
+    update: int | None = None
+    """After which update; default: the last whole checkpoint."""
+
+
+def export(config: ExportConfig) -> Path:
+    """Returns the checkpoint that was exported. Raises CheckpointError, ConfigError."""
+    if not config.run.is_dir():
+        raise ConfigError(f"{config.run}: no such folder, expected a run's")
+    if config.update is None:
+        found = newest_checkpoint(config.run, command.warn)
+        if found is None:
+            raise CheckpointError(config.run, "holds no whole checkpoint")
+    else:
+        there = checkpoints_in(config.run)
+        if config.update not in there:
+            have = ", ".join(str(update) for update in sorted(there)) or "none"
+            raise ConfigError(f"--update {config.update}: {config.run} holds checkpoints of these updates: {have}")
+        found = open_checkpoint(there[config.update])
+    export_model(found.folder, config.out)
+    return found.folder
+
+
+def main(config: ExportConfig) -> None:
+    print(f"{export(config)} -> {config.out}")
+
+
+def run_command() -> None:
+    """Flags, then the work, then the exit code."""
+    command.run(main, ExportConfig, __doc__)
+
+
+if __name__ == "__main__":
+    run_command()

@@ -1,0 +1,266 @@
+"""Does a run that is stopped at random moments end as the undisturbed one, to the bit, and is its last update saved?
+
+    python -m tests.drills.resume_drill [--kills 25] [--signals 50] [--flips 1000] [--seed 0]
+
+Runs train in processes forked from this one, since most of a start is imports. `kill -9` falls on one process, or on
+one of two ranks, at any moment of its life; `--resume auto` goes on, until it ends. SIGTERM, and Ctrl-C twice within
+50 ms, fall at any moment, the final save included: the newest checkpoint must be that of metrics.jsonl's last line.
+Flips and cuts fall on the files of a run's newest checkpoint: the one before it is taken, or what is read is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from swirl import train
+from swirl.config import TrainConfig
+from swirl.errors import SwirlError
+from swirl.learning.checkpoints import newest_checkpoint
+from swirl.storage.digest import file_digest, unseal
+from swirl.trajectories.log import write_trajectories
+
+LONGEST_S = 120.0
+
+
+class Row(NamedTuple):
+    """One kind of attempt: how many there were, and what did not hold, in words."""
+
+    drill: str
+    attempts: int
+    failures: list[str]
+    note: str = ""
+
+
+def config_in(folder: Path, updates: int, **changed) -> TrainConfig:
+    """A small run on recorded actions in a folder that holds `data.jsonl` and `model`."""
+    inputs = {"data": folder / "data.jsonl", "model": str(folder / "model"), "out": folder / "run", "device": "cpu"}
+    learning = {"mode": "recorded", "reward": "recorded", "trajectories_per_update": 4, "evaluate_on": ()}
+    settings = {"updates": updates, "save_every": 2, "resume": "auto", "rank_timeout_s": 30.0}
+    return TrainConfig(**inputs | learning | settings | changed)
+
+
+def make_inputs(folder: Path, model: Path, trajectories: list) -> None:
+    shutil.copytree(model, folder / "model")
+    write_trajectories(folder / "data.jsonl", trajectories)
+
+
+def started(config: TrainConfig, ranks: int = 1) -> list[int]:
+    """Process ids of a run, one a rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.stdout.flush()
+    return [_forked(config, rank, ranks, port) for rank in range(ranks)]
+
+
+def _forked(config: TrainConfig, rank: int, ranks: int, port: int) -> int:
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        said = os.open(config.out.parent / f"stderr-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(said, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in where.items()}
+        train.main(config)
+        code = 0
+    except SwirlError as error:
+        os.write(2, f"error: {error}\n".encode())
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = error.code if isinstance(error, SystemExit) else 130
+    except BaseException:
+        import traceback
+
+        os.write(2, traceback.format_exc().encode())
+        code = 99
+    finally:
+        os._exit(code)
+
+
+def ended(processes: list[int], longest_s: float = LONGEST_S) -> list[int]:
+    """Exit codes, as negative numbers those of signals; what lives too long is killed, and counts as -9."""
+    end, codes = time.monotonic() + longest_s, {}
+    while len(codes) < len(processes):
+        for process in processes:
+            if process not in codes:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if done:
+                    codes[process] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > end:
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.002)
+    return [codes[process] for process in processes]
+
+
+def result(run: Path) -> tuple[str, list[dict]]:
+    """The digest of the weights a run ended with, and its metrics less times and memory."""
+    lines = [json.loads(unseal(line)) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+    measured = {"update_s", "sample_s", "tokens_per_s", "utilization", "peak_bytes"}
+    metrics = [{name: value for name, value in line.items() if name not in measured} for line in lines]
+    return file_digest(run / "checkpoint" / "model.safetensors"), metrics
+
+
+def drill_kills(folder: Path, config: TrainConfig, kills: int, rng: random.Random, ranks: int = 1) -> Row:
+    """A run killed again and again, half of the times in one rank alone, until `kills` kills hit living processes."""
+    failures, hits, lives = [], 0, 0
+    began = time.monotonic()
+    if any(ended(started(replace(config, out=folder / "undisturbed"), ranks))):
+        return Row(f"kill -9, {ranks} ranks", 0, ["the undisturbed run failed"])
+    life_s = time.monotonic() - began
+    wanted = result(folder / "undisturbed")
+    while hits < kills:
+        out = folder / f"killed-{lives}"
+        hits_before = hits
+        for _ in range(5):
+            processes = started(replace(config, out=out), ranks)
+            time.sleep(rng.random() * life_s)
+            for process in rng.sample(processes, rng.randint(1, ranks)):
+                os.kill(process, signal.SIGKILL)
+            codes = ended(processes)
+            hits += -signal.SIGKILL in codes
+            if 99 in codes:
+                failures.append(f"run {lives}: a traceback")
+        codes = ended(started(replace(config, out=out), ranks))
+        if any(codes):
+            failures.append(f"run {lives}: exit codes {codes} of the last call")
+        elif result(out) != wanted:
+            failures.append(f"run {lives}: {'weights' if result(out)[0] != wanted[0] else 'metrics'} differ")
+        lives += 1
+        if hits == hits_before:
+            failures.append(f"run {lives}: no kill hit")
+            break
+        shutil.rmtree(out)
+    return Row(f"kill -9, {ranks} ranks", hits, failures, f"{lives} runs of {config.updates} updates")
+
+
+def drill_signals(folder: Path, config: TrainConfig, count: int, rng: random.Random, kind: str) -> Row:
+    """One SIGTERM, or Ctrl-C twice within 50 ms, at any moment of a run: its last update must be there, whole."""
+    config = replace(config, save_every=0, save_minutes=0.0)
+    began = time.monotonic()
+    if any(ended(started(replace(config, out=folder / "whole")))):
+        return Row(kind, 0, ["the undisturbed run failed"])
+    life_s = time.monotonic() - began
+    failures, saved, early = [], 0, 0
+    for number in range(count):
+        out = folder / f"{kind.split()[0]}-{number}"
+        (process,) = started(replace(config, out=out))
+        # a third of them in the last tenth, where the final save is
+        time.sleep(life_s * (rng.uniform(0.85, 1.05) if number % 3 == 0 else rng.random()))
+        for nth in range(2 if kind == "double Ctrl-C" else 1):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGINT if kind == "double Ctrl-C" else signal.SIGTERM)
+            time.sleep(rng.random() * 0.05 if nth == 0 else 0)
+        (code,) = ended([process], 30.0)
+        lines = len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
+        said: list[str] = []
+        found = newest_checkpoint(out, said.append)
+        if code in (99, -signal.SIGKILL):
+            failures.append(f"{out.name}: exit code {code}")
+        elif said or (found.update if found else 0) != lines:
+            failures.append(f"{out.name}: checkpoint of {found and found.update}, {lines} updates done {said}")
+        saved, early = saved + (lines > 0), early + (lines == 0)
+        shutil.rmtree(out, ignore_errors=True)
+    return Row(kind, count, failures, f"{saved} after the first update, {early} before")
+
+
+def drill_flips(run: Path, count: int, rng: random.Random) -> Row:
+    """Flips and cuts of any file of the newest of two checkpoints, each undone before the next."""
+    newest = newest_checkpoint(run, print)
+    wanted, failures, told = newest.weights(), [], 0
+    paths = sorted(newest.folder.iterdir())
+    for number in range(count):
+        path = rng.choice(paths)
+        content = path.read_bytes()
+        at = rng.randrange(len(content))
+        flipped = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+        path.write_bytes(flipped if number % 4 else content[:at])
+        said: list[str] = []
+        try:
+            found = newest_checkpoint(run, said.append)
+            if found is None or (found.update == newest.update) == bool(said):
+                failures.append(f"{path.name}: {said}")
+            elif not said and not all(torch.equal(a, wanted[name]) for name, a in found.weights().items()):
+                failures.append(f"{path.name}: changed unseen at {at}")
+            told += bool(said)
+        except Exception as error:
+            failures.append(f"{path.name}: {type(error).__name__}: {error}")
+        path.write_bytes(content)
+    return Row(
+        "flips and cuts of a checkpoint", count, failures, f"{told} told and left out, the others change nothing"
+    )
+
+
+def trajectories_of(num: int) -> list:
+    """Demonstrated trajectories with rewards."""
+    from tests.commands.test_train import told
+
+    return list(told(num))
+
+
+def tiny_model(folder: Path) -> Path:
+    from benchmarks.almanac_base import learn_tokenizer
+    from swirl.model.gemma import Gemma, GemmaConfig
+
+    config = GemmaConfig(512, 32, 64, 2, 2, 1, head_dim=16, query_pre_attn_scalar=16, sliding_window=24)
+    tokenizer = learn_tokenizer(("bridge", "arithmetic"), 512, seed=0, num=100)
+    Gemma(config).init_weights(0).save_pretrained(folder, tokenizer=tokenizer)
+    return folder
+
+
+def drill(seed: int, kills: int = 25, signals: int = 50, flips: int = 1000) -> Iterator[Row]:
+    """All of it, in a temporary folder."""
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_inputs(folder, tiny_model(folder / "made"), trajectories_of(12))
+        config = config_in(folder, 12)
+        train.train(replace(config, out=folder / "warm-up"))  # what is compiled here is not compiled in each process
+        yield drill_flips(folder / "warm-up", flips, rng)
+        yield drill_kills(folder, config, kills, rng)
+        yield drill_kills(_fresh(folder), config, kills, rng, ranks=2)
+        yield drill_signals(_fresh(folder), config, signals, rng, "SIGTERM")
+        yield drill_signals(_fresh(folder), config, signals, rng, "double Ctrl-C")
+
+
+def _fresh(folder: Path) -> Path:
+    for left in ("undisturbed", "whole"):
+        shutil.rmtree(folder / left, ignore_errors=True)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, default in (("kills", 25), ("signals", 50), ("flips", 1000), ("seed", 0)):
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    options = parser.parse_args()
+    failed = False
+    for row in drill(options.seed, options.kills, options.signals, options.flips):
+        print(f"{row.drill:32} {row.attempts:5} attempts  {len(row.failures):3} failures  {row.note}", flush=True)
+        for failure in row.failures[:10]:
+            print(f"    {failure}", flush=True)
+        failed = failed or bool(row.failures)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
