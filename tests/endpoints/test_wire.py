@@ -263,7 +263,7 @@ def test_token_ids_travel_where_the_tokenizer_is_known(tmp_path):
         async with FaultServer(model) as server:
             await generate(tmp_path, server.url, *flags, "made.jsonl")
         absent = await generate(tmp_path, server.url, "--tokenizer", tmp_path, code=1)
-        own = await run(tmp_path, "generate", *flags, "x.jsonl", code=1)
+        own = await run(tmp_path, "generate", *flags, "x.jsonl", code=2)
         assert "tokenizer.json: no such file" in absent.errors[0] and "has its own" in own.errors[0]
 
     asyncio.run(all_of_it())
@@ -387,14 +387,14 @@ def test_a_judge_s_template_can_be_replaced(tmp_path):
             await generate(tmp_path, server.url)
             flags = ("--data", "trajectories.jsonl", "--judge", f"{server.url}/v1#echo")
             done = await run(tmp_path, "filter", *flags, "--judge-prompt", "mine.txt")
-            torn = await run(tmp_path, "filter", *flags, "--judge-prompt", "torn.txt", code=1)
+            torn = await run(tmp_path, "filter", *flags, "--judge-prompt", "torn.txt", code=2)
             absent = await run(tmp_path, "filter", *flags, "--judge-prompt", "absent.txt", code=1)
             before = lines(tmp_path / "kept.jsonl")
             (tmp_path / "deep").mkdir()
             (tmp_path / "deep" / "mine.txt").write_bytes((tmp_path / "mine.txt").read_bytes())
             await run(tmp_path, "filter", *flags, "--judge-prompt", "deep/mine.txt")
             (tmp_path / "mine.txt").write_text("BAD as {question} and\n{action} after {context} are.\nBAD")
-            other = await run(tmp_path, "filter", *flags, "--judge-prompt", "mine.txt", code=1)
+            other = await run(tmp_path, "filter", *flags, "--judge-prompt", "mine.txt", code=2)
             assert re.search(r"was begun with --judge \S+ \(mine-v.*, not \S+ \(mine-v", other.errors[0])
             assert lines(tmp_path / "kept.jsonl") == before
             return done, torn, absent
@@ -458,7 +458,7 @@ def test_search_by_a_retrieval_server(tmp_path, own_questions):
             assert sum(len(server.bodies[k]["queries"]) for k in asked) == 2
             assert all(server.bodies[k]["topk"] == 2 and "Authorization" not in server.headers[k] for k in asked)
             wrong = [
-                await generate(tmp_path, server.url, "--retriever", name, "--out", "x.jsonl", *task, code=1)
+                await generate(tmp_path, server.url, "--retriever", name, "--out", "x.jsonl", *task, code=2)
                 for name, task in (
                     ("bm26", own_questions),
                     (f"dense+{server.url}/v1", own_questions),
@@ -513,7 +513,7 @@ def test_what_other_weights_began_is_not_gone_on_with(tmp_path, tiny_folder):
         (model / "digests.json").unlink()
         save_file({name: tensor + 1e-3 for name, tensor in trained.items()}, weights, {"format": "pt"})
         assert weights.stat().st_size == (copy / weights.name).stat().st_size
-        return [await run(tmp_path, *words, code=1) for words in (("generate", *flags), ("filter", *judged))]
+        return [await run(tmp_path, *words, code=2) for words in (("generate", *flags), ("filter", *judged))]
 
     for done, flag in zip(asyncio.run(all_of_it()), ("policy", "judge"), strict=True):
         assert re.search(rf"was begun with --{flag} model.* \([0-9a-f]{{16}}\), not model", done.errors[0])
@@ -536,7 +536,7 @@ def test_a_config_s_own_check_names_its_flag_and_no_empty_key(tmp_path):
     (tmp_path / "d.json").write_text('{"endpoint": {"concurrency": "many"}}')
 
     async def all_of_it():
-        return [await run(tmp_path, "generate", "--config", name, code=1) for name in ("c.json", "d.json")]
+        return [await run(tmp_path, "generate", "--config", name, code=2) for name in ("c.json", "d.json")]
 
     flag, key = asyncio.run(all_of_it())
     assert flag.errors == ["error: c.json: --samples 0: expected at least 1"]
