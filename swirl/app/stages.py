@@ -140,7 +140,7 @@ async def generate_and_filter(setup: Setup, judge, run: RunFolder) -> tuple[list
     """Stage 1 and the filter: the policy's own trajectories that pass it by the verdicts of `judge`, and on the main
     rank the digest of the file that holds them. All and the kept are written down.
 
-    Raises ConfigError where none passes.
+    Raises ConfigError where none passes; a smoke run, whose model may be random, then goes on with all of them.
     """
     made, mode = await generate(setup), setup.config.filter
     mine = distributed.my_share(made)
@@ -149,6 +149,10 @@ async def generate_and_filter(setup: Setup, judge, run: RunFolder) -> tuple[list
     passed = {trajectory.id: trajectory for trajectory in passed}
     everywhere = distributed.gather_shares([passed.get(one.id) for one in mine], Trajectory | None)
     kept = [one for one in everywhere if one is not None]
+    if not kept and setup.config.smoke:
+        kept = made
+        if distributed.is_main():
+            print(f"the {mode} filter passes none; --smoke goes on with all", file=sys.stderr)
     if distributed.is_main():
         write_trajectories(run.path / "trajectories.jsonl", made)
         write_trajectories(run.path / KEPT, kept)

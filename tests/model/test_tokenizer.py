@@ -6,13 +6,14 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from swirl import Tokenizer
+from swirl import Gemma, GemmaConfig, Tokenizer
 from swirl.app.resolve import ALMANAC_BASE
 from swirl.errors import CheckpointError, ConfigError
+from swirl.model.config import GEMMA3
 from swirl.model.tokenizer import ACTION_TAGS, CONTROL_TOKENS, train_tokenizer
 
 TEXTS = [
@@ -32,6 +33,55 @@ GEMMA_TEMPLATE = (
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
+# The template of Gemma 3's instruction-tuned models, as their tokenizer_config.json documents it.
+GEMMA_3_TEMPLATE = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- if messages[0]['content'] is string -%}
+        {%- set first_user_prefix = messages[0]['content'] + '
+
+' -%}
+    {%- else -%}
+        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '
+
+' -%}
+    {%- endif -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set first_user_prefix = "" -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif -%}
+    {%- if (message['role'] == 'assistant') -%}
+        {%- set role = "model" -%}
+    {%- else -%}
+        {%- set role = message['role'] -%}
+    {%- endif -%}
+    {{ '<start_of_turn>' + role + '
+' + (first_user_prefix if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'image' -%}
+                {{ '<start_of_image>' }}
+            {%- elif item['type'] == 'text' -%}
+                {{ item['text'] | trim }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception("Invalid content type") }}
+    {%- endif -%}
+    {{ '<end_of_turn>
+' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{'<start_of_turn>model
+'}}
+{%- endif -%}
+"""
 PROMPT = "Who founded the capital of Elmor?\nTry 12 things.\n\n  Be brief"
 ACTION = "I should search.\n<search_query>capital of Elmor</search_query>"
 OBSERVATION = "capital of Elmor -> Vast was founded in 1204.\n\nBy Anna  Trel"
@@ -63,6 +113,115 @@ def gemma_like() -> Tokenizer:
     for token in content["added_tokens"]:
         token["special"] = token["content"] in CONTROL_TOKENS
     return Tokenizer({"tokenizer.json": json.dumps(content).encode()})
+
+
+GEMMA_3_SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", *(f"<unused{n}>" for n in range(99))]
+GEMMA_3_SPECIALS += ["<start_of_turn>", "<end_of_turn>"]  # 105 and 106
+
+
+@pytest.fixture(scope="module")
+def gemma_3_folder(tmp_path_factory):
+    """A folder as Gemma 3's: its control tokens at their ids, tags and runs of newlines as plain added tokens, its chat
+    template, and an image token beyond the model's vocabulary.
+    """
+    models, pre = tokenizers.models, tokenizers.pre_tokenizers
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre.Split(" ", "merged_with_previous")
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    plain = ["\n" * n for n in range(1, 32)] + ["\u2581" * n for n in range(2, 32)] + ["<table>", "<td>", "</code>"]
+    specials = [*GEMMA_3_SPECIALS, *plain, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator([line for text in TEXTS for line in text.split("\n")], trainer)
+    vocabulary = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<image_soft_token>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+    )
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if not t["content"].startswith("<0x")]
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] in (*GEMMA_3_SPECIALS, "<image_soft_token>")
+        token["normalized"] = False
+    folder = tmp_path_factory.mktemp("gemma-3") / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
+    names |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": GEMMA_3_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    generation = {"bos_token_id": 2, "eos_token_id": [1, 106], "do_sample": True, "top_k": 64, "top_p": 0.95}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    shape = dict(vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    Gemma(GemmaConfig(**GEMMA3 | shape | heads)).init_weights(0).save_pretrained(folder.parent / "weights")
+    for name in ("config.json", "model.safetensors"):
+        (folder.parent / "weights" / name).rename(folder / name)
+    return folder
+
+
+def test_gemma_3_turns_are_those_transformers_renders(gemma_3_folder):
+    """Its own template and tokenizer_config.json, white space around prompts and observations included."""
+    ours, theirs = Tokenizer.from_pretrained(gemma_3_folder), AutoTokenizer.from_pretrained(gemma_3_folder)
+    assert (ours.start_of_turn_id, ours.end_of_turn_id) == (105, 106)
+    pads = ["", "\n", "  \n\n", "\t "]
+    messages, ids = [], []
+    for before, after in zip(pads, reversed(pads), strict=True):
+        text = before + (OBSERVATION if messages else PROMPT) + after
+        messages.append({"role": "user", "content": text})
+        ids += ours.observation_ids(text) if ids else ours.prompt_ids(text)
+        assert ids == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        messages.append({"role": "assistant", "content": ACTION})
+        ids += ours.action_ids(ACTION)
+    assert ids.count(106) == 8 and ids.count(2) == 1
+    assert ours.action_ids(f" {ACTION}\n") != ours.action_ids(ACTION)  # what was sampled is what is learnt
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("aeE1. \n\t<>/é\u2581tdbl"), max_size=30))
+def test_gemma_3_ids_of_any_prompt_are_those_of_transformers(gemma_3_folder, gemma_3_tokenizers, text):
+    ours, theirs = gemma_3_tokenizers
+    messages = [{"role": "user", "content": text}]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ours.prompt_ids(text) == ids
+
+
+@pytest.fixture(scope="module")
+def gemma_3_tokenizers(gemma_3_folder):
+    return Tokenizer.from_pretrained(gemma_3_folder), AutoTokenizer.from_pretrained(gemma_3_folder)
+
+
+def test_gemma_3_stops_where_its_generation_config_says_and_so_does_what_is_saved(gemma_3_folder, tmp_path):
+    tokenizer, model = Tokenizer.from_pretrained(gemma_3_folder), Gemma.from_pretrained(gemma_3_folder)
+    assert tokenizer.stop_ids == (106, 1)
+    # the image token has an id and no embedding, and text never becomes it
+    assert tokenizer.vocab_size == tokenizer.num_text_ids + 1 == model.config.vocab_size + 1
+    assert max(tokenizer.prompt_ids("<image_soft_token>")) < model.config.vocab_size
+    model.save_pretrained(tmp_path / "saved", tokenizer=tokenizer)
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 106] and saved["top_k"] == model.config.vocab_size and "top_p" not in saved
+    assert Tokenizer.from_pretrained(tmp_path / "saved").stop_ids == (106, 1)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == GEMMA_3_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("eos", "expected"), [(None, (106, 1)), (1, (106, 1)), ([1, 106, 7], (106, 1, 7)), ("</s>", None), ([10**9], None)]
+)
+def test_stop_ids_of_a_generation_config(gemma_3_folder, tmp_path, eos, expected):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((gemma_3_folder / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    if expected:
+        assert Tokenizer.from_pretrained(tmp_path).stop_ids == expected
+    else:
+        with pytest.raises(CheckpointError, match="eos_token_id|stop ids below") as caught:
+            Tokenizer.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 def rendered_by_transformers(tokenizer, folder, messages):

@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from swirl.kernels import cpu
-from swirl.model.gemma import Gemma, GemmaConfig
+from swirl.model.config import GEMMA3, GemmaConfig
+from swirl.model.gemma import Gemma
 from swirl.tree.batch import PackedBatch
 from swirl.tree.pack import pack, pack_flat, pack_micro_batches, separate
 
@@ -290,12 +291,13 @@ def attention_path(request):
         yield request.param
 
 
-def small_gemma(*, window=3, softcap=True, heads=(4, 2), dtype=torch.float64):
-    config = GemmaConfig(
+def small_gemma(*, window=3, softcap=True, heads=(4, 2), third=False, dtype=torch.float64):
+    """Of the third generation: QK-norm, two thirds of the layers windowed, angles of their own, those scaled."""
+    shape = dict(
         vocab_size=2 * VOCABULARY,
         hidden_size=12,
         intermediate_size=20,
-        num_hidden_layers=2,
+        num_hidden_layers=3 if third else 2,
         num_attention_heads=heads[0],
         num_key_value_heads=heads[1],
         head_dim=6,
@@ -304,7 +306,8 @@ def small_gemma(*, window=3, softcap=True, heads=(4, 2), dtype=torch.float64):
         attn_logit_softcapping=2.0 if softcap else None,
         final_logit_softcapping=3.0 if softcap else None,
     )
-    model = Gemma(config).to(torch.float64)
+    angles = dict(sliding_window_pattern=3, rope_theta=50.0, rope_factor=2.0)
+    model = Gemma(GemmaConfig(**GEMMA3 | shape | angles if third else shape)).to(torch.float64)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -351,6 +354,8 @@ MODELS = [
     {"window": 1, "softcap": False, "heads": (3, 1)},
     {"window": 100, "softcap": True, "heads": (2, 2)},
     {"window": 2, "softcap": True, "heads": (1, 1)},
+    {"window": 3, "softcap": False, "heads": (4, 2), "third": True},
+    {"window": 1, "softcap": False, "heads": (3, 1), "third": True},
 ]
 
 
