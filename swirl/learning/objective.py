@@ -1,20 +1,22 @@
 """The objective: from the rewards of actions to advantages, and from log-probs to the loss of a micro-batch.
 
-All modes minimise, over the action tokens t of the update's N (all micro-batches, all ranks; the caller divides by N),
+All modes minimise, over the N action tokens of the update (all micro-batches, all ranks; the caller divides by N),
 
-    L = - 1/N sum_t  w_t * min(r_t A, clip(r_t, 1 - eps, 1 + eps) A)  +  beta/N sum_t KL(pi_t || ref_t)
+    L = 1/N sum_t l_t  +  beta/N sum_t KL(pi_t || ref_t)
 
-where A is the advantage of the token's action, pi_t the policy's distribution at that token, at the temperature of the
-draws, and r_t = pi_t / old_t the ratio to the policy that the clip is held against. They differ in these:
+with A the advantage of the token's action and pi_t the policy's distribution there, at the temperature of the draws:
 
-    mode        actions                            A                                       old         w
-    sampled     G draws at each recorded state     R(s, a) - mean of the other draws' R    the draw's  1
-    recorded    those in the data                  R(s, a)                                 no ratio, log pi_t A
-    imitation   those in the data                  1                                       no ratio, log pi_t
-    outcome-rl  G whole trajectories a question    outcome - mean of the others' outcome   the draw's  1
+    mode        actions                            A                                       l_t
+    sampled     G draws at each recorded state     R(s, a) - mean of the other draws' R    - min(r_t A, clip(r_t) A)
+    recorded    those in the data                  R(s, a)                                 - A log pi_t
+    imitation   those in the data                  1                                       - log pi_t
+    outcome-rl  G whole trajectories a question    outcome - mean of the others' outcome   - min(r_t A, clip(r_t) A)
 
-With --proximal-every, recorded actions are corrected for the policy that drew them, as decoupled PPO does: old is then
-the proximal policy, a copy of the policy refreshed every so many updates, and w = min(proximal / behaviour, 2).
+where r_t = pi_t / drawn_t is the ratio to the policy as it was when it drew, and clip keeps it in [1 - eps, 1 + eps].
+
+With --proximal-every, recorded actions are corrected for the policy that drew them, as decoupled PPO does:
+l_t = - w_t min(r_t A, clip(r_t) A), r_t = pi_t / proximal_t, w_t = min(proximal_t / behaviour_t, 2), where the proximal
+policy is a copy of the policy, refreshed every so many updates.
 docs/objective.md derives and compares them.
 Source: SWiRL (arXiv:2504.04736) for the step-wise reward; leave-one-out baseline as in RLOO (arXiv:2402.14740);
 clipped ratio as in PPO (arXiv:1707.06347), decoupled as in arXiv:2110.00641; gradient of the KL as in arXiv:2506.09477.

@@ -77,8 +77,9 @@ def pack_micro_batches(
     if not sub_trajectories:
         return []
     ids, offsets, state_lengths = _check(*_flatten(sub_trajectories))
-    *nodes, last_node = radix_tree(ids, offsets)
-    _, place, *_ = layout(*nodes, last_node)
+    tree = radix_tree(ids, offsets)
+    laid_out = layout(*tree)
+    (*_, last_node), (_, place, *_) = tree, laid_out
     order = np.argsort(place[last_node], kind="stable")
     lengths, shared = np.diff(offsets)[order], shared_with_previous(ids, offsets, order)
     bounds = cheapest_cuts(lengths, shared, tokens_per_micro_batch)
@@ -94,6 +95,8 @@ def pack_micro_batches(
     if bounds.size > 2:
         once, again = int((lengths - shared).sum()), int(shared[bounds[1:-1]].sum())
         _log.info("%d micro-batches: %d packed tokens, and %d repeated at cuts", bounds.size - 1, once, again)
+    if bounds.size == 2:
+        return [(_filled(ids, offsets, state_lengths, tree, laid_out), np.arange(state_lengths.size))]
     indices = [np.sort(part) for part in np.split(order, bounds[1:-1])]
     return [(_pack(*_take(ids, offsets, state_lengths, part)), part) for part in indices]
 
@@ -246,8 +249,14 @@ def _take(ids, offsets, state_lengths, indices):
 
 
 def _pack(ids, offsets, state_lengths):
-    start, length, parent, last_node = radix_tree(ids, offsets)
-    order, place, depth, subtree = layout(start, length, parent, last_node)
-    tree = fill_tree(ids, start, length, order, place, depth, subtree)
+    tree = radix_tree(ids, offsets)
+    return _filled(ids, offsets, state_lengths, tree, layout(*tree))
+
+
+def _filled(ids, offsets, state_lengths, tree, laid_out):
+    """The batch of a radix tree and its layout."""
+    start, length, parent, last_node = tree
+    order, place, depth, subtree = laid_out
+    fields = fill_tree(ids, start, length, order, place, depth, subtree)
     rows = fill_rows(ids, offsets, state_lengths, parent, last_node, place, depth)
-    return PackedBatch(*map(torch.from_numpy, (*tree, *rows)), state_lengths.size, ids.size)
+    return PackedBatch(*map(torch.from_numpy, (*fields, *rows)), state_lengths.size, ids.size)

@@ -235,7 +235,8 @@ def reward_model(good, then="401"):
     """The address of a reward model that gives `good` scores and then fails."""
 
     def answer(path, payload):
-        message = {"role": "assistant", "content": f"SCORE: {len(payload['messages'][0]['content']) % 10}"}
+        prompt = payload["messages"][0]["content"]
+        message = {"role": "assistant", "content": f"SCORE: {len(prompt) % 10}" if "SCORE" in prompt else "GOOD"}
         return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
 
     server = FaultServer(answer, script=["ok"] * good + [then] * 10_000)
@@ -378,3 +379,21 @@ def test_a_second_run_leaves_the_folder_of_one_at_work_alone(small):
         train(config)
     assert sorted(path.name for path in config.out.parent.iterdir()) == before
     train(config)
+
+
+@pytest.mark.parametrize("mode", ["sampled", "recorded", "imitation", "outcome-rl"])
+def test_a_data_set_goes_the_whole_way(tmp_path, monkeypatch, mode):
+    """Evaluate, generate, filter, learn, evaluate; judge and reward model are servers on loopback."""
+    monkeypatch.delenv("SWIRL_API_KEY", raising=False)
+    questions = Path(__file__).parents[1] / "fixtures" / "hotpotqa.json"
+    with reward_model(good=10_000) as url:
+        asked = {} if mode in ("imitation", "outcome-rl") else {"reward": url}
+        config = TrainConfig(
+            out=tmp_path / "run", task=("hotpotqa",), questions=questions, evaluate_questions=questions, mode=mode,
+            judge=url, num_questions=2, samples=2, samples_per_state=2, trajectories_per_update=2, updates=2,
+            device="cpu", **asked,
+        )  # fmt: skip
+        summary = train(config)
+    assert set(summary["accuracy_before"]) == set(summary["accuracy_after"]) == {"hotpotqa"}
+    assert len(metrics_of(config.out)) == 2 and (config.out / "checkpoint").is_dir()
+    assert (config.out / "kept.jsonl").exists() == (mode != "outcome-rl")
