@@ -67,6 +67,14 @@ class TrainConfig:
     one of Almanac's own (rule, lenient, noisy:0.2). auto: rule on Almanac. Evaluation never asks it."""
     judge_prompt: Path | None = None
     """File of another template for that model: text with {question}, {context} and {action}."""
+    without_easy: bool = False
+    """Leave out HotPotQA's easy questions, as the paper does to train."""
+    tool: tuple[str, ...] = ()
+    """Tools on offer in place of the tasks' own: search, calculator, module:object, file.py:object,
+    mcp+http://host/mcp, mcp+stdio:COMMAND."""
+    malformed: Literal["end", "continue"] = "end"
+    """What an action that is neither a call nor an answer does to a trajectory: end it (ours), or count as a thought,
+    after which the model is asked again (as the paper's pseudo-code does)."""
     corpus: Path | None = None
     """Pages to search: JSONL of {title, text}, or a folder of its index; default: those of the questions' own files."""
     retriever: str = "bm25"

@@ -52,6 +52,7 @@ class Setup:
             max_steps=max_steps,
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
+            malformed=self.config.malformed,
             seed=seed,
             in_flight=self.config.in_flight,
         )
@@ -74,6 +75,8 @@ async def open_tasks(config: TrainConfig, client: Client) -> dict[str, Task]:
             corpus=config.corpus if "corpus" in takes else None,
             retriever=config.retriever if "retriever" in takes else "bm25",
             top_k=config.top_k if "top_k" in takes else 1,
+            without_easy=config.without_easy and "without_easy" in takes,
+            tool=config.tool,
             client=client,
             limits=config.endpoint,
         )

@@ -305,13 +305,12 @@ def test_an_earlier_run_is_set_aside_whole(trajectories, tiny_folder, tmp_path):
     command("report", "--run", "run.1", cwd=tmp_path, check=0)
 
 
-def test_a_reward_that_is_no_number_stops_the_run_and_keeps_the_weights(trajectories, tiny_folder, tmp_path):
+def test_a_reward_that_is_none_is_refused_before_the_run(trajectories, tiny_folder, tmp_path):
     data = recorded(trajectories, tmp_path / "data.jsonl")
-    lines = data.read_bytes().splitlines(keepends=True)
-    data.write_bytes(b"".join(lines).replace(b'"reward":1.0', b'"reward":1e300'))
+    data.write_bytes(data.read_bytes().replace(b'"reward":1.0', b'"reward":1e300'))
     flags = ("--data", data, "--model", tiny_folder, "--mode", "recorded", *SMALL)
-    assert "update 1" in one_line(command("train", *flags, cwd=tmp_path))
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert "field 'steps[0].reward'" in one_line(command("train", *flags, cwd=tmp_path))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_whole_way_in_miniature(tmp_path):
