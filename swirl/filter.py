@@ -30,7 +30,7 @@ from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, InputError
 from swirl.judging.filtering import Judges, Mode, Why, judged_trajectories
 from swirl.judging.judges import Kind
-from swirl.storage.digest import checkpoint_digest
+from swirl.storage.digest import checkpoint_digest, seal
 from swirl.storage.files import replacing
 from swirl.tasks import is_correct
 from swirl.trajectories.log import TrajectoryLog, iter_trajectories, read_lines
@@ -113,7 +113,7 @@ def _begun_again(config: FilterConfig, judges: Judges) -> TrajectoryLog:
                 except msgspec.DecodeError as error:
                     raise InputError(config.dropped, f"expected a dropped trajectory ({error})", line=number) from None
                 if judged is None:
-                    new.write(line)
+                    new.write(seal(line))
     return TrajectoryLog(config.dropped)
 
 
