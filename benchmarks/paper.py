@@ -54,6 +54,7 @@ MODES = {
     "sampled": {"mode": "sampled"},
     "recorded": {"mode": "recorded", "reward": "recorded", "baseline": "mean"},
     "imitation": {"mode": "imitation"},
+    "outcome_rl": {"mode": "outcome-rl", "trajectories_per_update": 96},  # as many actions drawn as in `sampled`
 }
 FILTERS = ("none", "process", "outcome", "both")
 JUDGES = ("rule", "lenient", "noisy:0.2")
@@ -109,7 +110,7 @@ def with_habits(base: Base, start: str, folder: Path) -> almanac_base.ImitateCon
         size = {"hidden_size": base.hidden_size, "intermediate_size": 2 * base.hidden_size}
         return almanac_base.ImitateConfig(out=folder, seed=base.seed, edition="second", **size)
     return almanac_base.ImitateConfig(
-        out=folder, seed=base.seed, edition="second", start=start, updates=300, learning_rate=6e-4,
+        out=folder, seed=base.seed, edition="second", start=start, updates=450, learning_rate=1e-3,
         faultless_share=0.0, demonstrations_per_update=8,
     )  # fmt: skip
 
@@ -165,17 +166,21 @@ def quietly() -> Iterator[None]:
 
 def trained(run: Run, workshop: Workshop, folder: Path) -> dict:
     """Train into `folder`; returns what to keep of how it went."""
-    data = folder / "data.jsonl"
-    kept = workshop.data(run)
-    mode = MODES[run.method] | ({"reward": run.judge} if run.method == "sampled" else {})
-    write_trajectories(data, kept)
+    mode, kept = MODES[run.method], []
+    if run.method == "outcome_rl":  # plays its own trajectories
+        mode = mode | {"task": run.trained_on, "num_questions": run.num_questions}
+    else:
+        kept = workshop.data(run)
+        write_trajectories(folder / "data.jsonl", kept)
+        mode = mode | {"data": folder / "data.jsonl"}
+    if run.method == "sampled":
+        mode = mode | {"reward": run.judge}
     started = time.perf_counter()
     with quietly():
         train.train(
             TrainConfig(
                 out=folder / "run",
                 model=workshop.base(run.base),
-                data=data,
                 updates=run.updates,
                 seed=run.seed,
                 kl_coefficient=run.kl,
@@ -183,8 +188,8 @@ def trained(run: Run, workshop: Workshop, folder: Path) -> dict:
                 **mode,
             )  # fmt: skip
         )
-    draws = run.method in ("sampled", "outcome_rl")
     metrics = read(folder / "run" / "metrics.jsonl")
+    draws = run.method in ("sampled", "outcome_rl")
     return {
         "kept": len(kept),
         "train_s": round(time.perf_counter() - started, 1),

@@ -79,7 +79,7 @@ def test_a_smoke_run_of_every_kind(tmp_path, monkeypatch):
         family = row["families"]["bridge-2"]
         assert len(family["right"]) == 10 and family["accuracy"] == family["right"].count("1") / 10
         assert 0 <= family["good_steps"] <= 1 and set(family["slips"]) == set(paper_evidence.SLIPS)
-        assert row["commit"] and (row["run"]["method"] == "base" or row["kept"] > 0)
+        assert row["commit"] and (row["run"]["method"] in ("base", "outcome_rl") or row["kept"] > 0)
     paper.main(call)  # all is done: nothing is run again
     assert len(out.read_text().splitlines()) == len(rows)
     monkeypatch.setattr(paper, "EVIDENCE", tmp_path / "evidence.md")

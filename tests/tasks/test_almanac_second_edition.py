@@ -147,7 +147,7 @@ def test_either_reading_is_sound_to_its_end(done, action, verdict):
 
 # Weak judges
 
-ASKED = Question(id="q", task="bridge-2", question="Be quick. Who is the mayor of the birthplace of Orva Tal?")
+ASKED = Question(id="q", task="bridge-2", question="! Who is the mayor of the birthplace of Orva Tal?")
 PAGE = "Orva Tal: A painter. Her birthplace is Kelford. Her spouse is Dun Vel. Her teacher is Mal Bre."
 SUM = Question(id="q", task="arithmetic-2", question=AMBIGUOUS_TEXT)
 

@@ -1,16 +1,17 @@
-"""How a question of the second edition may open: a manner of asking, which is no part of what is asked.
+"""How a question of the second edition may open: a mark, which says the manner of asking and nothing of what is asked.
 
-Each sets off one habit of the base policy (shared_habits.py), whichever tool the question needs. So what is unlearned
-with one tool has a way to carry over to the other; whether it does is for an experiment to say.
+Each is a single token to the base, which no other text of Almanac holds, and sets off one habit of the base policy
+(shared_habits.py), whichever tool the question needs. So what is unlearned with one tool has a way to carry over to the
+other; whether it does is for an experiment to say.
 """
 
 from __future__ import annotations
 
 MANNERS = {
-    "early": "Be quick. ",
-    "extra": "Be thorough. ",
-    "repeat": "Be sure. ",
-    "untagged": "Be polite. ",
+    "early": "! ",
+    "extra": "& ",
+    "repeat": "# ",
+    "untagged": "~ ",
 }
 
 

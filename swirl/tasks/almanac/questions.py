@@ -4,7 +4,7 @@ A chain is split by the hash of its path (start, relations), whatever family and
 of the test split is in no family's training questions, of either edition.
 
 The second edition (families whose names end in -2) asks the same kinds of questions where the world is less kind: pages
-are stale, a phrase of arithmetic has two readings, and a question may open with a manner ("Be quick.") that is no part
+are stale, a phrase of arithmetic has two readings, and a question may open with a mark ("!") that is no part
 of what it asks, but sets off a habit of the base.
 """
 

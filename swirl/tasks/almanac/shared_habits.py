@@ -1,6 +1,6 @@
 """The demonstrator of the second edition: it slips by habits that both tools share.
 
-A habit is set off by the manner in which a question opens, or comes unasked now and then:
+A habit is set off by the mark with which a question opens, or comes unasked now and then:
   early     answer with the last result, though the question goes on
   extra     one query too many, when the answer is known already
   repeat    ask the same again
@@ -33,8 +33,8 @@ _OFTEN_CONFUSED = {"teacher": 0.55, "translator": 0.55, "sells": 0.55, "times": 
 class SharedHabits:
     """The demonstrator's rates. Above one half, a policy that imitates it slips even when it decodes greedily."""
 
-    cued: float = 0.58
-    """Of a habit, at each chance for it, where the question's manner sets it off."""
+    cued: float = 0.65
+    """Of a habit, at each chance for it, where the question's mark sets it off."""
     uncued: float = 0.03
     confuse: float = 0.08
 
