@@ -25,15 +25,21 @@ def _measure(report, bandwidth, B, L, N, heads, kv_heads, D):
     def random(*shape):
         return torch.randn(shape, device=how.device).to(how.dtype)
 
-    q, trunk = random(B, heads, D), [random(L, kv_heads, D) for _ in range(2)]
-    own = [random(B, N, kv_heads, D) for _ in range(2)]
-    lengths = torch.full((B,), N, dtype=torch.int32, device=how.device)
-    whole = [torch.cat((x.expand(B, -1, -1, -1), y), 1).transpose(1, 2) for x, y in zip(trunk, own)]
+    def integers(x):
+        return x.to(device=how.device, dtype=torch.int32)
+
+    q, pools = random(B, heads, D), [random(L + B * N, kv_heads, D) for _ in range(2)]
+    trunk = torch.arange(L)
+    tree = [integers(x) for x in (trunk, torch.full((L,), L), trunk)]
+    own_slots = L + torch.arange(B * N).view(B, N)
+    rows = [integers(x) for x in (torch.full((B,), L - 1), own_slots, torch.full((B,), N))]
+    seen = torch.cat((trunk.expand(B, -1), own_slots), 1).to(how.device)
+    whole = [pool[seen].transpose(1, 2) for pool in pools]
     options = {"scale": D**-0.5, "softcap": SOFTCAP}
     floor_s = 2 * (L + B * N) * kv_heads * D * q.element_size() / bandwidth
     facts = {"floor_s": floor_s, "branches": B, "trunk": L, "own": N, "head_dim": D}
-    report.add("swirl", lambda: tree_decode(q, *trunk, *own, lengths, **options), **facts)
-    report.add("reference", lambda: tree_decode_reference(q, *trunk, *own, lengths, **options), **facts)
+    report.add("swirl", lambda: tree_decode(q, *pools, *tree, *rows, **options), **facts)
+    report.add("reference", lambda: tree_decode_reference(q, *pools, *tree, *rows, **options), **facts)
     report.add(
         "SDPA, a trunk a branch",
         lambda: F.scaled_dot_product_attention(q[:, :, None], *whole, scale=D**-0.5, enable_gqa=True),

@@ -12,13 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "linear.h"
-#include "linear_log_prob.h"
-#include "pointwise.h"
-#include "tree_attention.h"
-
-namespace nb = nanobind;
-using Tensor = nb::ndarray<nb::c_contig, nb::device::cpu>;
+#include "module.h"
 
 namespace {
 
@@ -32,30 +26,12 @@ using swirl::RmsNorm;
 using swirl::Rope;
 using swirl::Tile;
 
-struct Isa {
-    const char* name;
-    bool (*tree_attention_fwd)(const Problem&);
-    bool (*tree_attention_bwd)(const Problem&);
-    bool (*linear_fwd)(const Linear&);
-    bool (*linear_dx)(const Linear&);
-    bool (*linear_dw)(const Linear&);
-    bool (*linear_log_prob_fwd)(const LinearLogProb&);
-    bool (*linear_log_prob_bwd)(const LinearLogProb&);
-    void (*rms_norm_fwd)(const RmsNorm&);
-    bool (*rms_norm_bwd)(const RmsNorm&);
-    void (*geglu_fwd)(const Geglu&);
-    void (*geglu_bwd)(const Geglu&);
-    void (*rope)(const Rope&);
-    void (*norm_rope_fwd)(const NormRope&);
-    bool (*norm_rope_bwd)(const NormRope&);
-    bool (*here)();
-};
-
 #define SWIRL_OPS(isa)                                                                                    \
     #isa, swirl::isa::tree_attention_fwd, swirl::isa::tree_attention_bwd, swirl::isa::linear_fwd,         \
         swirl::isa::linear_dx, swirl::isa::linear_dw, swirl::isa::linear_log_prob_fwd,                    \
         swirl::isa::linear_log_prob_bwd, swirl::isa::rms_norm_fwd, swirl::isa::rms_norm_bwd,              \
-        swirl::isa::geglu_fwd, swirl::isa::geglu_bwd, swirl::isa::rope, swirl::isa::norm_rope_fwd, swirl::isa::norm_rope_bwd
+        swirl::isa::geglu_fwd, swirl::isa::geglu_bwd, swirl::isa::rope, swirl::isa::norm_rope_fwd,        \
+        swirl::isa::norm_rope_bwd, swirl::isa::tree_decode, swirl::isa::decode
 
 #if defined(SWIRL_X86)
 bool has_avx512() {
@@ -81,6 +57,8 @@ std::vector<std::string> isas() {
     return names;
 }
 
+}  // namespace
+
 const Isa& pick(const std::string& name) {
     for (const Isa& isa : ISAS)
         if (isa.here() && (name.empty() || name == isa.name)) return isa;
@@ -102,6 +80,8 @@ void expect(const Tensor& x, nb::dlpack::dtype dtype, std::initializer_list<size
     for (size_t i = 0; fits && i < shape.size(); i++) fits = x.shape(i) == shape.begin()[i];
     if (!fits) throw std::invalid_argument(std::string(name) + " has not the shape or dtype that goes with the rest");
 }
+
+namespace {
 
 float* float_data(const Tensor& x, std::initializer_list<size_t> shape, const char* name) {
     expect(x, nb::dtype<float>(), shape, name);
@@ -430,6 +410,7 @@ NB_MODULE(_cpu, m) {
           "Fills y (n,) = gelu_tanh(gate) up, float32.");
     m.def("geglu_bwd", geglu_bwd, nb::arg("gate"), nb::arg("up"), nb::arg("dy"), nb::arg("dgate"), nb::arg("dup"),
           nb::arg("threads"), nb::arg("isa"), "Fills dgate and dup (n,).");
+    bind_decode(m);
     m.def("rope", rope, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"), nb::arg("sign"),
           nb::arg("threads"), nb::arg("isa"), "Fills y (T, H, D): x turned by sign times the angles.");
     m.def("norm_rope_fwd", norm_rope_fwd, nb::arg("x"), nb::arg("weight"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"),

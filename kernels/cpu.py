@@ -307,3 +307,47 @@ def norm_rope(
     x (T, H, D), D a multiple of 32 -> (T, H, D).
     """
     return _NormRope.apply(x, weight, cos.contiguous(), sin.contiguous(), eps)
+
+
+def tree_decode(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tree: list[torch.Tensor],
+    rows: list[torch.Tensor],
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """The op of tree_decode.py where `supports`: tree (slots, subtree_end, position_ids), rows (states, own_slots,
+    own_lengths). A row's result is its own to the last bit. Raises ValueError on what points outside.
+    """
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, keys, values = (x.detach().contiguous() for x in (q, keys, values))
+    tree, rows = ([x.int().contiguous() for x in part] for part in (tree, rows))
+    _extension().tree_decode(q, keys, values, tree, rows, out, scale, softcap or 0.0, window or 0, *_machine())
+    return out
+
+
+def draw(hidden: torch.Tensor, embedding: torch.Tensor, softcap: float | None, tables: list) -> None:
+    """A token from each row of hidden (B, d), float32 or float64, by the tables of `decode`. Raises ValueError."""
+    _extension().draw(hidden.detach(), embedding, softcap or 0.0, tables, *_machine())
+
+
+def decode(
+    *, layers: list, windows: list[int], final_norm, embedding, num_heads: int, num_kv_heads: int, eps: float,
+    embed_scale: float, scale: float, softcap: float | None, final_softcap: float | None, token, tree: list, rows: list,
+    tables: list, prefilled: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Whole steps of a Gemma, float32 or float64: draws into tables (uniform (B, steps), temperature (B,), is_stop (V,)
+    uint8, limit (B,), ids (B, steps), log_probs, counts (B,)), going on from token (B,).
+
+    layers: for each, the weights input_norm, q, k, v, q_norm, k_norm (or None), o, post-attention norm, pre-mlp norm,
+    gate, up, down, post-mlp norm, then cos and sin (positions, D / 2), and the pools of keys and values, written to.
+    tree and rows as for `tree_decode`. With `prefilled` (B, d), the tree's tokens at the states instead. ValueError.
+    """
+    threads, isa = _machine()
+    _extension().decode(
+        layers, windows, final_norm, embedding, num_heads, num_kv_heads, eps, embed_scale, scale, softcap or 0.0,
+        final_softcap or 0.0, token, tree, rows, tables, prefilled, threads, isa,
+    )  # fmt: skip

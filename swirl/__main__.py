@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "how good is a policy on a task",
     "report": "a run's folder -> report.html",
     "export": "a run's checkpoint -> a Hugging Face folder, at any time",
+    "serve": "a checkpoint to others, by OpenAI's protocol",
 }
 
 

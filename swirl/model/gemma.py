@@ -92,10 +92,10 @@ class Attention(nn.Module):
         q = self.normed_and_rotated(self.q_proj(x), self.q_norm, position_ids)
         k = self.normed_and_rotated(self.k_proj(x), self.k_norm, position_ids)
         v = self.v_proj(x).view(k.shape)
-        if cache is not None:
-            cache.append((k, v))
         options = {"scale": self.scale, "softcap": self.softcap, "window": self.window}
-        if chains is None:
+        if cache is not None:  # sampling: keys and values are kept there, and attended to
+            mixed = cache(q, k, v, **options)
+        elif chains is None:
             mixed = tree_attention(q, k, v, subtree_end, position_ids, **options)
         else:
             mixed = chain_attention(q, k, v, chains, **options)

@@ -1,35 +1,43 @@
-"""Sampling in this process: many sequences at once, with a cache of keys and values.
+"""Sampling in this process: many sequences in flight at once, over one cache of keys and values.
 
-Prefill: the distinct states of a wave are packed into prefix trees and pass through the model's own layers,
-so a prompt shared by many states is computed once; each sequence gathers its keys by its ancestor path.
-Decode: the cache is right-aligned, so a step writes one column for all rows, and a window, which counts
-depth, is a slice of columns; only the padding before shorter rows is masked. Rows that are done leave.
-Draws: inverse CDF at a uniform hashed from (seed, draw number), so a sequence's draws are its own.
-Shapes: B sequences, L columns, T packed tokens, d model, Hq/Hkv heads, D head dim, V vocabulary.
+A request waits until there is room. Then the tokens of its state that no one has computed yet are prefilled, in large
+pieces together with those of others, and its sequence joins those that are decoded, a few tokens a call. A sequence
+that ends makes room at once; its keys stay until the room is wanted, for the states that go on from it.
+`sample` draws many and returns; `generate` is awaited, by as many tasks as like. Both share what is in flight.
+Draws: inverse CDF at a uniform hashed from (seed, position), so a sequence's draws are its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from swirl.errors import NonFiniteError
-from swirl.kernels.geglu import geglu
-from swirl.model.gemma import Gemma, RMSNorm
+from swirl.model.gemma import Gemma
+from swirl.sampling.cache import KeyCache
+from swirl.sampling.draw import SamplingParams, uniforms
+from swirl.sampling.passes import Drawn, Draws, Tree, passes_for
+from swirl.tree.pack import pack_states
 
-PREFILL_TOKENS = 1024  # packed tokens of one prefill pass; a longer state passes alone
-KEEP_SHARE = 0.9  # done rows are dropped once a tenth is done: later wastes steps, sooner wastes copies
+PREFILL_TOKENS = 1024  # of one prefill pass: activations are held for so many
+DECODE_STEPS = 8  # tokens of a decode call; what has stopped is seen when it returns
+MAX_SEQUENCES = 512  # decoded at once
+WAITING_SHARE = 0.25  # of those in flight wait together, so that prefill comes in large pieces,
+WAITING_CALLS = 4  # or for so many decode calls
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled action. `ids` ends with the stop id if `stopped`, else the token limit cut it.
 
+    Where a stop text ended it, `stopped` holds, `stop_text` is that text, and the last of `ids` completes it.
     `log_probs` has one natural log an id, under the distribution it was drawn from: that of the logits divided by the
     temperature. A greedy action (temperature 0) is drawn from none, and has those of temperature 1.
     """
@@ -37,23 +45,69 @@ class Completion:
     ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     stopped: bool
+    stop_text: str | None = None
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request, and what has become of it. `slots` are held from its prefill on: those of the state, then own ones."""
+
+    state: np.ndarray  # int32
+    seed: int
+    params: SamplingParams
+    on_end: Callable[[Completion | BaseException], None]
+    on_tokens: Callable[[tuple[int, ...], tuple[float, ...]], None] | None = None
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    slots: np.ndarray | None = None
+    packed_index: int = -1
+    dropped: bool = False  # no one waits for it any more
+
+    @property
+    def own_slots(self) -> np.ndarray:
+        return self.slots[self.state.size :]
+
+    @property
+    def num_left(self) -> int:
+        return self.params.max_new_tokens - len(self.ids)
 
 
 class Engine:
-    """Samples from `model` as its weights are at each call; nothing is kept between calls.
+    """Samples from `model` as its weights are. Change them only while nothing is in flight; keys computed with other
+    weights are then forgotten (of a change that autograd does not see, as through `.data`, `forget` must be told).
 
-    `max_batch_tokens` bounds the cache: sequences are worked on in waves of at most so many tokens, state and
-    new ones together (a longer sequence gets a wave of its own). A token takes
-    2 * layers * Hkv * D * itemsize bytes: 2 KiB in the 1M-parameter default, 104 KiB in a bfloat16 2b.
+    `max_cache_tokens` bounds the cache: the tokens, state and new ones together, of all sequences in flight and of
+    finished ones. A token takes 2 * layers * Hkv * D * itemsize bytes: 3 KiB in the 1M-parameter default, 104 KiB in a
+    bfloat16 2b. `decode` is the tokenizer's, where stop texts are to be found.
     """
 
-    def __init__(self, model: Gemma, *, max_batch_tokens: int = 1 << 18):
-        if max_batch_tokens < 1:
-            raise ValueError(f"expected max_batch_tokens of at least 1, got {max_batch_tokens}")
-        self.model = model
-        self.max_batch_tokens = max_batch_tokens
+    def __init__(
+        self,
+        model: Gemma,
+        *,
+        max_cache_tokens: int = 1 << 18,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ):
+        if max_cache_tokens < 1:
+            raise ValueError(f"expected max_cache_tokens of at least 1, got {max_cache_tokens}")
+        self.model, self._decode = model, decode
+        self._cache = KeyCache(model, max_cache_tokens)
+        self._passes = None
+        self._weights: tuple = ()
+        self._waiting: list[_Sequence] = []
+        self._running: list[_Sequence] = []
+        self._calls_waited = 0
+        self._tree: Tree | None = None
+        self._at_work = threading.Lock()
+        self._arrived: list[_Sequence] = []
+        self._worker: threading.Thread | None = None
+        self._arriving = threading.Lock()
 
-    @torch.inference_mode()
+    def forget(self) -> None:
+        """Drop the keys of finished sequences: the weights are others now. Nothing may be in flight."""
+        with self._at_work:
+            self._weights = ()
+
     def sample(
         self,
         states: Sequence[Sequence[int]],
@@ -66,305 +120,290 @@ class Engine:
     ) -> list[Completion]:
         """One Completion a state, in order; a state given n times is drawn from n times, prefilled once.
 
-        Temperature 0 is greedy. Sequence i draws by seeds[i] alone; what it is batched with
-        changes its logits by rounding only.
+        Temperature 0 is greedy. Sequence i draws by seeds[i] alone; what it is batched with changes its logits by
+        rounding only, and on a CPU in float32 and float64 not at all.
         `progress` is called with the number of sequences finished so far.
-        Raises ValueError on an empty state, an id outside the vocabulary or arguments that do not fit, and
-        NonFiniteError where the model's log-probs are not finite.
+        Raises ValueError on an empty state, an id outside the vocabulary, a state too large for the cache, or
+        arguments that do not fit, and NonFiniteError where the model's log-probs are not finite.
         """
-        stop_ids = tuple(stop_ids)
-        rows = self._check(states, seeds, max_new_tokens, temperature, stop_ids)
-        is_stop = torch.zeros(self.model.config.vocab_size, dtype=torch.bool)
-        is_stop[list(stop_ids)] = True
-        is_stop = is_stop.to(self.model.device)
-        completions: list[Completion | None] = [None] * len(states)
-        num_finished = 0
-
-        def report(count):
-            if progress is not None:
-                progress(num_finished + count)
-
-        for wave in self._waves(rows, max_new_tokens):
-            uniforms = torch.from_numpy(_uniforms([seeds[i] for i in wave], max_new_tokens))
-            uniforms = uniforms.to(self.model.device)
-            decoding, hidden = self._prefill([rows[i] for i in wave], max_new_tokens)
-            done = _decode(decoding, hidden, uniforms, temperature, is_stop, report)
-            for i, completion in zip(wave, done, strict=True):
-                completions[i] = completion
-            num_finished += len(wave)
-        return completions
-
-    def _check(self, states, seeds, max_new_tokens, temperature, stop_ids) -> list[np.ndarray]:
-        V = self.model.config.vocab_size
         if len(seeds) != len(states):
             raise ValueError(f"expected one seed a state, got {len(seeds)} for {len(states)}")
-        if max_new_tokens < 1:
-            raise ValueError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"expected a finite temperature of at least 0, got {temperature}")
-        if any(not 0 <= stop < V for stop in stop_ids):
-            raise ValueError(f"expected stop_ids in [0, {V}), got {stop_ids}")
-        rows = []
-        for i, state in enumerate(states):
-            ids = np.asarray(state)
-            if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-                raise ValueError(f"state {i}: expected at least one integer token id, in a flat sequence")
-            if ids.min() < 0 or ids.max() >= V:
-                raise ValueError(f"state {i}: expected token ids in [0, {V}), got {ids.min()}..{ids.max()}")
-            rows.append(ids.astype(np.int64))
-        return rows
+        params = SamplingParams(max_new_tokens, temperature, tuple(stop_ids))
+        ended: dict[int, Completion | BaseException] = {}
+        wanted = []
+        for i, (state, seed) in enumerate(zip(states, seeds)):
+            ids = self._checked(f"state {i}: ", state, params)
+            wanted.append(_Sequence(ids, seed, params, lambda result, i=i: ended.__setitem__(i, result)))
+        with self._at_work:
+            self._waiting += wanted
+            num_ended = 0
+            try:
+                while len(ended) < len(wanted):
+                    self._step()
+                    if len(ended) > num_ended and progress is not None:
+                        progress(len(ended))
+                    num_ended = len(ended)
+            except BaseException:
+                for sequence in wanted:
+                    sequence.dropped = True
+                raise
+        for result in ended.values():
+            if isinstance(result, BaseException):
+                raise result
+        return [ended[i] for i in range(len(wanted))]
 
-    def _waves(self, rows, max_new_tokens):
-        """Indices in depth-first order of the states' tree, cut where the padded cache would pass its bound.
+    async def generate(
+        self,
+        state: Sequence[int],
+        *,
+        seed: int,
+        params: SamplingParams,
+        on_tokens: Callable[[tuple[int, ...], tuple[float, ...]], None] | None = None,
+    ) -> Completion:
+        """One Completion, awaited; from many tasks, and event loops, at once. Cancelled, it makes room.
 
-        Sorting on big-endian bytes sorts as the ids do: states with a common prefix come to lie side by side.
+        `on_tokens` is called in the event loop with all ids and log-probs so far, every few tokens before the end.
+        Raises as `sample` does.
         """
-        order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u4").tobytes())
-        wave, longest = [], 0
-        for i in order:
-            longest = max(longest, rows[i].size)
-            if wave and (len(wave) + 1) * (longest + max_new_tokens) > self.max_batch_tokens:
-                yield wave
-                wave, longest = [], rows[i].size
-            wave.append(i)
-        if wave:
-            yield wave
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future = loop.create_future()
 
-    def _prefill(self, rows, max_new_tokens) -> tuple[_Decoding, torch.Tensor]:
-        """The cache of the wave's sequences, and the (B, d) hidden state after each one's last token."""
-        device, L = self.model.device, max(row.size for row in rows)
-        paths = np.zeros((len(rows), L), np.int64)
-        layers, last_hidden, num_tokens = [[] for _ in self.model.model.layers], [], 0
-        for first, input_ids, position_ids, subtree_end, piece_paths in _pieces(rows):
-            cache = []
-            fields = (torch.from_numpy(field).to(device) for field in (input_ids, position_ids, subtree_end))
-            hidden = self.model.model(*fields, cache=cache)
-            for layer, keys_values in zip(layers, cache, strict=True):
-                layer.append(keys_values)
-            last_hidden.append(hidden[torch.tensor([path[-1] for path in piece_paths], device=device)])
-            for row, path in enumerate(piece_paths, first):
-                paths[row, L - path.size :] = path + num_tokens
-            num_tokens += input_ids.size
-        lengths = np.array([row.size for row in rows])
-        decoding = _Decoding(self.model, layers, torch.from_numpy(paths).to(device), lengths, max_new_tokens)
-        return decoding, torch.cat(last_hidden)
+        def settle(result):
+            if future.done():
+                return
+            future.set_exception(result) if isinstance(result, BaseException) else future.set_result(result)
 
+        ids = self._checked("", state, params)
+        sequence = _Sequence(ids, seed, params, lambda result: _call(loop, settle, result))
+        if on_tokens is not None:
+            sequence.on_tokens = lambda ids, log_probs: _call(loop, on_tokens, ids, log_probs)
+        with self._arriving:
+            self._arrived.append(sequence)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="swirl-sampling", daemon=True)
+                self._worker.start()
+        try:
+            return await future
+        finally:
+            sequence.dropped = True
 
-def _pieces(rows):
-    """Cut depth-first rows into packed trees of at most PREFILL_TOKENS where states allow.
+    def _work(self) -> None:
+        """The thread behind `generate`: it ends when nothing is left to do."""
+        while True:
+            with self._arriving:
+                if not self._arrived and not self._waiting and not self._running:
+                    self._worker = None
+                    return
+            if not self._running:
+                self._gather()
+            with self._at_work:
+                with self._arriving:
+                    arrived, self._arrived = self._arrived, []
+                self._waiting += arrived
+                self._step()
 
-    Yields (first row, input_ids, position_ids, subtree_end, paths): the fields of a PackedBatch, and for each
-    row the packed indices its tokens lie at.
-    """
-    piece, size = [], 0
-    for i, row in enumerate(rows):
-        new = row.size - (_num_common(rows[i - 1], row) if piece else 0)
-        if piece and size + new > PREFILL_TOKENS:
-            yield (i - len(piece), *_tree(piece))
-            piece, size, new = [], 0, row.size
-        piece.append(row)
-        size += new
-    yield (len(rows) - len(piece), *_tree(piece))
+    def _gather(self) -> None:
+        """Nothing is in flight: those who are just about to ask join the first prefill."""
+        count = -1
+        while count != len(self._arrived):
+            count = len(self._arrived)
+            time.sleep(0.0005)
 
+    def _checked(self, what: str, state: Sequence[int], params: SamplingParams) -> np.ndarray:
+        V, ids = self.model.config.vocab_size, np.asarray(state)
+        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise ValueError(f"{what}expected at least one integer token id, in a flat sequence")
+        if ids.min() < 0 or ids.max() >= V:
+            raise ValueError(f"{what}expected token ids in [0, {V}), got {ids.min()}..{ids.max()}")
+        if any(not 0 <= stop < V for stop in params.stop_ids):
+            raise ValueError(f"expected stop_ids in [0, {V}), got {params.stop_ids}")
+        if params.stop_texts and self._decode is None:
+            raise ValueError("expected no stop_texts: this engine has no tokenizer to find them with")
+        if ids.size + params.max_new_tokens > self._cache.max_tokens:
+            raise ValueError(
+                f"{what}{ids.size} tokens and {params.max_new_tokens} new ones exceed the cache's "
+                f"max_cache_tokens = {self._cache.max_tokens}"
+            )
+        return ids.astype(np.int32)
 
-def _tree(rows):
-    input_ids, position_ids, paths = [], [], []
-    ends, T = [], 0
-    before = path = np.empty(0, np.int64)
-    for row in rows:
-        common = _num_common(before, row)
-        ends.append((path[common:], T))
-        path = np.concatenate((path[:common], np.arange(T, T + row.size - common)))
-        input_ids.append(row[common:])
-        position_ids.append(np.arange(common, row.size, dtype=np.int32))
-        paths.append(path)
-        before, T = row, T + row.size - common
-    ends.append((path, T))
-    subtree_end = np.empty(T, np.int32)
-    for closed, end in ends:
-        subtree_end[closed] = end
-    return np.concatenate(input_ids), np.concatenate(position_ids), subtree_end, paths
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Prefill if it is time, then one decode call. What ends is told so; an error ends all that is in flight."""
+        try:
+            for sequence in [one for one in self._running if one.dropped]:
+                self._end(sequence)
+            self._waiting = [one for one in self._waiting if not one.dropped]
+            if self._is_time_to_prefill():
+                self._prefill()
+            if self._running:
+                self._decode_call()
+        except BaseException as error:
+            in_flight, self._running, self._waiting = self._running + self._waiting, [], []
+            self._weights = ()  # the cache may hold anything now
+            for sequence in in_flight:
+                if not sequence.dropped:
+                    sequence.on_end(error)
+            if not isinstance(error, Exception):
+                raise
 
+    def _is_time_to_prefill(self) -> bool:
+        self._calls_waited = self._calls_waited + 1 if self._waiting else 0
+        enough = len(self._waiting) >= WAITING_SHARE * len(self._running) or self._calls_waited > WAITING_CALLS
+        return bool(self._waiting) and len(self._running) < MAX_SEQUENCES and enough
 
-def _num_common(a, b) -> int:
-    """Length of the common prefix."""
-    n = min(a.size, b.size)
-    differ = a[:n] != b[:n]
-    return int(differ.argmax()) if differ.any() else n
+    # Prefill.
 
+    def _prefill(self) -> None:
+        """Move those who wait, as many as there is room for, to those who run."""
+        if not self._running:
+            self._follow_weights()
+        joining = self._waiting[: MAX_SEQUENCES - len(self._running)]
+        while joining:
+            packed, slot, new = self._make_room(joining)
+            if packed is not None:
+                break
+            joining = joining[: len(joining) // 2]
+        if not joining:
+            return  # what runs will end, and make room
+        self._waiting = self._waiting[len(joining) :]
+        self._calls_waited = 0
+        hidden = self._prefill_new(packed, slot, new, packed.last)
+        self._running += joining
+        self._draw_first(joining, hidden)
+        self._tree = None
 
-class _Decoding:
-    """B sequences in the making: per layer keys and values (B, Hkv, L, D), written up to column `end`.
+    def _follow_weights(self) -> None:
+        """Forget what was computed with other weights."""
+        weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters() if not p.is_inference())
+        if weights != self._weights or not weights:
+            self._cache.clear()
+            self._passes = passes_for(self.model, self._cache)
+            self._weights = weights
 
-    `layers` holds each layer's packed (k, v), one pair a prefill pass, and is emptied on the way;
-    paths (B, L) says where each row's tokens lie in them, right-aligned.
-    """
+    def _make_room(self, joining):
+        """(PackedStates, slot of every packed token, packed indices of new ones), slots held; Nones without room."""
+        cache = self._cache
+        running = [(one.state, one.slots[: one.state.size]) for one in self._running]
+        packed, slot = cache.find([one.state for one in joining], running)
+        is_wanted = np.zeros(slot.size, bool)
+        is_wanted[packed.paths] = True
+        # A state whose tokens are all known is short of what is drawn from: its last token passes again.
+        again = np.unique(packed.last[slot[packed.last] >= 0])
+        known = [path[slot[path] >= 0] for path in np.split(packed.paths, packed.offsets[1:-1])]
+        for path in known:
+            cache.hold(slot[path])
+        new = np.flatnonzero(is_wanted & (slot < 0))
+        num_own = [one.params.max_new_tokens - 1 for one in joining]
+        taken = cache.take(new.size + sum(num_own))
+        if taken is None:
+            for path in known:
+                cache.release(slot[path])
+            return None, None, None
+        slot[new] = taken[: new.size]
+        cache.hold(taken[new.size :])
+        own = np.split(taken[new.size :], np.cumsum(num_own)[:-1])
+        is_new = np.zeros(slot.size, bool)
+        is_new[new] = True
+        for sequence, path, slots in zip(joining, np.split(packed.paths, packed.offsets[1:-1]), own):
+            cache.hold(slot[path[is_new[path]]])
+            sequence.slots = np.concatenate((slot[path], slots))
+        cache.drop_prefixes()
+        return packed, slot, np.union1d(new, again)
 
-    def __init__(self, model: Gemma, layers, paths, lengths, max_new_tokens):
-        B, L = paths.shape
-        self.model, self.config = model, model.config
-        self.wide = torch.promote_types(model.dtype, torch.float32)
-        self.end = L
-        self.position = torch.from_numpy(lengths).to(model.device)
-        self.bias = None  # (B, 1, 1, L): -inf on the padding, None where there is none
-        if lengths.min() < L:
-            columns = torch.arange(L + max_new_tokens, device=model.device)
-            hidden_from_row = columns < (L - self.position)[:, None]
-            self.bias = torch.zeros(hidden_from_row.shape, dtype=self.wide, device=model.device)
-            self.bias.masked_fill_(hidden_from_row, -math.inf)
-            self.bias = self.bias[:, None, None, :]
-        self.caches = []
-        for layer in layers:
-            pair = []
-            for part in zip(*layer, strict=True):
-                packed = torch.cat(part)
-                cache = packed.new_empty(B, packed.shape[1], L + max_new_tokens, packed.shape[2])
-                cache[:, :, :L] = packed[paths].transpose(1, 2)
-                pair.append(cache)
-            self.caches.append(pair)
-            layer.clear()
-        kinds = {model.config.rope(layer) for layer in range(model.config.num_hidden_layers)}
-        self.rotations = {kind: self._rotations(int(lengths.max()) + max_new_tokens, *kind) for kind in kinds}
-        # 1 + weight, in the wide type, so that a norm is one fused op.
-        norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
-        self.gains = {norm: 1 + norm.weight.to(self.wide) for norm in norms}
+    def _prefill_new(self, packed, slot, new, last) -> torch.Tensor:
+        """(B, d) hidden state after each state's last token; all `new` packed tokens pass, in pieces, parents first."""
+        tree = Tree(np.maximum(slot, 0), packed.subtree_end, packed.position_ids)
+        hidden = []
+        for first in range(0, new.size, PREFILL_TOKENS):
+            piece = new[first : first + PREFILL_TOKENS]
+            passed = self._passes.prefill(packed.input_ids[piece], piece.astype(np.int32), tree)
+            hidden.append(passed[torch.from_numpy(np.flatnonzero(np.isin(piece, last))).to(passed.device)])
+        order = np.unique(last, return_inverse=True)[1]  # as they lie in `hidden`
+        return torch.cat(hidden)[torch.from_numpy(order).to(hidden[0].device)]
 
-    def _rotations(self, num_positions, theta, factor):
-        """(positions, 4, 1, D): cos and signed sin for keys, then for queries, the scores' scale within."""
-        config, device = self.config, self.position.device
-        half = config.head_dim // 2
-        frequency = theta ** (-torch.arange(half, dtype=self.wide, device=device) / half) / factor
-        angle = torch.arange(num_positions, dtype=self.wide, device=device)[:, None] * frequency
-        cos = angle.cos().repeat(1, 2)
-        sin = torch.cat((-angle.sin(), angle.sin()), -1)
-        scale = config.query_pre_attn_scalar**-0.5 / (config.attn_logit_softcapping or 1)
-        return torch.stack((cos, sin, cos * scale, sin * scale), 1)[:, :, None]
+    # Decode.
 
-    def keep(self, running) -> torch.Tensor:
-        """Drop rows outside the (B,) bool `running`; late rows fill their places. Returns the order left."""
-        n = int(running.sum())
-        rows = torch.arange(n, device=running.device)
-        holes, late = (~running[:n]).nonzero()[:, 0], running[n:].nonzero()[:, 0] + n
-        rows[holes] = late
-        self.position = self.position[rows]
-        if self.bias is not None:
-            self.bias = self.bias[rows]
-        for pair in self.caches:
-            for i, cache in enumerate(pair):
-                used = cache[:, :, : self.end]
-                used[holes] = used[late]
-                pair[i] = cache[:n]
-        return rows
+    def _draw_first(self, joining: list[_Sequence], hidden: torch.Tensor) -> None:
+        draws = self._draws(joining, 1)
+        self._take_drawn(joining, self._passes.draw(hidden, draws))
 
-    def norm(self, x, module):
-        return F.rms_norm(x.to(self.wide), x.shape[-1:], self.gains[module], module.eps).to(x.dtype)
+    def _draws(self, sequences: list[_Sequence], steps: int) -> Draws:
+        limits = np.array([min(steps, one.num_left) for one in sequences], np.int32)
+        numbers = uniforms([one.seed for one in sequences], [len(one.ids) for one in sequences], steps)
+        is_stop = np.zeros(self.model.config.vocab_size, np.uint8)
+        stop_ids = set(sequences[0].params.stop_ids)
+        for one in sequences:
+            stop_ids &= set(one.params.stop_ids)
+        is_stop[list(stop_ids)] = 1  # of all: one that is a sequence's own is seen when the call returns
+        return Draws([one.params for one in sequences], numbers, limits, is_stop)
 
-    def logits(self, hidden):
-        """(B, V) in the wide type, from (B, d) after the final norm."""
-        logits = F.linear(hidden, self.model.model.embed_tokens.weight).to(self.wide)
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+    def _decode_call(self) -> None:
+        if self._tree is None:
+            self._lay_out()
+        running = self._running
+        steps = min(DECODE_STEPS, max(one.num_left for one in running))
+        own_lengths = np.array([len(one.ids) - 1 for one in running], np.int32)
+        own_slots = np.zeros((len(running), int(own_lengths.max()) + steps), np.int32)
+        for row, length, one in zip(own_slots, own_lengths, running):
+            slots = one.own_slots[: length + steps]
+            row[: slots.size] = slots
+        states = np.array([one.packed_index for one in running], np.int32)
+        tokens = np.array([one.ids[-1] for one in running], np.int64)
+        draws = self._draws(running, steps)
+        self._take_drawn(running, self._passes.decode(tokens, self._tree, states, own_slots, own_lengths, draws))
 
-    def step(self, ids):
-        """Append one token a row, ids (B,); returns the (B, V) logits of the next."""
-        x = self.model.model.embed(ids)
-        rotations = {kind: of_kind[self.position].unbind(1) for kind, of_kind in self.rotations.items()}
-        for layer, (keys, values) in zip(self.model.model.layers, self.caches, strict=True):
-            attention = layer.self_attn
-            rotation = rotations[attention.rope_theta, attention.rope_factor]
-            h = self.attention(attention, self.norm(x, layer.input_layernorm), rotation, keys, values)
-            x = x + self.norm(h, layer.post_attention_layernorm)
-            h, mlp = self.norm(x, layer.pre_feedforward_layernorm), layer.mlp
-            h = mlp.down_proj(geglu(mlp.gate_proj(h), mlp.up_proj(h)))
-            x = x + self.norm(h, layer.post_feedforward_layernorm)
-        self.end += 1
-        self.position += 1
-        return self.logits(self.norm(x, self.model.model.norm))
+    def _lay_out(self) -> None:
+        """The tree of the states in flight, and the sequences in its order, so that neighbours see the same keys."""
+        packed = pack_states([one.state for one in self._running])
+        slot = np.empty(packed.input_ids.size, np.int32)
+        slot[packed.paths] = np.concatenate([one.slots[: one.state.size] for one in self._running])
+        for one, index in zip(self._running, packed.last):
+            one.packed_index = int(index)
+        self._running.sort(key=lambda one: one.packed_index)
+        self._tree = Tree(slot, packed.subtree_end, packed.position_ids)
 
-    def attention(self, attention, x, rotation, keys, values):
-        B, D, Hkv = x.shape[0], attention.head_dim, keys.shape[1]
-        cos, sin, q_cos, q_sin = rotation
-        q, k = attention.q_proj(x).view(B, -1, D), attention.k_proj(x).view(B, -1, D)
-        if attention.q_norm is not None:
-            q, k = self.norm(q, attention.q_norm), self.norm(k, attention.k_norm)
-        q = (q * q_cos + q.roll(D // 2, -1) * q_sin).to(x.dtype)
-        keys[:, :, self.end] = k * cos + k.roll(D // 2, -1) * sin
-        values[:, :, self.end] = attention.v_proj(x).view(B, Hkv, D)
-        seen = slice(0 if attention.window is None else max(0, self.end + 1 - attention.window), self.end + 1)
-        scores = (q.view(B, Hkv, -1, D) @ keys[:, :, seen].transpose(2, 3)).to(self.wide)
-        if attention.softcap is not None:
-            scores = scores.tanh_().mul_(attention.softcap)
-        if self.bias is not None:
-            scores += self.bias[..., seen]
-        mixed = scores.softmax(-1).to(x.dtype) @ values[:, :, seen]
-        return attention.o_proj(mixed.view(B, -1))
+    def _take_drawn(self, sequences: list[_Sequence], drawn: Drawn) -> None:
+        """Append what was drawn; end those that have stopped."""
+        for sequence, ids, log_probs, count in zip(
+            list(sequences), drawn.ids.tolist(), drawn.log_probs.tolist(), drawn.counts.tolist(), strict=True
+        ):
+            stops = [i for i in range(count) if ids[i] in sequence.params.stop_ids]
+            count = stops[0] + 1 if stops else count
+            if not math.isfinite(sum(log_probs[:count])):
+                raise NonFiniteError("the model's log-probs are not finite: its weights or activations overflow")
+            num_before = len(sequence.ids)
+            sequence.ids += ids[:count]
+            sequence.log_probs += log_probs[:count]
+            stop_text = self._find_stop_text(sequence, num_before) if sequence.params.stop_texts else None
+            if stops or stop_text is not None or sequence.num_left == 0:
+                self._end(sequence, stopped=bool(stops) or stop_text is not None, stop_text=stop_text)
+            elif sequence.on_tokens is not None:
+                sequence.on_tokens(tuple(sequence.ids), tuple(sequence.log_probs))
 
+    def _find_stop_text(self, sequence: _Sequence, num_before: int) -> str | None:
+        """The stop text that the new tokens complete, if any; the sequence then ends with the token that does so."""
+        texts = sequence.params.stop_texts
+        if not any(text in self._decode(sequence.ids) for text in texts):
+            return None
+        for count in range(num_before + 1, len(sequence.ids) + 1):
+            text = self._decode(sequence.ids[:count])
+            for stop in texts:
+                if stop in text:
+                    del sequence.ids[count:], sequence.log_probs[count:]
+                    return stop
+        return None
 
-def _decode(decoding: _Decoding, hidden, uniforms, temperature, is_stop, report) -> list[Completion]:
-    """Draw tokens until every row has stopped or used up its (B, max_new_tokens) uniforms."""
-    B, max_new_tokens = uniforms.shape
-    device = hidden.device
-    ids = torch.zeros(B, max_new_tokens, dtype=torch.int64, device=device)
-    log_probs = torch.zeros(B, max_new_tokens, dtype=decoding.wide, device=device)
-    rows, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
-    logits, num_running = decoding.logits(hidden), B
-    for t in range(max_new_tokens):
-        logits = _tempered(logits, temperature)
-        drawn = _draw(logits, uniforms[rows, t]) if temperature else logits.argmax(-1)
-        ids[rows, t] = drawn
-        log_probs[rows, t] = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(-1)
-        running &= ~is_stop[drawn]
-        num_left = int(running.sum())
-        if num_left < num_running:
-            report(B - num_left)
-            num_running = num_left
-        if num_running == 0 or t + 1 == max_new_tokens:
-            break
-        if num_running <= KEEP_SHARE * len(rows):
-            kept = decoding.keep(running)
-            rows, drawn, running = rows[kept], drawn[kept], running[kept]
-        logits = decoding.step(drawn)
-    if num_running:
-        report(B)
-    # Rows go on until they are dropped: what counts ends with the first stop id.
-    stops = is_stop[ids].cpu().numpy()
-    stopped = stops.any(1)
-    lengths = np.where(stopped, stops.argmax(1) + 1, max_new_tokens)
-    completions = []
-    for n, end, row, row_log_probs in zip(lengths, stopped, ids.tolist(), log_probs.tolist(), strict=True):
-        if not math.isfinite(sum(row_log_probs[:n])):
-            raise NonFiniteError("the model's log-probs are not finite: its weights or activations overflow")
-        completions.append(Completion(tuple(row[:n]), tuple(row_log_probs[:n]), bool(end)))
-    return completions
-
-
-def _tempered(logits, temperature):
-    """(B, V) logits of what is drawn from; greedy ones are those of temperature 1."""
-    if temperature in (0, 1):
-        return logits
-    # Shifted first, so that no temperature, however small, overflows.
-    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
-
-
-def _draw(logits, uniforms):
-    """(B,) token ids from (B, V) logits: the first whose cumulative probability passes the row's uniform."""
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-    return drawn[:, 0].clamp_(max=logits.shape[1] - 1)
-
-
-def _uniforms(seeds: Sequence[int], count: int) -> np.ndarray:
-    """(len(seeds), count) float64 in [0, 1): draw t is splitmix64 at counter t, started at the hashed seed.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-    """
-    gamma = np.uint64(0x9E3779B97F4A7C15)
-    start = _mix(np.array([int(seed) & (1 << 64) - 1 for seed in seeds], np.uint64))
-    counters = np.arange(1, count + 1, dtype=np.uint64) * gamma
-    return (_mix(start[:, None] + counters) >> np.uint64(11)) * 2.0**-53
+    def _end(self, sequence: _Sequence, *, stopped: bool = False, stop_text: str | None = None) -> None:
+        """Make room, and tell who waits. Keys of all its tokens but the last, which none was drawn after, are kept."""
+        self._running = [one for one in self._running if one is not sequence]
+        self._tree = None
+        ids = np.concatenate((sequence.state, np.array(sequence.ids[:-1], np.int32)))
+        self._cache.release(sequence.slots[ids.size :])
+        self._cache.keep_finished(ids, sequence.slots[: ids.size])
+        if not sequence.dropped:
+            sequence.on_end(Completion(tuple(sequence.ids), tuple(sequence.log_probs), stopped, stop_text))
 
 
-def _mix(x):
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _call(loop: asyncio.AbstractEventLoop, function: Callable, *arguments: object) -> None:
+    if not loop.is_closed():  # a loop that has ended waits for nothing
+        loop.call_soon_threadsafe(function, *arguments)

@@ -1,41 +1,33 @@
-"""A checkpoint as a policy: states waiting at the same time are sampled in one batch."""
+"""A checkpoint as a policy: states of many trajectories are sampled together, and each goes on the moment its action
+has ended."""
 
 from __future__ import annotations
 
-import asyncio
-
-from msgspec.structs import replace
-
 from swirl.model.tokenizer import Tokenizer
 from swirl.rollout.policy import PolicyState
+from swirl.sampling.draw import SamplingParams
 from swirl.sampling.engine import Engine
 from swirl.trajectories.record import Step
 
 
 class LocalPolicy:
-    """Samples from a model in this process. `act` returns when the batch that holds its state is done.
+    """Samples from a model in this process. `act` returns when its action has ended, whatever else is in flight.
 
-    A batch is whatever has gathered while the last one ran, so tools and sampling overlap without a timer.
-    Raises whatever the engine raises, in every `act` of the batch at fault.
+    An action ends with one of the tokenizer's stop ids, or with the token that completes one of `stop_texts`.
+    Raises whatever the engine raises, in every `act` in flight.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer, *, name: str = "local"):
+    def __init__(self, model, tokenizer: Tokenizer, *, name: str = "local", stop_texts: tuple[str, ...] = ()):
         self.name = name
         self.max_state_tokens = model.config.max_position_embeddings
-        self.engine = Engine(model)
+        self.engine = Engine(model, decode=tokenizer.decode)
         self._tokenizer = tokenizer
-        self.stop_ids = tokenizer.stop_ids
-        self._waiting: list[tuple[PolicyState, asyncio.Future]] = []
-        self._worker: asyncio.Task | None = None
+        self.stop_ids, self.stop_texts = tokenizer.stop_ids, stop_texts
 
     async def act(self, state: PolicyState) -> Step:
-        if state.ids is None:
-            state = replace(state, ids=self._ids_from_text(state))
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((state, future))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
-        return await future
+        ids = self._ids_from_text(state) if state.ids is None else state.ids
+        params = SamplingParams(state.max_new_tokens, state.temperature, self.stop_ids, self.stop_texts)
+        return completion_action(await self.engine.generate(ids, seed=state.seed, params=params), self._tokenizer)
 
     def _ids_from_text(self, state: PolicyState) -> tuple[int, ...]:
         """Ids of a state that came as text alone, such as a judge's prompt."""
@@ -44,58 +36,12 @@ class LocalPolicy:
             ids += self._tokenizer.action_ids(step.action) + self._tokenizer.observation_ids(step.observation or "")
         return tuple(ids)
 
-    async def _gather(self) -> None:
-        """Let every trajectory that can reach its next state do so: wait until a whole turn of the loop adds none."""
-        count = -1
-        while count != len(self._waiting):
-            count = len(self._waiting)
-            for _ in range(4):
-                await asyncio.sleep(0)
-
-    async def _work(self) -> None:
-        while True:
-            await self._gather()
-            batch = [pair for pair in self._waiting if not pair[1].cancelled()]
-            self._waiting.clear()
-            if not batch:
-                return
-            try:
-                actions = await asyncio.to_thread(self._sample, [state for state, _ in batch])
-            except BaseException as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                if isinstance(error, asyncio.CancelledError):
-                    raise
-                continue
-            for (_, future), action in zip(batch, actions, strict=True):
-                if not future.done():
-                    future.set_result(action)
-
-    def _sample(self, states: list[PolicyState]) -> list[Step]:
-        """One engine call a (temperature, length) pair; a batch nearly always holds one."""
-        actions: list[Step | None] = [None] * len(states)
-        kinds: dict[tuple[float, int], list[int]] = {}
-        for index, state in enumerate(states):
-            kinds.setdefault((state.temperature, state.max_new_tokens), []).append(index)
-        for (temperature, max_new_tokens), members in kinds.items():
-            completions = self.engine.sample(
-                [list(states[i].ids) for i in members],
-                seeds=[states[i].seed for i in members],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                stop_ids=self.stop_ids,
-            )
-            for i, completion in zip(members, completions, strict=True):
-                actions[i] = completion_action(completion, self._tokenizer)
-        return actions
-
 
 def completion_action(completion, tokenizer: Tokenizer) -> Step:
     """The engine's completion as an action: its text is without the stop token, its ids are with it."""
-    ids = completion.ids[:-1] if completion.stopped else completion.ids
+    ends_with_id = completion.stopped and completion.stop_text is None
     return Step(
-        action=tokenizer.decode(ids),
+        action=tokenizer.decode(completion.ids[:-1] if ends_with_id else completion.ids),
         action_ids=completion.ids,
         log_probs=completion.log_probs,
         truncated=not completion.stopped,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 
 
@@ -45,3 +46,22 @@ class PackedBatch:
         """The same batch with every tensor on `device`."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(frozen=True, eq=False)
+class PackedStates:
+    """S bare states as one packed forest of T tokens; numpy arrays, the tree as in PackedBatch.
+
+    Token t of state s lies at packed index paths[offsets[s] + t].
+    """
+
+    input_ids: np.ndarray  # (T,) int64
+    position_ids: np.ndarray  # (T,) int32
+    subtree_end: np.ndarray  # (T,) int32
+    paths: np.ndarray  # (N,) int64: packed index of every token of every state, state by state
+    offsets: np.ndarray  # (S + 1,) int64: where each state's begin
+
+    @property
+    def last(self) -> np.ndarray:
+        """(S,) packed index of each state's last token."""
+        return self.paths[self.offsets[1:] - 1]

@@ -4,6 +4,7 @@
     separate(...)                             one PackedBatch a pair: the baseline and the oracle
     pack_micro_batches(..., budget)           cut into batches of at most `budget` packed tokens
     pack_chains(trajectories, budget)         nothing shared between trajectories, so that no tree forks
+    pack_states(states)                       the tree of bare states, and where each of their tokens lies in it
 
 A radix tree of the token ids is grown pair by pair (each token is read once, each fork found by one hash
 probe), its nodes are laid out in depth-first order, children in order of first appearance, and the rows
@@ -23,8 +24,8 @@ import numpy as np
 import torch
 
 from swirl.kernels.chain_attention import ForkError, chain_lengths
-from swirl.tree.batch import PackedBatch
-from swirl.tree.radix import cheapest_cuts, fill_rows, fill_tree, layout, radix_tree, shared_with_previous
+from swirl.tree.batch import PackedBatch, PackedStates
+from swirl.tree.radix import cheapest_cuts, fill_paths, fill_rows, fill_tree, layout, radix_tree, shared_with_previous
 
 _log = logging.getLogger(__name__)
 MAX_TOKEN_ID = 2**31 - 1
@@ -157,6 +158,21 @@ def pack_chains(
         batch.input_ids[starts] = torch.from_numpy(roots[members]).long()
         made.append((replace(batch, chain_lengths=found), indices))
     return made
+
+
+def pack_states(states: Sequence[np.ndarray]) -> PackedStates:
+    """The tree of at least one bare state, each a flat int32 array of at least one token id; none is checked.
+
+    A state may be given many times, and be the beginning of another: all of it lies in the tree once.
+    """
+    lengths = np.fromiter(map(len, states), np.int64, len(states))
+    offsets = np.zeros(lengths.size + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    ids = np.concatenate(states)
+    start, length, parent, last_node = radix_tree(ids, offsets)
+    order, place, depth, subtree = layout(start, length, parent, last_node)
+    tree = fill_tree(ids, start, length, order, place, depth, subtree)
+    return PackedStates(*tree, fill_paths(offsets, length, parent, last_node, place, depth), offsets)
 
 
 # From pairs to flat, checked arrays.

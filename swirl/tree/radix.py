@@ -144,6 +144,20 @@ def fill_rows(ids, offsets, state_lengths, parent, last_node, place, depth):
 
 
 @_compiled
+def fill_paths(offsets, length, parent, last_node, place, depth):
+    """(N,) packed index of every id of every sequence, where `offsets` has them; nodes as `layout` placed them."""
+    paths = np.empty(offsets[-1], np.int64)
+    for s in range(last_node.size):
+        node = last_node[s]
+        while node > 0:
+            first = offsets[s] + depth[node]
+            for t in range(length[node]):
+                paths[first + t] = place[node] + t
+            node = parent[node]
+    return paths
+
+
+@_compiled
 def shared_with_previous(ids, offsets, order):
     """(S,) tokens a pair shares with the one before it in `order`: all that it shares with any before."""
     shared = np.zeros(order.size, np.int64)

@@ -19,6 +19,7 @@ from swirl.kernels.rope import rope, rope_reference
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
 from swirl.kernels.tree_decode import tree_decode, tree_decode_reference
 from swirl.sampling.engine import Engine
+from tests.kernels.decoding import decode_case
 from tests.kernels.test_triton import forest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or _triton.triton is None, reason="needs CUDA and triton")
@@ -215,16 +216,14 @@ def test_geglu_small(dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(
-    ("B", "Hq", "Hkv", "D", "L", "N"), [(1, 1, 1, 32, 0, 1), (5, 4, 2, 256, 1000, 70), (40, 8, 4, 64, 4000, 3)]
+    ("B", "Hq", "Hkv", "D", "depth", "N"), [(1, 1, 1, 32, 1, 1), (5, 4, 2, 256, 1000, 70), (40, 8, 4, 64, 4000, 3)]
 )
-def test_tree_decode_small(dtype, window, B, Hq, Hkv, D, L, N):
-    shapes = [(B, Hq, D), (L, Hkv, D), (L, Hkv, D), (B, N, Hkv, D), (B, N, Hkv, D)]
-    inputs = [random(*shape, dtype=dtype) for shape in shapes]
-    lengths = torch.randint(1, N + 1, (B,), dtype=torch.int32, device="cuda")
+def test_tree_decode_small(dtype, window, B, Hq, Hkv, D, depth, N):
+    inputs = decode_case(B, Hq, Hkv, D, depth, N, dtype, "cuda")
     options = {"scale": D**-0.5, "softcap": 50.0, "window": window}
-    o = tree_decode(*inputs, lengths, **options)
-    truth = tree_decode_reference(*(x.double() for x in inputs), lengths, **options)
-    assert torch.equal(o, tree_decode(*inputs, lengths, **options))
+    o = tree_decode(*inputs, **options)
+    truth = tree_decode_reference(*(x.double() for x in inputs[:3]), *inputs[3:], **options)
+    assert torch.equal(o, tree_decode(*inputs, **options))
     assert (o.double() - truth).norm() <= SLACK[dtype] * truth.norm()
 
 
@@ -265,9 +264,8 @@ def test_kernels_launch_where_their_tensors_are():
         q, k, v = (torch.randn(63, 2, 64, device="cuda:1") for _ in range(3))
         o = tree_attention(q, k, v, *mask, scale=0.1)
         torch.testing.assert_close(o, tree_attention_reference(q, k, v, *mask, scale=0.1), rtol=1e-4, atol=1e-4)
-        lengths = torch.full((63,), 1, dtype=torch.int32, device="cuda:1")
-        branches = [x[:, None].contiguous() for x in (k, v)]
-        o = tree_decode(q, k, v, *branches, lengths, scale=0.1)
-        truth = tree_decode_reference(q, k, v, *branches, lengths, scale=0.1)
+        inputs = decode_case(63, 2, 2, 64, 20, 5, torch.float32, "cuda:1")
+        o = tree_decode(*inputs, scale=0.1)
+        truth = tree_decode_reference(*inputs, scale=0.1)
         torch.testing.assert_close(o, truth, rtol=1e-4, atol=1e-4)
         assert torch.cuda.current_device() == 0

@@ -23,6 +23,7 @@ from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
 from swirl.kernels.rope import rope, rope_reference
 from swirl.kernels.tree_attention import _CONFIGS, tree_attention, tree_attention_reference, tree_mask
 from swirl.kernels.tree_decode import tree_decode, tree_decode_reference
+from tests.kernels.decoding import decode_case
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
@@ -340,46 +341,36 @@ def case_geglu_far_out(poisoned):
     torch.testing.assert_close(geglu(gate, torch.ones(5)), truth, rtol=1e-6, atol=1e-30)
 
 
-def decode_inputs(B, Hq, Hkv, D, L, N, dtype=torch.float64):
-    shapes = [(B, Hq, D), (L, Hkv, D), (L, Hkv, D), (B, N, Hkv, D), (B, N, Hkv, D)]
-    return [torch.randn(shape).to(dtype) for shape in shapes], torch.randint(1, N + 1, (B,), dtype=torch.int32)
-
-
 @pytest.mark.parametrize("window", [None, 6, 25])
 def test_decode_is_tree_attention_of_the_last_tokens(window):
-    """What decoding means, by tree attention: the trunk, then each branch as a subtree of it."""
-    torch.manual_seed(0)
-    B, Hq, Hkv, D, L, N = 3, 4, 2, 8, 20, 7
-    (q, *kv), lengths = decode_inputs(B, Hq, Hkv, D, L, N)
-    T = L + int(lengths.sum())
-    subtree_end, position_ids = [T] * L, list(range(L))
-    for n in lengths.tolist():
-        subtree_end += [len(subtree_end) + n] * n
-        position_ids += range(L, L + n)
-    keys, values = (torch.cat([trunk, *(own[b, : lengths[b]] for b in range(B))]) for trunk, own in zip(kv[:2], kv[2:]))
-    queries, last = torch.zeros(T, Hq, D, dtype=torch.float64), L + lengths.long().cumsum(0) - 1
-    queries[last] = q
-    mask = torch.tensor(subtree_end, dtype=torch.int32), torch.tensor(position_ids, dtype=torch.int32)
+    """What decoding means, by tree attention: the states' tree, then each sequence's own tokens as a subtree of it."""
+    q, keys, values, slots, end, position, states, own_slots, own_lengths = decode_case(9, 4, 2, 8, 30, 7)
     settings = dict(scale=0.3, softcap=5.0, window=window)
-    truth = tree_attention_reference(queries, keys, values, *mask, **settings)[last]
-    torch.testing.assert_close(tree_decode(q, *kv, lengths, **settings), truth, rtol=1e-12, atol=1e-12)
+    o = tree_decode_reference(q, keys, values, slots, end, position, states, own_slots, own_lengths, **settings)
+    for b, (s, n) in enumerate(zip(states.tolist(), own_lengths.tolist())):
+        path = [j for j in range(s + 1) if s < end[j]]
+        of_sequence = [*slots[path].tolist(), *own_slots[b, :n].tolist()]
+        T = len(of_sequence)
+        queries = torch.zeros(T, 4, 8, dtype=torch.float64)
+        queries[-1] = q[b]
+        mask = torch.full((T,), T, dtype=torch.int32), torch.arange(T, dtype=torch.int32)
+        truth = tree_attention_reference(queries, keys[of_sequence], values[of_sequence], *mask, **settings)[-1]
+        torch.testing.assert_close(o[b], truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("window", [None, 6, 100])
+@pytest.mark.parametrize("softcap", [None, 50.0])
 @pytest.mark.parametrize(
-    ("B", "Hq", "Hkv", "D", "L", "N"), [(1, 1, 1, 32, 0, 1), (5, 4, 2, 64, 200, 40), (40, 4, 1, 32, 63, 3)]
+    ("B", "Hq", "Hkv", "D", "depth", "N"), [(1, 1, 1, 32, 1, 1), (5, 4, 2, 64, 60, 40), (40, 4, 1, 32, 21, 3)]
 )
-def case_tree_decode(poisoned, dtype, window, B, Hq, Hkv, D, L, N):
-    torch.manual_seed(B)
-    inputs, lengths = decode_inputs(B, Hq, Hkv, D, L, N, dtype)
-    for x in inputs[3:]:  # what is not yet used may hold anything
-        x.masked_fill_((torch.arange(N) >= lengths[:, None])[:, :, None, None], float("nan"))
-    settings = dict(scale=D**-0.5, softcap=50.0, window=window)
-    o = tree_decode(*inputs, lengths, **settings)
-    truth = tree_decode_reference(*(x.double() for x in inputs), lengths, **settings)
+def case_tree_decode(poisoned, dtype, window, softcap, B, Hq, Hkv, D, depth, N):
+    inputs = decode_case(B, Hq, Hkv, D, depth, N, dtype)
+    settings = dict(scale=D**-0.5, softcap=softcap, window=window)
+    o = tree_decode(*inputs, **settings)
+    truth = tree_decode_reference(*(x.double() for x in inputs[:3]), *inputs[3:], **settings)
     assert (o.double() - truth).norm() <= TOLERANCE[dtype] * truth.norm()
-    assert torch.equal(o, tree_decode(*inputs, lengths, **settings))
+    assert torch.equal(o, tree_decode(*inputs, **settings))
 
 
 def test_kernel_files_import_and_serve_without_triton():

@@ -247,7 +247,7 @@ def test_every_op_makes_its_tensors_device_current_before_it_launches(monkeypatc
         lambda: rms_norm(q, vector),
         lambda: rope(q, ids),
         lambda: tree_attention(q, q, q, ids + 1, 0 * ids, scale=1.0),
-        lambda: tree_decode(q, q, q, q[:, None], q[:, None], ids, scale=1.0),
+        lambda: tree_decode(q, q, q, ids, ids, ids, ids, ids[:, None], ids, scale=1.0),
         lambda: linear_log_prob(q[:, 0], q[:, 1], ids.long()),
     ]
     for call in calls:

@@ -13,6 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gem
 from swirl import Gemma, GemmaConfig, pack
 from swirl.errors import NonFiniteError
 from swirl.model.config import GEMMA3
+from swirl.sampling import draw as draw_module
 from swirl.sampling import engine as engine_module
 from swirl.sampling.engine import Completion, Engine
 
@@ -50,8 +51,8 @@ def forest(seed=0, count=23) -> list[list[int]]:
 
 def sample(model, states, **options):
     defaults = dict(seeds=range(len(states)), max_new_tokens=19, temperature=1.0, stop_ids=STOP)
-    max_batch_tokens = options.pop("max_batch_tokens", 1 << 18)
-    return Engine(model, max_batch_tokens=max_batch_tokens).sample(states, **defaults | options)
+    max_cache_tokens = options.pop("max_cache_tokens", 1 << 18)
+    return Engine(model, max_cache_tokens=max_cache_tokens).sample(states, **defaults | options)
 
 
 def assert_log_probs_are_the_models(model, states, completions, tolerance):
@@ -134,11 +135,11 @@ def test_a_sequence_does_not_depend_on_its_batch(temperature, monkeypatch):
     alone = [sample(model, [state], seeds=[seed], temperature=temperature)[0] for seed, state in enumerate(states)]
     assert [completion.ids for completion in together] == [completion.ids for completion in alone]
     shuffled = np.random.default_rng(2).permutation(len(states))
-    again = sample(model, [states[i] for i in shuffled], seeds=shuffled, temperature=temperature, max_batch_tokens=150)
+    again = sample(model, [states[i] for i in shuffled], seeds=shuffled, temperature=temperature, max_cache_tokens=150)
     assert [together[i].ids for i in shuffled] == [completion.ids for completion in again]
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 7)
-    monkeypatch.setattr(engine_module, "KEEP_SHARE", 1.0)
-    pieces = sample(model, states, temperature=temperature, max_batch_tokens=1)
+    monkeypatch.setattr(engine_module, "DECODE_STEPS", 3)
+    pieces = sample(model, states, temperature=temperature, max_cache_tokens=100)
     assert [completion.ids for completion in together] == [completion.ids for completion in pieces]
 
 
@@ -170,13 +171,13 @@ def test_draws_follow_the_distribution():
 def test_uniforms_are_splitmix64():
     # first output of the published generator at state 0
     gamma = np.array([0x9E3779B97F4A7C15], np.uint64)
-    assert int(engine_module._mix(gamma)[0]) == 0xE220A8397B1DCDAF
-    uniforms = engine_module._uniforms(range(100), 200)
+    assert int(draw_module.mix(gamma)[0]) == 0xE220A8397B1DCDAF
+    uniforms = draw_module.uniforms(range(100), [0] * 100, 200)
     assert uniforms.min() >= 0 and uniforms.max() < 1 and len(np.unique(uniforms)) == uniforms.size
     assert (
         abs(uniforms.mean() - 0.5) < 0.01 and abs(np.corrcoef(uniforms[:-1].ravel(), uniforms[1:].ravel())[0, 1]) < 0.03
     )
-    assert np.array_equal(uniforms[:, :5], engine_module._uniforms(range(100), 5))
+    assert np.array_equal(uniforms[:, :5], draw_module.uniforms(range(100), [0] * 100, 5))
 
 
 def test_uninitialised_memory_is_never_read():
@@ -192,7 +193,7 @@ def test_uninitialised_memory_is_never_read():
 def test_progress_counts_up_to_all_sequences():
     seen = []
     states = forest()
-    sample(loud_gemma(), states, progress=seen.append, max_batch_tokens=300)
+    sample(loud_gemma(), states, progress=seen.append, max_cache_tokens=300)
     assert seen == sorted(set(seen)) and seen[-1] == len(states) and len(seen) > 3
 
 
@@ -240,7 +241,7 @@ def test_first_token_may_stop_and_limit_may_be_one():
         ([[1]], dict(temperature=math.nan), "temperature"),
         ([[1]], dict(temperature=math.inf), "temperature"),
         ([[1]], dict(stop_ids=[61]), "stop_ids"),
-        ([[1]], dict(max_batch_tokens=0), "max_batch_tokens"),
+        ([[1]], dict(max_cache_tokens=0), "max_cache_tokens"),
     ],
 )
 def test_bad_arguments_are_refused(states, options, words):

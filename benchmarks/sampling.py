@@ -1,0 +1,227 @@
+"""How fast are actions drawn? Tokens a second on a comb of states, beside the floor and beside peers.
+
+    python -m benchmarks.sampling [--before FOLDER] [--threads 2] [--growth] [--tiny] [--json] [--out rows.jsonl]
+    python -m benchmarks.sampling --plot rows.jsonl          sampling.svg beside it, of rows of --growth
+
+The comb: 8 states, the longest of 1,024 tokens and each 128 longer than the one before, 4 draws of 64 tokens at each;
+the shape of the base that ships with swirl, and a model of 80M parameters. Providers: swirl; `before`, the swirl of
+another checkout (built there); transformers' generate, whose rows are padded to the longest. The floor is the time to
+move, once a token step, the weights and every key and value that some sequence sees, at the rate of a copy measured in
+the same run. Every provider runs in a process of its own, since libraries' threads disturb each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ("base", "80m")
+GROWTH = {"trunk": (256, 512, 1024, 2048, 4096), "draws": (1, 2, 4, 8, 16, 32), "states": (1, 2, 4, 8, 16)}
+COMB = {"trunk": 1024, "states": 8, "draws": 4, "new": 64}
+TINY = {"trunk": 40, "states": 2, "draws": 2, "new": 3}
+
+
+def build(shape: str, device: str):
+    """The model by its shape."""
+    import torch
+
+    from swirl import Gemma, GemmaConfig
+
+    if shape == "base":
+        config = GemmaConfig(
+            1024, 128, 256, 6, 4, 2, head_dim=32, query_pre_attn_scalar=32, sliding_window=128, max_position_embeddings=8192
+        )  # fmt: skip
+    else:
+        config = GemmaConfig(32_000, 768, 3072, 8, 12, 4, head_dim=64, query_pre_attn_scalar=64)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return Gemma(config).init_weights(0).to(device=device, dtype=dtype)
+
+
+def comb_states(trunk: int, states: int, draws: int, vocab_size: int) -> list[list[int]]:
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(5, vocab_size, trunk).tolist()
+    return [ids[: trunk * (k + 1) // states] for k in range(states) for _ in range(draws)]
+
+
+def work(given: argparse.Namespace) -> None:
+    """One provider, in this process: prints a JSON object of what it measured."""
+    import torch
+
+    torch.set_num_threads(given.threads)
+    model = build(given.shape, given.device)
+    states = comb_states(given.trunk, given.states, given.draws, model.config.vocab_size)
+    run = _transformers(model, states, given.new) if given.worker == "transformers" else _swirl(model, states, given.new)
+    run()
+    times = []
+    while not times or (len(times) < given.repeats and sum(times) < given.seconds):
+        started = time.perf_counter()
+        run()
+        if given.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    num_tokens = len(states) * given.new
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    config = model.config
+    of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    of_token *= next(model.parameters()).element_size()
+    keys = of_token * (given.trunk + len(states) * given.new / 2)
+    print(json.dumps({
+        "median_s": statistics.median(times), "fastest_s": min(times), "tokens_per_s": num_tokens / statistics.median(times),
+        "floor_bytes": given.new * (weights + keys), "load": os.getloadavg()[0],
+    }))  # fmt: skip
+
+
+def _swirl(model, states, new):
+    from swirl.sampling.engine import Engine
+
+    def run():
+        # an engine of its own each time: nothing is known from the time before
+        made = Engine(model).sample(states, seeds=range(len(states)), max_new_tokens=new, temperature=1.0, stop_ids=())
+        assert all(len(one.ids) == new for one in made)
+
+    return run
+
+
+def _transformers(model, states, new):
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(**{k: v for k, v in model.config.to_json(model.dtype).items() if k != "architectures"})
+    config._attn_implementation = "eager"  # the softcap has no other
+    theirs = Gemma2ForCausalLM(config).to(device=model.device, dtype=model.dtype).eval()
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    longest = max(map(len, states))
+    ids = torch.tensor([[0] * (longest - len(s)) + s for s in states], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in states], device=model.device)
+
+    def run():
+        made = theirs.generate(
+            ids, attention_mask=mask, do_sample=True, max_new_tokens=new, min_new_tokens=new, pad_token_id=0
+        )
+        assert made.shape[1] == longest + new
+
+    return run
+
+
+def measure(given: argparse.Namespace, provider: str, shape: str, comb: dict, folder: Path = ROOT) -> dict:
+    """A row: the worker run in `folder`'s swirl."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", provider, "--shape", shape]
+    for name in ("threads", "device", "seconds", "repeats"):
+        command += [f"--{name}", str(getattr(given, name))]
+    for name, value in comb.items():
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(given.threads)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    row = {"benchmark": "sampling", "shape": shape, **comb, "provider": provider}
+    if done.returncode:
+        return row | {"note": (done.stderr.strip().splitlines() or ["failed"])[-1][:160]}
+    return row | json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def combs(given: argparse.Namespace) -> list[dict]:
+    if given.tiny:
+        return [TINY]
+    if not given.growth:
+        return [COMB]
+    return [COMB | {axis: value, "axis": axis} for axis, values in GROWTH.items() for value in values]
+
+
+def rows_of(given: argparse.Namespace):
+    """All rows, each with the hardware, its share of the floor, and how many times faster swirl is."""
+    import torch
+
+    from benchmarks.harness import copy_bandwidth, machine, settings_of
+
+    torch.set_num_threads(given.threads)
+    how = settings_of(argparse.Namespace(**vars(given) | {"dtype": None}))
+    bandwidth, facts = copy_bandwidth(how), machine(how.device)
+    for shape in given.shapes:
+        for comb in combs(given):
+            axis = {"axis": comb["axis"]} if "axis" in comb else {}
+            comb = {name: value for name, value in comb.items() if name != "axis"}
+            found = [measure(given, "swirl", shape, comb)]
+            if not axis and given.before:
+                found.append(measure(given, "before", shape, comb, given.before.resolve()))
+            if not axis:
+                found.append(measure(given, "transformers", shape, comb))
+            for row in found:
+                if "tokens_per_s" in row:
+                    row["floor_s"] = row.pop("floor_bytes") / bandwidth
+                    row["share_of_floor"] = row["floor_s"] / row["median_s"]
+                    row["swirl_is_faster"] = found[0].get("tokens_per_s", 0) / row["tokens_per_s"]
+                yield {**facts, **axis, **row, "threads": given.threads, "tiny": given.tiny}
+
+
+def plot(rows: list[dict]) -> str:
+    """Tokens a second by trunk, draws and states, as SVG; a line a shape, each as a share of its best."""
+    width, height = 360, 240
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(GROWTH)} {height + 60}" '
+             'font-family="sans-serif" font-size="12">', '<rect width="100%" height="100%" fill="white"/>']  # fmt: skip
+    for panel, axis in enumerate(GROWTH):
+        left = panel * width + 40
+        lines.append(f'<text x="{left}" y="20" font-weight="bold">tokens a second by {escape(axis)}</text>')
+        for number, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
+            points = [(row[axis], row["tokens_per_s"]) for row in rows
+                      if row.get("axis") == axis and row["shape"] == shape and "tokens_per_s" in row]  # fmt: skip
+            if not points:
+                continue
+            best, colour = max(y for _, y in points), ("#1b6ca8", "#c4571b")[number % 2]
+            places = [(left + i * (width - 80) / max(1, len(points) - 1), 40 + height * (1 - y / best) * 0.9)
+                      for i, (_, y) in enumerate(points)]  # fmt: skip
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            for (x, y), (value, rate) in zip(places, points):
+                lines.append(f'<text x="{x:.1f}" y="{y - 5:.1f}" fill="{colour}" text-anchor="middle">{rate:,.0f}</text>')
+                lines.append(f'<text x="{x:.1f}" y="{height + 50}" text-anchor="middle">{value:,}</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path, help="another checkout of swirl, built, to compare with")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of repeats, a provider")
+    parser.add_argument("--growth", action="store_true", help="swirl alone, over trunk, draws and states")
+    parser.add_argument("--plot", type=Path, help="draw the rows of this file")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
+    parser.add_argument("--json", action="store_true", help="one JSON row a line on stdout, no table")
+    parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
+    for hidden in ("--worker", "--shape"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    for name in COMB:
+        parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        return work(given)
+    if given.plot:
+        picture = given.plot.with_suffix(".svg")
+        picture.write_text(plot([json.loads(line) for line in given.plot.read_text().splitlines()]))
+        return print(picture)
+    from benchmarks.harness import append
+
+    for row in rows_of(given):
+        append(given.out, [row])
+        if given.json:
+            print(json.dumps(row), flush=True)
+        elif "tokens_per_s" in row:
+            print(f"{row['shape']:5} {row['trunk']:5} x {row['states']:2} x {row['draws']:2} {row['provider']:13}"
+                  f"{row['tokens_per_s']:10,.0f} tok/s  {row['share_of_floor']:6.1%} of the floor  "
+                  f"swirl is {row['swirl_is_faster']:.1f} times as fast", flush=True)  # fmt: skip
+        else:
+            print(f"{row['shape']:5} {row['provider']:13} {row['note']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

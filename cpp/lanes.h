@@ -1,0 +1,71 @@
+// Sixteen sequences side by side: a value of each in a lane, so that nothing is summed across lanes, and a sequence's
+// result is the same whoever shares the vectors with it. Matrices lie turned, [row][LANES].
+#pragma once
+#include "pack.h"
+#include "tree_decode.h"
+
+namespace swirl::SWIRL_ISA {
+
+template <class T> constexpr int VECTORS = LANES / WIDTH<T>;                         // of a row
+template <class T> constexpr int TOGETHER = VECTORS<T> < 8 ? 8 / VECTORS<T> : 1;  // rows of a tile: 8 accumulators
+
+template <int COUNT, class T>
+SWIRL_INLINE void lane_tile(int64_t steps, const T* a, ptrdiff_t a_row, ptrdiff_t a_step, const T* b, T* c, bool add) {
+    constexpr int W = WIDTH<T>;
+    Vec<T> sum[COUNT][VECTORS<T>] = {};
+    if (add)
+        for (int i = 0; i < COUNT * VECTORS<T>; i++) sum[i / VECTORS<T>][i % VECTORS<T>] = load(c + i * W);
+    for (int64_t step = 0; step < steps; step++, a += a_step, b += LANES)
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; i++)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS<T>; v++) sum[i][v] = multiply_add(a[i * a_row], b + v * W, sum[i][v]);
+    for (int i = 0; i < COUNT; i++)
+        for (int v = 0; v < VECTORS<T>; v++, c += W) store(c, sum[i][v]);
+}
+// C (rows, LANES) = or += A (rows, steps) B (steps, LANES); A is read at a[row * a_row + step * a_step]. A sum runs step by
+// step, so that steps which add zero, and cuts between calls, change nothing.
+template <class T>
+SWIRL_INLINE void lane_product(int64_t rows, int64_t steps, const T* a, ptrdiff_t a_row, ptrdiff_t a_step, const T* b,
+                               T* c, bool add) {
+    int64_t row = 0;
+    for (; row + TOGETHER<T> <= rows; row += TOGETHER<T>)
+        lane_tile<TOGETHER<T>>(steps, a + row * a_row, a_row, a_step, b, c + row * LANES, add);
+    for (; row < rows; row++) lane_tile<1>(steps, a + row * a_row, a_row, a_step, b, c + row * LANES, add);
+}
+
+// y = x / rms(x) (1 + weight), or y += that; x and y (d, LANES).
+template <class T> SWIRL_INLINE void lane_norm(int64_t d, const T* x, const T* weight, T eps, T* y, bool add) {
+    for (int lane = 0; lane < LANES; lane += WIDTH<T>) {
+        Vec<T> squares = {};
+        for (int64_t i = 0; i < d; i++) {
+            Vec<T> value = load(x + i * LANES + lane);
+            squares += value * value;
+        }
+        Vec<T> rstd;
+        for (int i = 0; i < WIDTH<T>; i++) rstd[i] = T(1) / (T)sqrt((double)(squares[i] / T(d) + eps));
+        for (int64_t i = 0; i < d; i++) {
+            Vec<T> normed = load(x + i * LANES + lane) * rstd * (T(1) + weight[i]);
+            T* to = y + i * LANES + lane;
+            store(to, add ? load(to) + normed : normed);
+        }
+    }
+}
+// Halves rotated: (a, b) -> (a cos - b sin, b cos + a sin); x (D, LANES), cos and sin (D / 2, LANES).
+template <class T> SWIRL_INLINE void lane_rope(int64_t D, T* x, const T* cos, const T* sin) {
+    for (int64_t i = 0, half = D / 2 * LANES; i < half; i += WIDTH<T>) {
+        Vec<T> a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+        store(x + i, a * c - b * s);
+        store(x + half + i, b * c + a * s);
+    }
+}
+// gate = gelu_tanh(gate) up, n rows.
+template <class T> SWIRL_INLINE void lane_geglu(int64_t n, T* gate, const T* up) {
+    for (int64_t i = 0; i < n * LANES; i += WIDTH<T>) {
+        Vec<T> x = load(gate + i);
+        Vec<T> inner = x * (x * x * T(0.044715) + T(1)) * T(2 * 0.7978845608028654);
+        store(gate + i, x * T(0.5) * (tanh_of_half<T>(inner) + T(1)) * load(up + i));
+    }
+}
+
+}  // namespace swirl::SWIRL_ISA

@@ -1,0 +1,398 @@
+"""OpenAI's protocol over the sampling engine: /v1/models, /v1/completions and /v1/chat/completions.
+
+Token ids travel too: a prompt may be ids, and `return_token_ids` gives those of the answer, the stop id included, each
+with its log-prob where `logprobs` asks for them. An unknown or unsupported field that would change the answer is
+refused by name (400), never ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import msgspec
+from aiohttp import web
+
+from swirl.model.tokenizer import CONTROL_TOKENS, Tokenizer
+from swirl.sampling.draw import SamplingParams
+from swirl.sampling.engine import Completion, Engine
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=128)]
+_IGNORED = {"user", "stream_options", "metadata", "store", "echo", "best_of", "suffix", "frequency_penalty",
+            "presence_penalty", "logit_bias", "response_format", "tools", "tool_choice", "parallel_tool_calls",
+            "top_logprobs"}  # fmt: skip
+_HARMLESS = (None, False, 0, 0.0, "", [], {}, "auto", "none")  # values of those that ask for nothing
+_CONTROL = re.compile("(" + "|".join(map(re.escape, CONTROL_TOKENS)) + ")")
+
+
+class _Request(msgspec.Struct):
+    """What both kinds of request share."""
+
+    model: str = ""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    n: Count = 1
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    return_token_ids: bool = False
+
+
+class CompletionRequest(_Request):
+    prompt: str | list[str | int | list[int]] = ""  # a text, ids, or many of either
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
+    logprobs: int | bool | None = None
+
+
+class Message(msgspec.Struct):
+    role: str
+    content: str | None = ""
+
+
+class ChatRequest(_Request):
+    messages: list[Message] = []
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+
+
+class Refused(Exception):
+    """A request that is not served: its HTTP status and why, in a line."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One sequence to draw for one choice of an answer."""
+
+    index: int
+    state: list[int]
+    seed: int
+    params: SamplingParams
+
+
+class Server:
+    """Answers requests by `engine`; `app()` is what aiohttp runs."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, name: str, key: str | None, max_concurrency: int,
+        max_body_bytes: int,
+    ):  # fmt: skip
+        self._engine, self._tokenizer, self._name, self._key = engine, tokenizer, name, key
+        self._max_concurrency, self._max_body_bytes = max_concurrency, max_body_bytes
+        self._context = engine.model.config.max_position_embeddings
+        self._num_sequences, self._draining, self._started = 0, False, int(time.time())
+        self.num_in_flight = 0
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self._guard], client_max_size=self._max_body_bytes)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        return app
+
+    async def drain(self) -> None:
+        """Refuse new requests, and return when those in flight are answered."""
+        self._draining = True
+        while self.num_in_flight:
+            await asyncio.sleep(0.01)
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]):
+        """Key, limits, and every refusal in OpenAI's form."""
+        self.num_in_flight += 1
+        try:
+            if self._key is not None and request.path != "/health":
+                given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+                if not hmac.compare_digest(given.encode(), self._key.encode()):
+                    raise Refused(401, "expected the key of this server as 'Authorization: Bearer …'")
+            if self._draining:
+                raise Refused(503, "the server is ending")
+            return await handler(request)
+        except Refused as refused:
+            return _error(refused.status, str(refused))
+        except web.HTTPException as refused:
+            return _error(refused.status, refused.reason)
+        finally:
+            self.num_in_flight -= 1
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return _json({"status": "ok"})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        model = {"id": self._name, "object": "model", "created": self._started, "owned_by": "swirl"}
+        return _json({"object": "list", "data": [model | {"max_model_len": self._context}]})
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        asked = await self._read(request, CompletionRequest)
+        prompts = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
+        if prompts and all(isinstance(prompt, int) for prompt in prompts):
+            prompts = [prompts]
+        if not prompts:
+            raise Refused(400, "prompt: expected at least one")
+        if any(isinstance(prompt, int) for prompt in prompts):
+            raise Refused(400, "prompt: expected a text or token ids, or a list of either")
+        states = [prompt if isinstance(prompt, list) else self._ids_of(prompt) for prompt in prompts]
+        wants = asked.logprobs is not None and asked.logprobs is not False
+        return await self._answer(request, asked, states, asked.max_tokens, _Text(self._tokenizer, wants))
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        asked = await self._read(request, ChatRequest)
+        state = self._ids_of_messages(asked.messages)
+        most = asked.max_completion_tokens or asked.max_tokens or max(1, min(1024, self._context - len(state)))
+        return await self._answer(request, asked, [state], most, _Chat(self._tokenizer, bool(asked.logprobs)))
+
+    async def _read(self, request: web.Request, kind: type):
+        body = await request.read()
+        try:
+            fields = msgspec.json.decode(body, type=dict[str, Any])
+            known = {field.name for field in msgspec.structs.fields(kind)}
+            for name, value in fields.items():
+                if name not in known and not (
+                    name in _IGNORED and (name in ("user", "stream_options", "metadata") or value in _HARMLESS)
+                ):
+                    raise Refused(400, f"{name}: not supported here")
+            asked = msgspec.convert({k: v for k, v in fields.items() if v is not None}, kind)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise Refused(400, str(error)) from None
+        if asked.model not in ("", self._name):
+            raise Refused(404, f"model '{asked.model}' is not here: expected '{self._name}'")
+        return asked
+
+    def _ids_of(self, text: str) -> list[int]:
+        """<bos> and the text, in which spelled control tokens are those tokens: a prompt is its client's own."""
+        ids = [self._tokenizer.bos_id]
+        for part in _CONTROL.split(text.removeprefix("<bos>")):
+            control = self._tokenizer.token_id(part) if _CONTROL.fullmatch(part) else None
+            ids += self._tokenizer.encode(part) if control is None else [control]
+        return ids
+
+    def _ids_of_messages(self, messages: list[Message]) -> list[int]:
+        """Gemma's turns: user and assistant in turn; what the system says comes before the first of the user."""
+        if not messages or any(m.role not in ("system", "developer", "user", "assistant") for m in messages):
+            raise Refused(400, "messages: expected those of the roles system, user and assistant")
+        system = [m.content or "" for m in messages if m.role in ("system", "developer")]
+        turns = [m for m in messages if m.role in ("user", "assistant")]
+        if [m.role for m in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+            raise Refused(400, "messages: expected user and assistant in turn, the user first and last")
+        first = "\n\n".join([*system, turns[0].content or ""])
+        ids = list(self._tokenizer.prompt_ids(first))
+        for answer, question in zip(turns[1::2], turns[2::2], strict=True):
+            ids += self._tokenizer.action_ids(answer.content or "")
+            ids += self._tokenizer.observation_ids(question.content or "")
+        return ids
+
+    def _params(self, asked: _Request, max_new_tokens: int) -> SamplingParams:
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        control = {stop: self._tokenizer.token_id(stop) for stop in stops if stop in CONTROL_TOKENS}
+        ids = dict.fromkeys((*self._tokenizer.stop_ids, *(id for id in control.values() if id is not None)))
+        texts = tuple(stop for stop in stops if stop not in control)
+        try:
+            return SamplingParams(
+                max_new_tokens, asked.temperature, tuple(ids), texts, asked.top_k, asked.top_p, asked.min_p
+            )
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+
+    async def _answer(self, request, asked: _Request, states: list[list[int]], most: int, form) -> web.StreamResponse:
+        params = self._params(asked, most)
+        for state in states:
+            if len(state) + most > self._context:
+                raise Refused(
+                    400, f"{len(state)} tokens and {most} new ones exceed the model's context of {self._context}"
+                )
+        seed = secrets.randbits(63) if asked.seed is None else asked.seed
+        # every choice draws by itself; the first by the seed as it is given
+        sequences = [
+            _Asked(i * asked.n + j, state, seed + (j << 32) + i * asked.n, params)
+            for i, state in enumerate(states)
+            for j in range(asked.n)
+        ]
+        sequences = [replace(one, seed=seed if one.index == 0 else one.seed) for one in sequences]
+        if len(sequences) > self._max_concurrency:
+            raise Refused(400, f"{len(sequences)} sequences in a request: expected at most {self._max_concurrency}")
+        if self._num_sequences + len(sequences) > self._max_concurrency:
+            raise Refused(429, f"{self._num_sequences} sequences are in flight, of at most {self._max_concurrency}")
+        self._num_sequences += len(sequences)
+        head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self._name}
+        try:
+            if asked.stream:
+                return await self._stream(request, sequences, form, head, asked.return_token_ids)
+            made = await self._draw_all(sequences)
+        finally:
+            self._num_sequences -= len(sequences)
+        choices = [
+            form.choice(one, completion, asked.return_token_ids)
+            for one, completion in zip(sequences, made, strict=True)
+        ]
+        given, drawn = sum(map(len, states)), sum(len(completion.ids) for completion in made)
+        usage = {"prompt_tokens": given, "completion_tokens": drawn, "total_tokens": given + drawn}
+        return _json({**head, "object": form.object, "choices": choices, "usage": usage})
+
+    async def _draw_all(self, sequences: list[_Asked]) -> list[Completion]:
+        """All of them, or the first failure, and then none goes on."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._engine.generate(one.state, seed=one.seed, params=one.params))
+                    for one in sequences
+                ]
+        except* ValueError as errors:
+            raise Refused(400, str(errors.exceptions[0])) from None
+        except* Exception as errors:
+            raise Refused(500, str(errors.exceptions[0])) from None
+        return [task.result() for task in tasks]
+
+    async def _stream(self, request, sequences: list[_Asked], form, head: dict, with_ids: bool) -> web.StreamResponse:
+        """Server-sent events: pieces of text as they are sure, then each choice's end, then [DONE]."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        pieces: asyncio.Queue = asyncio.Queue()
+
+        async def draw(one: _Asked):
+            drawn = Piecewise(self._tokenizer, one.params.stop_texts)
+
+            def took(ids, log_probs):
+                text = drawn.text_of(ids)
+                if text:
+                    pieces.put_nowait(form.piece(one.index, text))
+
+            try:
+                completion = await self._engine.generate(one.state, seed=one.seed, params=one.params, on_tokens=took)
+                text = drawn.rest_of(completion)
+                pieces.put_nowait(form.last_piece(one, completion, text, with_ids))
+            except Exception as error:
+                pieces.put_nowait({"error": {"message": str(error), "type": "server_error"}})
+            pieces.put_nowait(None)
+
+        tasks = [asyncio.create_task(draw(one)) for one in sequences]
+        try:
+            for one in sequences:
+                if (opening := form.opening(one.index)) is not None:
+                    await _send(response, {**head, "object": form.chunk_object, "choices": [opening]})
+            left = len(sequences)
+            while left:
+                piece = await pieces.get()
+                if piece is None:
+                    left -= 1
+                elif "error" in piece:
+                    await _send(response, piece)
+                else:
+                    await _send(response, {**head, "object": form.chunk_object, "choices": [piece]})
+            await response.write(b"data: [DONE]\n\n")
+        finally:
+            for task in tasks:
+                task.cancel()
+        return response
+
+
+class Piecewise:
+    """The text of a sequence piece by piece: what later tokens could still change is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_texts: tuple[str, ...]):
+        self._tokenizer, self._held = tokenizer, max((len(stop) for stop in stop_texts), default=1) - 1
+        self._sent = 0
+
+    def text_of(self, ids: tuple[int, ...]) -> str:
+        """What is sure and new; a character whose bytes are not all there yet is not."""
+        text = self._tokenizer.decode(ids).rstrip("\ufffd")
+        text = text[: len(text) - self._held] if self._held else text
+        piece, self._sent = text[self._sent :], max(self._sent, len(text))
+        return piece
+
+    def rest_of(self, completion: Completion) -> str:
+        return text_of(completion, self._tokenizer)[self._sent :]
+
+
+def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
+    """The text, without the stop token or the stop text."""
+    text = tokenizer.decode(completion.ids)
+    return text if completion.stop_text is None else text[: text.index(completion.stop_text)]
+
+
+class _Form:
+    """How an answer of one protocol is written."""
+
+    def __init__(self, tokenizer: Tokenizer, with_log_probs: bool):
+        self._tokenizer, self._with_log_probs = tokenizer, with_log_probs
+
+    def _ending(self, one: _Asked, completion: Completion, with_ids: bool) -> dict:
+        ending: dict[str, Any] = {"index": one.index, "finish_reason": "stop" if completion.stopped else "length"}
+        ending["logprobs"] = self._log_probs(completion) if self._with_log_probs else None
+        return ending | ({"token_ids": list(completion.ids)} if with_ids else {})
+
+    def _names(self, completion: Completion) -> list[str]:
+        return [self._tokenizer.decode([id]) or f"token_id:{id}" for id in completion.ids]
+
+    def opening(self, index: int) -> dict | None:
+        return None
+
+
+class _Text(_Form):
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, one: _Asked, completion: Completion, with_ids: bool) -> dict:
+        return {"text": text_of(completion, self._tokenizer), **self._ending(one, completion, with_ids)}
+
+    def piece(self, index: int, text: str) -> dict:
+        return {"index": index, "text": text, "finish_reason": None, "logprobs": None}
+
+    def last_piece(self, one: _Asked, completion: Completion, text: str, with_ids: bool) -> dict:
+        return {"text": text, **self._ending(one, completion, with_ids)}
+
+    def _log_probs(self, completion: Completion) -> dict:
+        names = self._names(completion)
+        return {"tokens": names, "token_logprobs": list(completion.log_probs), "top_logprobs": None, "text_offset": []}
+
+
+class _Chat(_Form):
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, one: _Asked, completion: Completion, with_ids: bool) -> dict:
+        message = {"role": "assistant", "content": text_of(completion, self._tokenizer)}
+        return {"message": message, **self._ending(one, completion, with_ids)}
+
+    def opening(self, index: int) -> dict:
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+
+    def piece(self, index: int, text: str) -> dict:
+        return {"index": index, "delta": {"content": text}, "finish_reason": None, "logprobs": None}
+
+    def last_piece(self, one: _Asked, completion: Completion, text: str, with_ids: bool) -> dict:
+        return {"delta": {"content": text} if text else {}, **self._ending(one, completion, with_ids)}
+
+    def _log_probs(self, completion: Completion) -> dict:
+        tokens = zip(self._names(completion), completion.log_probs, completion.ids, strict=True)
+        content = [
+            {"token": name, "logprob": log_prob, "bytes": list(name.encode()), "top_logprobs": [], "id": id}
+            for name, log_prob, id in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _json(value: dict, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def _error(status: int, reason: str) -> web.Response:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    response = _json({"error": {"message": reason, "type": kind, "param": None, "code": status}}, status)
+    if status in (429, 503):
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+async def _send(response: web.StreamResponse, value: dict) -> None:
+    await response.write(b"data: " + msgspec.json.encode(value) + b"\n\n")

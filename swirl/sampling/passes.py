@@ -1,0 +1,263 @@
+"""Tokens through the model, their keys and values into the cache: by the C++ step where it serves, else layer by layer.
+
+Both do the same: `prefill` takes the tree's tokens that have no keys yet, `draw` the first token after a state, and
+`decode` goes on from tokens drawn. On a CPU in float32 and float64 the C++ step serves. There a sequence's numbers do
+not depend on what is computed beside it, to the last bit.
+Shapes: T packed tokens, B sequences, N own tokens at most, d model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from swirl.kernels import cpu
+from swirl.kernels.tree_decode import tree_decode
+from swirl.model.gemma import Gemma, Linear
+from swirl.sampling.cache import KeyCache
+from swirl.sampling.draw import SamplingParams, draw
+
+HEAD_ROWS = 8192  # vocabulary entries whose weights are widened at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """What the states' tokens are and where their keys lie; numpy int32, (T,) each."""
+
+    slots: np.ndarray
+    subtree_end: np.ndarray
+    position_ids: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """How B sequences draw up to `steps` tokens; numpy."""
+
+    params: Sequence[SamplingParams]
+    uniforms: np.ndarray  # (B, steps) float64
+    limits: np.ndarray  # (B,) int32, tokens to draw, at most steps
+    is_stop: np.ndarray  # (V,) uint8
+
+    @property
+    def temperatures(self) -> np.ndarray:
+        return np.array([one.temperature for one in self.params], np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """(B, steps) ids and log-probs, of which each sequence's first counts[b] are drawn."""
+
+    ids: np.ndarray  # int64
+    log_probs: np.ndarray  # float64
+    counts: np.ndarray  # (B,) int32
+
+
+def passes_for(model: Gemma, cache: KeyCache) -> StepPasses | LayerPasses:
+    """The C++ step where it is built and takes this model, else its layers."""
+    embedding = model.model.embed_tokens.weight
+    plain = all(type(m) is Linear for layer in model.model.layers for m in _projections(layer))
+    served = embedding.device.type == "cpu" and embedding.dtype in (torch.float32, torch.float64) and cpu.isas()
+    windows = {layer.self_attn.window for layer in model.model.layers} - {None}
+    return StepPasses(model, cache) if plain and served and len(windows) < 2 else LayerPasses(model, cache)
+
+
+def _projections(layer):
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+
+
+class LayerPasses:
+    """By the model's own layers, whose attention is `tree_decode`: any device and dtype."""
+
+    def __init__(self, model: Gemma, cache: KeyCache):
+        self._model, self._cache = model, cache
+
+    def _tensors(self, *arrays):
+        return [torch.from_numpy(np.ascontiguousarray(a)).to(self._model.device) for a in arrays]
+
+    def prefill(self, input_ids: np.ndarray, states: np.ndarray, tree: Tree) -> torch.Tensor:
+        """(n, d) after the final norm, of the tokens at packed indices `states` (n,) int32."""
+        none = np.zeros((states.size, 1), np.int32)
+        ids, write, positions = self._tensors(input_ids, tree.slots[states], tree.position_ids[states])
+        seen = self._tensors(tree.slots, tree.subtree_end, tree.position_ids, states, none, none[:, 0])
+        return self._model.model(ids, positions, None, cache=_Attend(self._cache, write, seen))
+
+    def draw(self, hidden: torch.Tensor, draws: Draws) -> Drawn:
+        """One token a sequence from (B, d) hidden, after the final norm."""
+        uniforms, temperatures = self._tensors(draws.uniforms[:, 0], draws.temperatures)
+        ids, log_probs = draw(self._logits(hidden), uniforms, temperatures, draws.params)
+        counts = np.ones(ids.shape[0], np.int32)
+        return Drawn(ids[:, None].cpu().numpy(), log_probs[:, None].double().cpu().numpy(), counts)
+
+    def decode(
+        self, tokens: np.ndarray, tree: Tree, states: np.ndarray, own_slots: np.ndarray, own_lengths: np.ndarray,
+        draws: Draws,
+    ) -> Drawn:  # fmt: skip
+        """Go on from `tokens` (B,), of states that end at packed indices `states`, with own_lengths (B,) own tokens in
+        own_slots (B, N) before them. A sequence that has stopped goes on unread until the call ends."""
+        steps = draws.uniforms.shape[1]
+        seen = self._tensors(tree.slots, tree.subtree_end, tree.position_ids, states)
+        slots, lengths, uniforms, temperatures, limits = self._tensors(
+            own_slots, own_lengths, draws.uniforms, draws.temperatures, draws.limits
+        )
+        (token,) = self._tensors(tokens)
+        positions = seen[2][seen[3].long()]
+        ids, log_probs = [], []
+        for step in range(steps):
+            # past its limit a sequence writes for no one
+            write = torch.where(limits > step, slots.gather(1, lengths.long()[:, None])[:, 0], 0)
+            lengths = lengths + 1
+            attend = _Attend(self._cache, write, [*seen, slots, lengths])
+            hidden = self._model.model(token, positions + lengths, None, cache=attend)
+            token, log_prob = draw(self._logits(hidden), uniforms[:, step], temperatures, draws.params)
+            ids.append(token)
+            log_probs.append(log_prob)
+        ids = torch.stack(ids, 1).cpu().numpy()
+        stops = draws.is_stop[ids].astype(bool)
+        counts = np.where(stops.any(1), stops.argmax(1) + 1, steps)
+        counts = np.minimum(counts, draws.limits).astype(np.int32)
+        return Drawn(ids, torch.stack(log_probs, 1).double().cpu().numpy(), counts)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, V), float32 at least: a logit of 16 rounded to bfloat16 is off by up to 0.06."""
+        weight = self._model.model.embed_tokens.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if weight.dtype == wide:
+            logits = hidden @ weight.T
+        elif weight.is_cuda:
+            logits = torch.mm(hidden, weight.T, out_dtype=wide)
+        else:
+            logits = torch.cat([hidden.to(wide) @ rows.to(wide).T for rows in weight.split(HEAD_ROWS)], 1)
+        cap = self._model.config.final_logit_softcapping
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+class _Attend:
+    """The attention of one pass, called by the layers in turn: keys and values into their slots, then who sees what."""
+
+    def __init__(self, cache: KeyCache, write: torch.Tensor, seen: list[torch.Tensor]):
+        self._pools, self._write, self._seen = iter(zip(cache.keys, cache.values)), write.long(), seen
+
+    def __call__(self, q, k, v, *, scale, softcap, window):
+        keys, values = next(self._pools)
+        keys[self._write] = k
+        values[self._write] = v
+        return tree_decode(q, keys, values, *self._seen, scale=scale, softcap=softcap, window=window)
+
+
+class StepPasses(LayerPasses):
+    """By the C++ step. Draws that leave tokens out go by the layers."""
+
+    def __init__(self, model: Gemma, cache: KeyCache):
+        super().__init__(model, cache)
+        attention = model.model.layers[0].self_attn
+        embedding, config = model.model.embed_tokens.weight, model.config
+        self._dtype, self._softcap = embedding.dtype, config.final_logit_softcapping
+        self._angles: tuple[int, list] = (0, [])
+        self._fixed = {
+            "windows": [layer.self_attn.window or 0 for layer in model.model.layers],
+            "num_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads,
+            "eps": config.rms_norm_eps,
+            "embed_scale": torch.tensor(config.hidden_size**0.5, dtype=embedding.dtype).item(),
+            "scale": attention.scale,
+            "softcap": attention.softcap,
+            "final_softcap": self._softcap,
+        }
+
+    def prefill(self, input_ids, states, tree):
+        hidden = torch.empty(states.size, self._model.config.hidden_size, dtype=self._dtype)
+        none = np.zeros((states.size, 0), np.int32)
+        draws = Draws(
+            [_ANY] * states.size, np.zeros((states.size, 0)), np.zeros(states.size, np.int32), self._no_stop()
+        )
+        self._run(input_ids, tree, states, none, np.zeros(states.size, np.int32), draws, 0, prefilled=hidden)
+        return hidden
+
+    def draw(self, hidden, draws):
+        if any(one.truncated for one in draws.params):
+            return super().draw(hidden, draws)
+        tables, drawn = _tables(draws)
+        cpu.draw(hidden.contiguous(), self._embedding(), self._softcap, tables)
+        return drawn
+
+    def decode(self, tokens, tree, states, own_slots, own_lengths, draws):
+        if any(one.truncated for one in draws.params):
+            return super().decode(tokens, tree, states, own_slots, own_lengths, draws)
+        steps = draws.uniforms.shape[1]
+        return self._run(tokens, tree, states, own_slots, own_lengths, draws, steps)
+
+    def _run(self, tokens, tree, states, own_slots, own_lengths, draws, steps, prefilled=None):
+        tables, drawn = _tables(draws)
+        positions = int((tree.position_ids[states] + own_lengths).max()) + steps + 1
+        cpu.decode(
+            layers=[
+                [*weights, *angles, keys, values]
+                for weights, angles, keys, values in zip(
+                    self._weights(), self._rotations(positions), self._cache.keys, self._cache.values, strict=True
+                )
+            ],
+            final_norm=self._model.model.norm.weight.detach(),
+            embedding=self._embedding(),
+            token=np.ascontiguousarray(tokens, np.int64),
+            tree=[tree.slots, tree.subtree_end, tree.position_ids],
+            rows=[states, own_slots, own_lengths],
+            tables=tables,
+            prefilled=prefilled,
+            **self._fixed,
+        )
+        return drawn
+
+    def _embedding(self):
+        return self._model.model.embed_tokens.weight.detach()
+
+    def _no_stop(self):
+        return np.zeros(self._model.config.vocab_size, np.uint8)
+
+    def _weights(self):
+        """Of every layer: what the C++ step reads, in its order, as it is now."""
+        for layer in self._model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+            modules = [
+                *(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, *norms),
+                *(attention.o_proj, layer.post_attention_layernorm, layer.pre_feedforward_layernorm),
+                *(mlp.gate_proj, mlp.up_proj, mlp.down_proj, layer.post_feedforward_layernorm),
+            ]
+            yield [None if module is None else module.weight.detach().contiguous() for module in modules]
+
+    def _rotations(self, num_positions: int):
+        """Of every layer, cos and sin (positions, D / 2); made anew where a longer sequence comes."""
+        if num_positions > self._angles[0]:
+            num_positions = max(1024, 1 << (num_positions - 1).bit_length())
+            made = {}
+            for layer in self._model.model.layers:
+                attention = layer.self_attn
+                kind = attention.rope_theta, getattr(attention, "rope_factor", 1.0)
+                if kind not in made:
+                    half = attention.head_dim // 2
+                    frequency = kind[0] ** (-torch.arange(half, dtype=self._dtype) / half) / kind[1]
+                    angle = torch.arange(num_positions, dtype=self._dtype)[:, None] * frequency
+                    made[kind] = angle.cos(), angle.sin()
+            kinds = [
+                (m.self_attn.rope_theta, getattr(m.self_attn, "rope_factor", 1.0)) for m in self._model.model.layers
+            ]
+            self._angles = num_positions, [made[kind] for kind in kinds]
+        return self._angles[1]
+
+
+_ANY = SamplingParams(max_new_tokens=1)
+
+
+def _tables(draws: Draws):
+    """What the C++ draw reads and fills, and the Drawn of it."""
+    B, steps = draws.uniforms.shape
+    drawn = Drawn(np.zeros((B, steps), np.int64), np.zeros((B, steps)), np.zeros(B, np.int32))
+    inputs = [np.ascontiguousarray(draws.uniforms), draws.temperatures, draws.is_stop, draws.limits]
+    return [*inputs, drawn.ids, drawn.log_probs, drawn.counts], drawn
