@@ -36,9 +36,7 @@ def build(shape: str, device: str):
     from swirl import Gemma, GemmaConfig
 
     if shape == "base":
-        config = GemmaConfig(
-            1024, 128, 256, 6, 4, 2, head_dim=32, query_pre_attn_scalar=32, sliding_window=128, max_position_embeddings=8192
-        )  # fmt: skip
+        config = GemmaConfig(1024, 128, 256, 6, 4, 2, head_dim=32, query_pre_attn_scalar=32, sliding_window=128)
     else:
         config = GemmaConfig(32_000, 768, 3072, 8, 12, 4, head_dim=64, query_pre_attn_scalar=64)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -59,7 +57,9 @@ def work(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     model = build(given.shape, given.device)
     states = comb_states(given.trunk, given.states, given.draws, model.config.vocab_size)
-    run = _transformers(model, states, given.new) if given.worker == "transformers" else _swirl(model, states, given.new)
+    run = (
+        _transformers(model, states, given.new) if given.worker == "transformers" else _swirl(model, states, given.new)
+    )
     run()
     times = []
     while not times or (len(times) < given.repeats and sum(times) < given.seconds):
@@ -74,10 +74,14 @@ def work(given: argparse.Namespace) -> None:
     of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     of_token *= next(model.parameters()).element_size()
     keys = of_token * (given.trunk + len(states) * given.new / 2)
-    print(json.dumps({
-        "median_s": statistics.median(times), "fastest_s": min(times), "tokens_per_s": num_tokens / statistics.median(times),
-        "floor_bytes": given.new * (weights + keys), "load": os.getloadavg()[0],
-    }))  # fmt: skip
+    found = {
+        "median_s": statistics.median(times),
+        "fastest_s": min(times),
+        "tokens_per_s": num_tokens / statistics.median(times),
+        "floor_bytes": given.new * (weights + keys),
+        "load": os.getloadavg()[0],
+    }
+    print(json.dumps(found))
 
 
 def _swirl(model, states, new):
@@ -180,7 +184,9 @@ def plot(rows: list[dict]) -> str:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
             for (x, y), (value, rate) in zip(places, points):
-                lines.append(f'<text x="{x:.1f}" y="{y - 5:.1f}" fill="{colour}" text-anchor="middle">{rate:,.0f}</text>')
+                lines.append(
+                    f'<text x="{x:.1f}" y="{y - 5:.1f}" fill="{colour}" text-anchor="middle">{rate:,.0f}</text>'
+                )
                 lines.append(f'<text x="{x:.1f}" y="{height + 50}" text-anchor="middle">{value:,}</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"
 

@@ -1,8 +1,15 @@
 """swirl: step-wise reinforcement learning of tool-using language models (SWiRL, arXiv 2504.04736)."""
 
+import os
 from importlib import import_module
 
 __version__ = "0.1.0"
+
+# A thread that waits spins this often, some tens of microseconds, before it sleeps. libgomp, which reads it when torch
+# is loaded, spins for milliseconds by itself, at the cost of whoever shares the cores; not to spin at all would cost
+# every short operation a wake-up. What the user has set stays.
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 # Names are handed on lazily, so that `python -m swirl.filter --help` loads no torch.
 _HOMES = {

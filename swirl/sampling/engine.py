@@ -395,7 +395,7 @@ class Engine:
 
     def _end(self, sequence: _Sequence, *, stopped: bool = False, stop_text: str | None = None) -> None:
         """Make room, and tell who waits. Keys of all its tokens but the last, which none was drawn after, are kept."""
-        self._running = [one for one in self._running if one is not sequence]
+        self._running.remove(sequence)
         self._tree = None
         ids = np.concatenate((sequence.state, np.array(sequence.ids[:-1], np.int32)))
         self._cache.release(sequence.slots[ids.size :])

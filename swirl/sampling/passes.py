@@ -224,7 +224,7 @@ class StepPasses(LayerPasses):
         """Of every layer: what the C++ step reads, in its order, as it is now."""
         for layer in self._model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+            norms = attention.q_norm, attention.k_norm
             modules = [
                 *(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, *norms),
                 *(attention.o_proj, layer.post_attention_layernorm, layer.pre_feedforward_layernorm),
@@ -239,15 +239,13 @@ class StepPasses(LayerPasses):
             made = {}
             for layer in self._model.model.layers:
                 attention = layer.self_attn
-                kind = attention.rope_theta, getattr(attention, "rope_factor", 1.0)
+                kind = attention.rope_theta, attention.rope_factor
                 if kind not in made:
                     half = attention.head_dim // 2
                     frequency = kind[0] ** (-torch.arange(half, dtype=self._dtype) / half) / kind[1]
                     angle = torch.arange(num_positions, dtype=self._dtype)[:, None] * frequency
                     made[kind] = angle.cos(), angle.sin()
-            kinds = [
-                (m.self_attn.rope_theta, getattr(m.self_attn, "rope_factor", 1.0)) for m in self._model.model.layers
-            ]
+            kinds = [(layer.self_attn.rope_theta, layer.self_attn.rope_factor) for layer in self._model.model.layers]
             self._angles = num_positions, [made[kind] for kind in kinds]
         return self._angles[1]
 

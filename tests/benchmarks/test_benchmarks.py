@@ -25,6 +25,7 @@ from benchmarks import (
     packing,
     plot,
     pointwise,
+    sampling,
     tables,
     train_step,
     tune,
@@ -313,3 +314,16 @@ def test_the_gpu_script_says_what_it_lacks():
         ["bash", "benchmarks/gpu.sh"], capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
     )
     assert run.returncode == 1 and "CUDA" in run.stderr
+
+
+def test_sampling(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    sampling.main(["--tiny", "--shapes", "base", "--threads", "1", "--seconds", "0", "--json", "--out", str(out)])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["provider"] for row in rows] == ["swirl", "transformers"]
+    assert all(row["tokens_per_s"] > 0 and row["tiny"] and row["hardware"] for row in rows), rows
+    picture = ElementTree.fromstring(
+        sampling.plot([row | {"axis": "trunk"} for row in rows if row["provider"] == "swirl"])
+    )
+    assert sum(element.tag.endswith("polyline") for element in picture.iter()) == 1
