@@ -309,6 +309,15 @@ def norm_rope(
     return _NormRope.apply(x, weight, cos.contiguous(), sin.contiguous(), eps)
 
 
+def supports_decode(x: torch.Tensor) -> bool:
+    """Whether `tree_decode` here is built and takes this; `draw` and `decode` too, where it is not bfloat16.
+
+    A library built before these were written has none of them.
+    """
+    taken = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    return taken and hasattr(_extension(), "tree_decode")
+
+
 def tree_decode(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -319,7 +328,7 @@ def tree_decode(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """The op of tree_decode.py where `supports`: tree (slots, subtree_end, position_ids), rows (states, own_slots,
+    """The op of tree_decode.py where `supports_decode`: tree (slots, subtree_end, position_ids), rows (states, own_slots,
     own_lengths). A row's result is its own to the last bit. Raises ValueError on what points outside.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -260,6 +260,6 @@ def tree_decode(
                 return _tree_decode(
                     *(x.contiguous() for x in tensors), *(x.int().contiguous() for x in integers), **settings
                 )
-        if cpu.supports(q) and q.dtype != torch.float16 and q.dtype == keys.dtype == values.dtype:
+        if cpu.supports_decode(q) and q.dtype == keys.dtype == values.dtype:
             return cpu.tree_decode(*tensors, list(integers[:3]), list(integers[3:]), scale, softcap, window)
     return tree_decode_reference(*tensors, *integers, **settings)

@@ -59,7 +59,7 @@ def passes_for(model: Gemma, cache: KeyCache) -> StepPasses | LayerPasses:
     """The C++ step where it is built and takes this model, else its layers."""
     embedding = model.model.embed_tokens.weight
     plain = all(type(m) is Linear for layer in model.model.layers for m in _projections(layer))
-    served = embedding.device.type == "cpu" and embedding.dtype in (torch.float32, torch.float64) and cpu.isas()
+    served = embedding.dtype in (torch.float32, torch.float64) and cpu.supports_decode(embedding)
     windows = {layer.self_attn.window for layer in model.model.layers} - {None}
     return StepPasses(model, cache) if plain and served and len(windows) < 2 else LayerPasses(model, cache)
 
