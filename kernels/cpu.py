@@ -328,8 +328,8 @@ def tree_decode(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """The op of tree_decode.py where `supports_decode`: tree (slots, subtree_end, position_ids), rows (states, own_slots,
-    own_lengths). A row's result is its own to the last bit. Raises ValueError on what points outside.
+    """The op of tree_decode.py where `supports_decode`: tree (slots, subtree_end, position_ids), rows (states,
+    own_slots, own_lengths). A row's result is its own to the last bit. Raises ValueError on what points outside.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     q, keys, values = (x.detach().contiguous() for x in (q, keys, values))
