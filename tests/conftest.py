@@ -1,17 +1,18 @@
-"""What many tests need: a tiny model on disk, and policies that play a script through the real tools."""
+"""What many tests need: a tiny model on disk, and policies that play a script through the real tools.
+
+Nothing is imported here but pytest: the GPU tests also run on machines that have torch and triton alone.
+"""
 
 from __future__ import annotations
 
 import pytest
-import torch
-
-from swirl.tasks import almanac
-from swirl.trajectories.record import Step
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A Hugging Face folder: a random Gemma 2 of a few thousand weights, with a tokenizer for Almanac's texts."""
+    import torch
+
     from benchmarks.almanac_base import learn_tokenizer
     from swirl.model.gemma import Gemma, GemmaConfig
 
@@ -47,6 +48,8 @@ class DemonstratingPolicy:
         import numpy as np
 
         from swirl.rollout.rollout import draw_seed
+        from swirl.tasks import almanac
+        from swirl.trajectories.record import Step
 
         question = self._questions[state.prompt.partition("Question: ")[2]]
         habits = almanac.HABITS if self._slips else None

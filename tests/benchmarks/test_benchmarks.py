@@ -227,8 +227,8 @@ def test_density_is_what_it_says():
 
 
 def test_the_gpu_script_goes_as_far_as_a_cpu_can(tmp_path):
-    environment = os.environ | {"PYTHON": sys.executable}
-    command = ["bash", "benchmarks/gpu.sh", "--dry-run", str(tmp_path)]
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    command = ["bash", "benchmarks/gpu.sh", "--dry-run", "tests", "kernels", "update", "tune"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     for name in (*COMMANDS, "crossover"):
@@ -238,6 +238,34 @@ def test_the_gpu_script_goes_as_far_as_a_cpu_can(tmp_path):
     expected = [(op, slot.name) for op in slots for slot in slots[op]]
     assert [(row["op"], row["slot"]) for row in tuned if row["shipped"]] == expected
     assert all("median_ms" in row for row in tuned if row["shipped"])
+
+
+# What a machine lent for an hour has beside torch and triton may be little: these are not needed there.
+LACKING = "msgspec tyro bm25s rich aiohttp tokenizers transformers usearch pyarrow"
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in %r.split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.mark.parametrize("part", ["tests", "kernels --help"])
+def test_a_bare_machine_has_enough(part, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT % LACKING)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}."}
+    if part == "tests":
+        files = ["tests/kernels/test_gpu.py", "tests/kernels/test_gpu_backends.py"]
+        commands = [["-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files]]
+    else:
+        commands = [["-m", f"benchmarks.{name}", "--help"] for name in (*COMMANDS, "tune")]
+    for command in commands:
+        run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
 
 
 def test_the_cpu_script_calls_commands_that_there_are():

@@ -32,17 +32,17 @@ from swirl.kernels.chain_attention import (
     chain_lengths,
     refusal,
 )
-from swirl.model.gemma import Gemma, GemmaConfig
+from swirl.model.gemma import Gemma
 from swirl.rollout.rollout import with_ids
 from swirl.train import train
 from swirl.trajectories.log import read_trajectories, write_trajectories
 from swirl.tree.pack import pack, pack_chains, pack_micro_batches
+from tests.kernels.chains import CONFIG, trajectories
 from tests.kernels.test_triton import forest
 from tests.learning.updates import accumulate, gradients, some_actions, sub_trajectory
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-CONFIG = GemmaConfig(64, 32, 48, 3, 4, 2, head_dim=14, query_pre_attn_scalar=20, sliding_window=5)
 
 
 def attend(q, k, v, lengths, scale, softcap, first_key):
@@ -125,23 +125,6 @@ def calls(monkeypatch):
     monkeypatch.setattr(chains_of, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(chains_of, "DTYPES", (torch.float64, torch.float32, torch.bfloat16))
     return made
-
-
-def chain_of(rng, steps, prompt=None):
-    """The (state, action) pairs of one trajectory, `steps` of them, after a prompt."""
-    state, pairs = list(prompt or rng.integers(0, 64, rng.integers(1, 9)).tolist()), []
-    for _ in range(steps):
-        action = rng.integers(0, 64, rng.integers(1, 6)).tolist()
-        pairs.append((list(state), action))
-        state += action + rng.integers(0, 64, rng.integers(1, 7)).tolist()
-    return pairs
-
-
-def trajectories(seed=0, num=7):
-    """Several a question: prompts shared, as in an update on recorded actions."""
-    rng = np.random.default_rng(seed)
-    prompts = [rng.integers(0, 64, 6).tolist() for _ in range(3)]
-    return [chain_of(rng, int(rng.integers(1, 5)), prompts[i % 3]) for i in range(num)]
 
 
 def loud(**changes):

@@ -16,7 +16,7 @@ from swirl.kernels.chain_attention import Chains, chain_attention, refusal
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference
 from swirl.model.gemma import Gemma
 from swirl.tree.pack import pack_chains
-from tests.kernels.test_attention_backends import CONFIG, trajectories
+from tests.kernels.chains import CONFIG, trajectories
 from tests.kernels.test_gpu import eager_attention, outputs_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
