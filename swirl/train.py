@@ -247,8 +247,8 @@ def main(config: TrainConfig) -> None:
     if not distributed.launched_as_main():
         # the others' results would repeat the main rank's, their errors are the launcher's to show
         sys.stdout = open(os.devnull, "w")
-    stop_on_signals()
-    train(config)
+    with stop_on_signals():
+        train(config)
 
 
 def run_command() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from swirl.app import command
 from swirl.app.signals import deferred, saving
 from swirl.config import TrainConfig
-from swirl.errors import CheckpointError, ConfigError
+from swirl.errors import CheckpointError, ConfigError, RankError
 from swirl.learning import distributed
 from swirl.learning.checkpoints import (
     Checkpoint,
@@ -95,7 +95,10 @@ class RunFolder:
         with saving():
             try:
                 yield
-            except BaseException:
+            except BaseException as error:
+                if not isinstance(error, RankError):  # which says so itself
+                    for lost in distributed.lost_ranks():
+                        command.warn(lost)
                 with deferred():
                     self._save_at_last(snapshot)
                 raise
@@ -104,8 +107,6 @@ class RunFolder:
         # An error is on its way already: what fails here only warns.
         what = "the weights of the last good update"
         try:
-            for lost in distributed.lost_ranks():
-                command.warn(lost)
             if not distributed.is_main() or (last := snapshot()) is None:
                 return
             if all(weight.isfinite().all() for weight in last.weights.values()):

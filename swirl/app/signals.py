@@ -16,12 +16,17 @@ class _State:
     saving = 0
 
 
-def stop_on_signals() -> None:
-    """From now on the first SIGTERM (a scheduler's, torchrun's) raises SystemExit in the main thread, and the first
-    Ctrl-C KeyboardInterrupt. A second one ends the process as it would any other, except within `saving`.
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """In the body the first SIGTERM (a scheduler's, torchrun's) raises SystemExit in the main thread, and the first
+    Ctrl-C KeyboardInterrupt. A second one, and one after the body, ends the process at once, except within `saving`.
     """
     for number in _SIGNALS:
         signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        _end_at_once()
 
 
 def _stop(number: int, frame) -> None:
@@ -31,10 +36,14 @@ def _stop(number: int, frame) -> None:
     if _State.deferring:
         return
     if not _State.saving:
-        for each in _SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        _end_at_once()
     if first:
         _raise()
+
+
+def _end_at_once() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _raise() -> None:
@@ -71,5 +80,4 @@ def saving() -> Iterator[None]:
     finally:
         _State.saving -= 1
         if _State.received is not None and not _State.saving:
-            for each in _SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
+            _end_at_once()

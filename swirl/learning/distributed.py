@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from swirl.errors import NonFiniteError, RankError
 
 Item = TypeVar("Item")
+_DEATH_S = 2.0
 _processes: list[tuple[str, int]] = []  # host name and process id of each rank, in a world of more than one
 
 
@@ -55,7 +57,10 @@ def process_group(device: torch.device, *, timeout_s: float = 600.0) -> Iterator
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise RankError(f"the ranks did not all join: {str(error).splitlines()[0]}") from None
     try:
         _processes[:] = [tuple(json.loads(each)) for each in _gather_bytes(_this_process())]
         yield
@@ -95,7 +100,9 @@ def _collective(function: Callable) -> Callable:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            lost = lost_ranks()
+            end = time.monotonic() + _DEATH_S
+            while not (lost := lost_ranks()) and time.monotonic() < end:
+                time.sleep(0.02)  # its connections close before it counts as dead
             lowest = min(number for number in range(world_size()) if not any(f"rank {number} " in one for one in lost))
             if rank() != lowest:
                 sys.exit(1)

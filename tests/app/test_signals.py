@@ -16,8 +16,8 @@ def send(name, times=1):
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(0.01)  # a handler runs between two steps of the interpreter
 
-stop_on_signals()
 try:
+    with stop_on_signals():
 {body}
 except BaseException as error:
     print(type(error).__name__, getattr(error, "code", ""))
@@ -96,6 +96,6 @@ with saving():
 @pytest.mark.parametrize("case", CASES)
 def test_signals(case):
     body, said, code = CASES[case]
-    program = _PROGRAM.format(body=textwrap.indent(body, "    "))
+    program = _PROGRAM.format(body=textwrap.indent(body, "        "))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.stdout.splitlines(), done.returncode) == (said, code), done.stderr
