@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,8 @@ from swirl.export import ExportConfig, export
 from swirl.learning.checkpoints import open_checkpoint, snapshot_of
 from swirl.storage.digest import unseal
 from tests.learning.test_checkpoints import made, step
+
+STATELESS = SimpleNamespace(state_tensors=dict)  # an objective without a proximal policy
 
 
 def opened(config):
@@ -37,7 +40,7 @@ def save(config, run, updates):
         run.append("metrics.jsonl", {"update": update})
         if update in updates:
             state = {"settings": settings_of(config), "logs": {name: list(lines) for name, lines in run.logs.items()}}
-            run._save_now(snapshot_of(model, optimizer, None, update, state))
+            run._save_now(snapshot_of(model, optimizer, STATELESS, None, update, state))
 
 
 def test_an_earlier_run_is_set_aside_whole(config, capsys):
@@ -174,7 +177,7 @@ def test_saves_are_due_by_updates_and_by_minutes(config, monkeypatch):
         done = []
         for update, minute in enumerate(moments):
             now[0] = 60.0 * minute
-            run.save_if_due(update, lambda update=update: snapshot_of(model, optimizer, None, update, {}))
+            run.save_if_due(update, lambda update=update: snapshot_of(model, optimizer, STATELESS, None, update, {}))
             run._writer.wait()
             if run._writer.last == update:
                 done.append(update)

@@ -304,7 +304,7 @@ class Ledger:
         )
 
 
-async def drill(job: Job, folder: Path, kills: int, rng: random.Random, server: FaultServer, model: Model) -> dict:
+async def drill_job(job: Job, folder: Path, kills: int, rng: random.Random, server: FaultServer, model: Model) -> dict:
     """One job, undisturbed and disturbed. Raises KillDrillError where a command fails."""
     undisturbed, disturbed = folder / f"{job.words[0]}-undisturbed", folder / f"{job.words[0]}-disturbed"
     wire = job.cache is not None
@@ -392,7 +392,7 @@ async def drill_all(options: argparse.Namespace, folder: Path, report: Callable[
             jobs = [generate_job("almanac", num_questions, 1)]
         for job in jobs:
             rng = random.Random(f"{options.seed} {job.name}")
-            report(await drill(job, folder, options.kills, rng, server, model))
+            report(await drill_job(job, folder, options.kills, rng, server, model))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

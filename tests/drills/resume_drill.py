@@ -1,6 +1,6 @@
 """Does a run that is stopped at random moments end as the undisturbed one, to the bit, and is its last update saved?
 
-    python -m tests.drills.resume_drill [--kills 25] [--signals 50] [--flips 1000] [--seed 0]
+    python -m tests.drills resume_drill
 
 Runs train in processes forked from this one, since most of a start is imports. `kill -9` falls on one process, or on
 one of two ranks, at any moment of its life; `--resume auto` goes on, until it ends. SIGTERM, and Ctrl-C twice within
@@ -10,7 +10,6 @@ Flips and cuts fall on the files of a run's newest checkpoint: the one before it
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -24,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -34,17 +32,14 @@ from swirl.errors import SwirlError
 from swirl.learning.checkpoints import newest_checkpoint
 from swirl.storage.digest import file_digest, unseal
 from swirl.trajectories.log import write_trajectories
+from tests.drills.table import Row
 
 LONGEST_S = 120.0
 
 
-class Row(NamedTuple):
-    """One kind of attempt: how many there were, and what did not hold, in words."""
-
-    drill: str
-    attempts: int
-    failures: list[str]
-    note: str = ""
+def row(name: str, attempts: int, failures: list[str], note: str = "") -> Row:
+    """What did not hold stands in the note, the first of it."""
+    return Row(name, attempts, len(failures), "; ".join([note, *failures[:3]]))
 
 
 def config_in(folder: Path, updates: int, **changed) -> TrainConfig:
@@ -124,7 +119,7 @@ def drill_kills(folder: Path, config: TrainConfig, kills: int, rng: random.Rando
     failures, hits, lives = [], 0, 0
     began = time.monotonic()
     if any(ended(started(replace(config, out=folder / "undisturbed"), ranks))):
-        return Row(f"kill -9, {ranks} ranks", 0, ["the undisturbed run failed"])
+        return row(f"kill -9, {ranks} ranks", 0, ["the undisturbed run failed"])
     life_s = time.monotonic() - began
     wanted = result(folder / "undisturbed")
     while hits < kills:
@@ -149,7 +144,7 @@ def drill_kills(folder: Path, config: TrainConfig, kills: int, rng: random.Rando
             failures.append(f"run {lives}: no kill hit")
             break
         shutil.rmtree(out)
-    return Row(f"kill -9, {ranks} ranks", hits, failures, f"{lives} runs of {config.updates} updates")
+    return row(f"kill -9, {ranks} ranks", hits, failures, f"{lives} runs of {config.updates} updates")
 
 
 def drill_signals(folder: Path, config: TrainConfig, count: int, rng: random.Random, kind: str) -> Row:
@@ -157,7 +152,7 @@ def drill_signals(folder: Path, config: TrainConfig, count: int, rng: random.Ran
     config = replace(config, save_every=0, save_minutes=0.0)
     began = time.monotonic()
     if any(ended(started(replace(config, out=folder / "whole")))):
-        return Row(kind, 0, ["the undisturbed run failed"])
+        return row(kind, 0, ["the undisturbed run failed"])
     life_s = time.monotonic() - began
     failures, saved, early = [], 0, 0
     for number in range(count):
@@ -179,7 +174,7 @@ def drill_signals(folder: Path, config: TrainConfig, count: int, rng: random.Ran
             failures.append(f"{out.name}: checkpoint of {found and found.update}, {lines} updates done {said}")
         saved, early = saved + (lines > 0), early + (lines == 0)
         shutil.rmtree(out, ignore_errors=True)
-    return Row(kind, count, failures, f"{saved} after the first update, {early} before")
+    return row(kind, count, failures, f"{saved} after the first update, {early} before")
 
 
 def drill_flips(run: Path, count: int, rng: random.Random) -> Row:
@@ -204,7 +199,7 @@ def drill_flips(run: Path, count: int, rng: random.Random) -> Row:
         except Exception as error:
             failures.append(f"{path.name}: {type(error).__name__}: {error}")
         path.write_bytes(content)
-    return Row(
+    return row(
         "flips and cuts of a checkpoint", count, failures, f"{told} told and left out, the others change nothing"
     )
 
@@ -246,21 +241,3 @@ def _fresh(folder: Path) -> Path:
     for left in ("undisturbed", "whole"):
         shutil.rmtree(folder / left, ignore_errors=True)
     return folder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in (("kills", 25), ("signals", 50), ("flips", 1000), ("seed", 0)):
-        parser.add_argument(f"--{flag}", type=int, default=default)
-    options = parser.parse_args()
-    failed = False
-    for row in drill(options.seed, options.kills, options.signals, options.flips):
-        print(f"{row.drill:32} {row.attempts:5} attempts  {len(row.failures):3} failures  {row.note}", flush=True)
-        for failure in row.failures[:10]:
-            print(f"    {failure}", flush=True)
-        failed = failed or bool(row.failures)
-    sys.exit(failed)
-
-
-if __name__ == "__main__":
-    main()

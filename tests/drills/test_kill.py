@@ -94,7 +94,7 @@ def test_a_command_with_other_settings_beside_one_just_begun_leaves_it_its_own(n
 def test_a_command_that_fails_is_one_clear_line(tmp_path):
     job, model = filter_job(Path("absent.jsonl"), "rule", 1), Model(1)
     with pytest.raises(KillDrillError, match="^filter: exit code 1: error: absent.jsonl: cannot be read"):
-        asyncio.run(kill_drill.drill(job, tmp_path, 1, random.Random(0), FaultServer(model), model))
+        asyncio.run(kill_drill.drill_job(job, tmp_path, 1, random.Random(0), FaultServer(model), model))
 
 
 def trajectory(name):
