@@ -25,10 +25,10 @@ from swirl.app.progress import progress
 from swirl.app.resolve import answers_beside, open_judge, require_judge_knows
 from swirl.app.resolve_tasks import TaskFlags, open_tasks
 from swirl.app.scores import Score, score_trajectories
+from swirl.app.tables import print_scores
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError
-from swirl.report import print_scores
 from swirl.rollout.rollout import Unanswered
 from swirl.rollout.task import Task
 from swirl.trajectories.log import write_trajectories

@@ -25,10 +25,12 @@ import torch
 from swirl import config as configs
 from swirl.app import attempts, command, resolve, stages, training_data
 from swirl.app.progress import progress
+from swirl.app.report_page import write_report
 from swirl.app.run_folder import RunFolder, open_run, settings_of
 from swirl.app.scores import Score, compared
 from swirl.app.signals import deferred, exit_if_stopped, stop_on_signals
 from swirl.app.stages import Setup
+from swirl.app.tables import print_comparison
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
 from swirl.errors import EndpointUnusable, NothingToLearn
@@ -38,7 +40,6 @@ from swirl.learning.checkpoints import Snapshot, restore, snapshot_of
 from swirl.learning.metrics import log_line, loss_metrics, reward_metrics, why_idle
 from swirl.learning.objective import Objective, advantages_of
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
-from swirl.report import print_comparison, write_report
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import checkpoint_digest, file_digest
 from swirl.trajectories.log import read_trajectories

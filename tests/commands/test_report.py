@@ -7,8 +7,8 @@ import re
 
 import pytest
 
+from swirl.app.report_page import write_report
 from swirl.errors import InputError
-from swirl.report import write_report
 
 SUMMARY = {
     "accuracy_before": {"bridge": 0.5, "deep": 0.0},
