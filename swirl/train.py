@@ -137,20 +137,21 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio
                 history.append(metrics)
                 run.append("metrics.jsonl", metrics)
             advance(note=log_line(metrics))
-            require_something_learned(history, judge)
+            require_something_learned(history, judge, smoke=config.smoke)
     return history
 
 
-def require_something_learned(history: list[dict], judge) -> None:
+def require_something_learned(history: list[dict], judge, *, smoke: bool) -> None:
     """Several updates in a row that computed nothing end the run; all ranks see the same. Raises EndpointUnusable where
-    the judge graded none of the actions that it was asked about, else NothingToLearn.
+    the judge graded none of the actions that it was asked about, else NothingToLearn, but in a smoke run: that is to
+    go the whole way with a random model, too.
     """
     recent = history[-IDLE_UPDATES:]
     if len(recent) < IDLE_UPDATES:
         return
     if judge is not None and all(m["masked"] and m["masked"] + m["refused"] == m["actions"] for m in recent):
         raise EndpointUnusable(judge.name, f"graded none of the actions of {IDLE_UPDATES} updates in a row")
-    if all("idle" in metrics for metrics in recent):
+    if not smoke and all("idle" in metrics for metrics in recent):
         raise NothingToLearn(f"{IDLE_UPDATES} updates in a row had nothing to learn from: {recent[-1]['idle']}")
 
 
