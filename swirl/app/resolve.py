@@ -63,7 +63,7 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
 
     folder, device = model_folder(spec), device_for(str(device))
     if not folder.is_dir():
-        raise CheckpointError(folder, "no such folder: expected `almanac` or a Hugging Face folder of a Gemma 2")
+        raise CheckpointError(folder, "no such folder: expected `almanac` or a Hugging Face folder of a Gemma 2 or 3")
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Gemma.from_pretrained(folder, dtype=dtype or torch.float32, device=device, attention=attention)
     check_tokenizer_fits(tokenizer, model.config.vocab_size, folder)
