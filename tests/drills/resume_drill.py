@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from swirl import train
 from swirl.config import TrainConfig
@@ -147,6 +148,31 @@ def drill_kills(folder: Path, config: TrainConfig, kills: int, rng: random.Rando
     return row(f"kill -9, {ranks} ranks", hits, failures, f"{lives} runs of {config.updates} updates")
 
 
+def drill_world_sizes(folder: Path, config: TrainConfig) -> Row:
+    """World size 2, then 1, then 2 again, by two kills: the weights of an undisturbed run to 1e-6."""
+    undisturbed, out = folder / "undisturbed-2", folder / "2-1-2"
+    codes = ended(started(replace(config, out=undisturbed), 2))
+    for ranks, updates in ((2, config.updates // 3), (1, 2 * config.updates // 3)):
+        processes = started(replace(config, out=out), ranks)
+        end = time.monotonic() + LONGEST_S
+        while num_lines(out / "metrics.jsonl") < updates and time.monotonic() < end:
+            time.sleep(0.01)
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        ended(processes)
+    codes += ended(started(replace(config, out=out), 2))
+    if any(codes):
+        return row("world size 2, 1, 2", 1, [f"exit codes {codes}"])
+    one, other = (load_file(run / "checkpoint" / "model.safetensors") for run in (undisturbed, out))
+    apart = max((one[name] - other[name]).abs().max().item() for name in one)
+    failures = [] if apart <= 1e-6 and len(result(out)[1]) == config.updates else ["more than 1e-6 apart"]
+    return row("world size 2, 1, 2", 1, failures, f"weights at most {apart:.1e} apart")
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
 def drill_signals(folder: Path, config: TrainConfig, count: int, rng: random.Random, kind: str) -> Row:
     """One SIGTERM, or Ctrl-C twice within 50 ms, at any moment of a run: its last update must be there, whole."""
     config = replace(config, save_every=0, save_minutes=0.0)
@@ -165,7 +191,7 @@ def drill_signals(folder: Path, config: TrainConfig, count: int, rng: random.Ran
                 os.kill(process, signal.SIGINT if kind == "double Ctrl-C" else signal.SIGTERM)
             time.sleep(rng.random() * 0.05 if nth == 0 else 0)
         (code,) = ended([process], 30.0)
-        lines = len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
+        lines = num_lines(out / "metrics.jsonl")
         said: list[str] = []
         found = newest_checkpoint(out, said.append)
         if code in (99, -signal.SIGKILL):
@@ -233,6 +259,7 @@ def drill(seed: int, kills: int = 25, signals: int = 50, flips: int = 1000) -> I
         yield drill_flips(folder / "warm-up", flips, rng)
         yield drill_kills(folder, config, kills, rng)
         yield drill_kills(_fresh(folder), config, kills, rng, ranks=2)
+        yield drill_world_sizes(folder, config)
         yield drill_signals(_fresh(folder), config, signals, rng, "SIGTERM")
         yield drill_signals(_fresh(folder), config, signals, rng, "double Ctrl-C")
 
