@@ -99,7 +99,8 @@ def _transformers(model, states, new):
     import torch
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    config = Gemma2Config(**{k: v for k, v in model.config.to_json(model.dtype).items() if k != "architectures"})
+    fields = json.loads(json.dumps(model.config.to_json(model.dtype)))  # tuples as lists
+    config = Gemma2Config(**{name: value for name, value in fields.items() if name != "architectures"})
     config._attn_implementation = "eager"  # the softcap has no other
     theirs = Gemma2ForCausalLM(config).to(device=model.device, dtype=model.dtype).eval()
     theirs.load_state_dict(model.state_dict(), strict=False)
