@@ -6,8 +6,6 @@ TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cpp/*)
 
-# Threads that wait must not spin where cores are shared: a two-thread update beside one busy process took 7 times as long.
-export OMP_WAIT_POLICY ?= PASSIVE
 # Freed tensors stay with the process: giving their pages back costs an update 10 to 20 ms of page faults.
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824

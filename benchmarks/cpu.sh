@@ -8,7 +8,6 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 # as in the Makefile
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
 out=benchmarks/results
 run() {
