@@ -38,15 +38,20 @@ bench: $(VENV)/.ready-tests
 	$(RUN) -m benchmarks.train_step $(ARGS)
 
 # torch is pinned for this CPU set-up alone; a machine with its own torch (CUDA) uses `pip install .` instead.
-$(VENV)/.ready: $(BUILD_INPUTS)
+define install
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '$(1)'
+endef
+
+$(VENV)/.ready: $(BUILD_INPUTS)
+	$(call install,.)
 	touch $@
 
-$(VENV)/.ready-tests: $(VENV)/.ready
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
-	touch $@
+# All of the above and the tests' packages at once, so that the C++ is built once.
+$(VENV)/.ready-tests: $(BUILD_INPUTS)
+	$(call install,.[test])
+	touch $(VENV)/.ready $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/_cpu*
