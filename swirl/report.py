@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from swirl.app import command
 from swirl.app.report_page import write_report
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    run: Path = Path("run")
+    run: Positional[Path] = Path("run")
     """The run's folder, holding summary.json and metrics.jsonl; report.html is written into it."""
 
 

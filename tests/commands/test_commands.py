@@ -302,7 +302,7 @@ def test_an_earlier_run_is_set_aside_whole(trajectories, tiny_folder, tmp_path):
     first = (tmp_path / "run" / "summary.json").read_text()
     done = command("train", *flags, "--config", tmp_path / "run" / "config.json", cwd=tmp_path, check=0)
     assert "set aside" in done.stderr and (tmp_path / "run.1" / "summary.json").read_text() == first
-    command("report", "--run", "run.1", cwd=tmp_path, check=0)
+    command("report", "run.1", cwd=tmp_path, check=0)
 
 
 def test_a_reward_that_is_none_is_refused_before_the_run(trajectories, tiny_folder, tmp_path):
