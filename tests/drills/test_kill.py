@@ -1,4 +1,4 @@
-"""`kill -9` at random moments, in miniature: real commands, real signals. The whole: `python -m tests.drills.kill_drill`."""
+"""`kill -9` at random moments, in miniature: real commands, real signals; `tests.drills.kill_drill` is the whole."""
 
 from __future__ import annotations
 
