@@ -80,18 +80,23 @@ class Workshop:
     def pool(self, base: Base, family: str, num_questions: int) -> list[Trajectory]:
         """The base's trajectories of the first training questions, five each."""
         file = self.cache / "pools" / base.name / f"{family}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with quietly():
-            generate.main(
-                generate.GenerateConfig(
-                    out=file,
-                    samples=SAMPLES,
-                    asked=TaskFlags(task=(family,), num_questions=num_questions),
-                    actor=PolicyFlags(policy=self.base(base)),
-                )
-            )
         asked = {question.id for question in almanac.questions(family, "train", num_questions)}
-        return sorted((t for t in read_trajectories(file) if t.question.id in asked), key=lambda t: t.id)
+
+        def made() -> list[Trajectory]:
+            return [t for t in read_trajectories(file) if t.question.id in asked] if file.exists() else []
+
+        if len(made()) < SAMPLES * num_questions:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with quietly():
+                generate.main(
+                    generate.GenerateConfig(
+                        out=file,
+                        samples=SAMPLES,
+                        asked=TaskFlags(task=(family,), num_questions=num_questions),
+                        actor=PolicyFlags(policy=self.base(base)),
+                    )
+                )
+        return sorted(made(), key=lambda t: t.id)
 
     def data(self, run: Run) -> list[Trajectory]:
         """What the run trains on: of the pools of its families, what its filter keeps by its judge."""
@@ -276,7 +281,9 @@ def main(arguments: list[str] | None = None) -> None:
     if given.list:
         print(paper_evidence.status(done))
     elif given.write:
-        EVIDENCE.write_text(paper_evidence.document(done, cells_file.read_text()))
+        EVIDENCE.write_text(
+            paper_evidence.document(done, cells_file.read_text() if cells_file.exists() else "Not run.")
+        )
     else:
         if "cells" in given.blocks or not given.blocks:
             table = cells(workshop, BASES[:1], 6) if given.smoke else cells(workshop)
@@ -287,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs = [run for run in runs if run.method in ("base", *MODES)]
         runs = paper_blocks.smoke(runs) if given.smoke else runs
         first, every = given.shard
-        _run_all([run for run in runs if run.key not in done][first::every], workshop, given.out)
+        _run_all([run for run in runs[first::every] if run.key not in done], workshop, given.out)
 
 
 def _shard(text: str) -> tuple[int, int]:
