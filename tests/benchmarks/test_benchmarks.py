@@ -226,6 +226,7 @@ def test_density_is_what_it_says():
     assert abs(workloads.live_pairs(workload.position_ids) / (workload.num_tokens**2 / 2) - 0.39) < 0.005
 
 
+@pytest.mark.slow
 def test_the_gpu_script_goes_as_far_as_a_cpu_can(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
     command = ["bash", "benchmarks/gpu.sh", "--dry-run", "tests", "kernels", "update", "tune"]
@@ -344,6 +345,7 @@ def test_the_gpu_script_says_what_it_lacks():
     assert run.returncode == 1 and "CUDA" in run.stderr
 
 
+@pytest.mark.slow
 def test_sampling(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     sampling.main(["--tiny", "--shapes", "base", "--threads", "1", "--seconds", "0", "--json", "--out", str(out)])

@@ -24,6 +24,8 @@ from benchmarks.experiments import hopper_forward
 from swirl.kernels.schedule import build  # noqa: E402
 from swirl.kernels.tree_attention import tree_attention_reference, tree_mask  # noqa: E402
 
+pytestmark = pytest.mark.slow  # an experiment outside of the product
+
 KERNEL = ("_weights", "_start_dots", "_start_values", "_consume", "_produce", "_hopper_forward_kernel")
 
 

@@ -28,9 +28,13 @@ from tests.kernels.decoding import decode_case
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
+QUICK = "rms_norm or geglu or layers_share or repeats_bitwise"
+
+
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
-def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "python_functions=case_*", __file__]
+@pytest.mark.parametrize("cases", [QUICK, pytest.param("case", marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_under_the_interpreter(cases):
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "python_functions=case_*", "-k", cases, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

@@ -241,8 +241,26 @@ def results(case, architecture, monkeypatch):
             yield kernel.fn.__name__, registers, stack, result.metadata.shared, result.asm["ptx"]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("case", CASES)
+# One kernel of each kind for one chip; the whole matrix is `make test-all`'s.
+QUICK = {
+    "attention-256-bf16",
+    "attention-256-capless-512-bf16",
+    "head-bf16",
+    "head-norms-1x256-bf16",
+    "pointwise-2304-bf16",
+}
+MATRIX = [
+    pytest.param(case, architecture, marks=[] if case in QUICK and architecture == 90 else pytest.mark.slow)
+    for case in CASES
+    for architecture in ARCHITECTURES
+]
+
+
+def test_the_quick_cases_are_cases():
+    assert set(CASES) >= QUICK
+
+
+@pytest.mark.parametrize(("case", "architecture"), MATRIX)
 def test_compiles_fits_and_does_not_spill(case, architecture, monkeypatch):
     dtype = case.rpartition("-")[2]
     found = list(results(case, architecture, monkeypatch))
