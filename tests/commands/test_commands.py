@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from swirl.app import progress
 from swirl.app import resolve as opening
 from swirl.errors import ConfigError
+from swirl.storage.digest import unseal
 from swirl.trajectories.actions import Call
 from swirl.trajectories.log import iter_trajectories, read_trajectories
 from swirl.trajectories.record import encode_trajectory
@@ -173,8 +174,11 @@ def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_fo
     lines = trajectories.read_bytes().splitlines(keepends=True)
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(lines[0] + lines[1].replace(b'"steps"', b'"stairs"'))
-    assert "bad.jsonl:2" in one_line(command("filter", "--data", bad, cwd=tmp_path))
-    assert "bad.jsonl:2" in one_line(command("train", "--data", bad, "--model", tiny_folder, cwd=tmp_path))
+    assert "bad.jsonl:2: does not match its digest" in one_line(command("filter", "--data", bad, cwd=tmp_path))
+    bad.write_bytes(lines[0] + unseal(lines[1]).replace(b'"steps"', b'"stairs"'))  # as one edits it
+    named = "bad.jsonl:2: Object missing required field `steps`"
+    assert named in one_line(command("filter", "--data", bad, cwd=tmp_path))
+    assert named in one_line(command("train", "--data", bad, "--model", tiny_folder, cwd=tmp_path))
     assert "no such file" in one_line(command("filter", "--data", "absent.jsonl", cwd=tmp_path))
     (tmp_path / "empty.jsonl").touch()
     assert "at least one" in one_line(command("train", "--data", "empty.jsonl", "--model", tiny_folder, cwd=tmp_path))
