@@ -36,8 +36,6 @@ from benchmarks.tables import grid, read
 from swirl import generate, tasks, train
 from swirl.app import resolve
 from swirl.app.evaluation import answer, evaluation_steps
-from swirl.app.flags import PolicyFlags
-from swirl.app.resolve_tasks import TaskFlags
 from swirl.app.scores import good_step_share
 from swirl.config import TrainConfig
 from swirl.judging.filtering import step_to_judge, why_dropped
@@ -92,8 +90,9 @@ class Workshop:
                     generate.GenerateConfig(
                         out=file,
                         samples=SAMPLES,
-                        asked=TaskFlags(task=(family,), num_questions=num_questions),
-                        actor=PolicyFlags(policy=self.base(base)),
+                        task=(family,),
+                        num_questions=num_questions,
+                        policy=self.base(base),
                     )
                 )
         return sorted(made(), key=lambda t: t.id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -18,16 +18,28 @@ Mode = Annotated[
 ON_POLICY = ("sampled", "outcome-rl")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    out: Path = Path("run")
-    """The run's folder. One that is already there is set aside as run.1, run.2, ..., never overwritten."""
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """The run: who is trained, and where everything goes. Defaults are ours; the paper trains Gemma 2 27B."""
+
     model: str = "almanac"
     """`almanac` (the 1M-parameter base policy that ships with swirl) or a Hugging Face folder of a Gemma."""
+    out: Path = Path("run")
+    """The run's folder. One that is already there is set aside as run.1, run.2, ..., never overwritten."""
+    seed: int = 0
+    """Of all draws, and of the order of the data."""
+    smoke: bool = False
+    """Shrink everything: the whole way in under 40 s on two cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveFlags:
+    """What is learned from, and who rewards it. The formula, and a reward for every step, are the paper's; defaults are
+    ours.
+    """
+
     data: Path | None = None
     """Trajectories to train on, JSONL; default: generate them with the model on --task and filter them."""
-    packed: bool = True
-    """All sub-trajectories of a micro-batch as one packed tree; --no-packed runs each alone (the baseline)."""
     mode: Mode = "auto"
     """What is learned from (docs/objective.md). sampled: actions drawn from the current policy at each recorded state,
     each with its own reward (the paper's formula). recorded: the actions in the data, weighted by their rewards.
@@ -43,11 +55,24 @@ class TrainConfig:
     """File of another template for a reward model: text with {question}, {context} and {action}."""
     votes: int = 4
     """Draws that a reward is the mean of, where the model gives no log-probs to take the expected score from."""
-    updates: int = 60
-    """Optimizer calls. Ours."""
-    seed: int = 0
-    smoke: bool = False
-    """Shrink everything: the whole way in under 40 s on two cores."""
+    baseline: Literal["auto", "none", "mean", "leave_one_out"] = "auto"
+    """Subtracted from the reward: mean of the update, or of the other draws. auto: leave_one_out where actions are
+    drawn, none where they are recorded."""
+    temperature: float = 1.0
+    """Of the actions that an update draws, and of the distribution that is trained."""
+    clip: float = 0.2
+    """PPO's clip of the ratio to the policy that drew the actions, or to the proximal policy."""
+    proximal_every: int = 0
+    """Correct recorded actions for the policy that drew them (decoupled PPO): weigh them against a proximal policy, a
+    copy of the policy refreshed every so many updates, to which the clip holds it. The data must carry log-probs.
+    0: no correction, no ratio."""
+    kl_coefficient: float = 0.0
+    """Beta of the KL to the reference policy (the model before training), per action token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFlags:
+    """What is asked, and which tools are on offer. Defaults are ours, but where the paper is named."""
 
     task: tuple[str, ...] = ()
     """What to generate trajectories on: Almanac families (bridge, deep, counterfactual, mixed, arithmetic) or data sets
@@ -55,26 +80,12 @@ class TrainConfig:
     questions: Path | None = None
     """File of the data set's questions to train on; Almanac needs none."""
     num_questions: int = 600
-    """Questions to train on, per task. Ours; the paper takes 10,000."""
-    samples: int = 5
-    """Trajectories per question (the paper's 5)."""
-    generate_temperature: float = 1.0
-    """Ours."""
-    filter: Literal["none", "process", "outcome", "both"] = "process"
-    """Which generated trajectories to keep (the paper's best: process)."""
-    judge: str = "auto"
-    """Who says which steps are GOOD, for --filter process or both: the URL of a server's model, a checkpoint folder, or
-    one of Almanac's own (rule, lenient, noisy:0.2). auto: rule on Almanac. Evaluation never asks it."""
-    judge_prompt: Path | None = None
-    """File of another template for that model: text with {question}, {context} and {action}."""
+    """Questions to train on, per task; the paper takes 10,000."""
     without_easy: bool = False
     """Leave out HotPotQA's easy questions, as the paper does to train."""
     tool: tuple[str, ...] = ()
     """Tools on offer in place of the tasks' own: search, calculator, module:object, file.py:object,
     mcp+http://host/mcp, mcp+stdio:COMMAND."""
-    malformed: Literal["end", "continue"] = "end"
-    """What an action that is neither a call nor an answer does to a trajectory: end it (ours), or count as a thought,
-    after which the model is asked again (as the paper's pseudo-code does)."""
     corpus: Path | None = None
     """Pages to search: JSONL of {title, text}, or a folder of its index; default: those of the questions' own files."""
     retriever: str = "bm25"
@@ -82,6 +93,37 @@ class TrainConfig:
     file; or http://host:port/retrieve, a server of Search-R1's form with pages of its own."""
     top_k: int = 1
     """Pages returned for a query (the paper's 1)."""
+    malformed: Literal["end", "continue"] = "end"
+    """What an action that is neither a call nor an answer does to a trajectory: end it (ours), or count as a thought,
+    after which the model is asked again (as the paper's pseudo-code does)."""
+    max_new_tokens: int = 48
+    """Tokens in an action at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags:
+    """How the model's own trajectories are made and filtered; of no use beside --data. Defaults are ours, but where the
+    paper is named.
+    """
+
+    samples: int = 5
+    """Trajectories per question (the paper's 5)."""
+    generate_temperature: float = 1.0
+    """Sampling temperature of those trajectories."""
+    filter: Literal["none", "process", "outcome", "both"] = "process"
+    """Which generated trajectories to keep (the paper's best: process)."""
+    judge: str = "auto"
+    """Who says which steps are GOOD, for --filter process or both: the URL of a server's model, a checkpoint folder, or
+    one of Almanac's own (rule, lenient, noisy:0.2). auto: rule on Almanac. Evaluation never asks it."""
+    judge_prompt: Path | None = None
+    """File of another template for that model: text with {question}, {context} and {action}."""
+    in_flight: int = 1024
+    """Trajectories in flight at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags:
+    """What it is measured on, before and after. Defaults are ours."""
 
     evaluate_on: tuple[str, ...] = ("auto",)
     """Tasks to evaluate on before and after; with no value: none. auto: the first five Almanac families where trained
@@ -94,42 +136,56 @@ class TrainConfig:
     """Also evaluate every so many updates, on --task's validation split, into validation.jsonl; 0: not at all. The
     figures before and after are those of the test split, which nothing else reads."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateFlags:
+    """The updates: how much goes into one, and AdamW. The paper reports none of it; defaults are ours."""
+
+    updates: int = 60
+    """Optimizer calls."""
     trajectories_per_update: int = 24
-    """Ours. Each gives as many states as it has steps."""
+    """Each gives as many states as it has steps."""
     samples_per_state: int = 4
-    """Actions drawn at each state; in outcome-rl, trajectories of each question. Ours."""
-    temperature: float = 1.0
-    """Of those draws, and of the distribution that is trained. Ours."""
-    max_new_tokens: int = 48
-    """Tokens in an action at most."""
-    baseline: Literal["auto", "none", "mean", "leave_one_out"] = "auto"
-    """Subtracted from the reward: mean of the update, or of the other draws. auto: leave_one_out where actions are
-    drawn, none where they are recorded. Ours."""
+    """Actions drawn at each state; in outcome-rl, trajectories of each question."""
     learning_rate: float = 1e-4
-    """Ours, as are warm-up, decay and clipping below. Three times as much learns no better and forgets far more."""
+    """The peak. Three times as much learns no better and forgets far more."""
     warmup: int = 5
+    """Updates in which the learning rate rises to its peak."""
     final_learning_rate: float = 0.1
     """As a share of the peak, reached linearly."""
     weight_decay: float = 0.0
+    """AdamW's."""
     max_grad_norm: float = 1.0
-    clip: float = 0.2
-    """PPO's clip of the ratio to the policy that drew the actions, or to the proximal policy. Ours."""
-    proximal_every: int = 0
-    """Correct recorded actions for the policy that drew them (decoupled PPO): weigh them against a proximal policy, a
-    copy of the policy refreshed every so many updates, to which the clip holds it. The data must carry log-probs.
-    0: no correction, no ratio."""
-    kl_coefficient: float = 0.0
-    """Beta of the KL to the reference policy (the model before training), per action token. Ours."""
+    """A longer gradient is clipped to this length."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeFlags:
+    """Where and how it is computed: it changes what is learned by rounding alone. Defaults are ours."""
+
+    device: str = "auto"
+    """auto, cpu, or cuda (under torchrun each rank's own). A checkpoint that judges runs there too."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 computes in bfloat16 and steps on float32 copies of the weights. auto: bfloat16 on CUDA, float32 on
+    CPUs."""
+    packed: bool = True
+    """All sub-trajectories of a micro-batch as one packed tree; --no-packed runs each alone (the baseline)."""
     tokens_per_micro_batch: int = 8192
     """Packed tokens in one backward pass at most."""
     attention: Literal["tree", "flash", "xformers"] = "tree"
     """Who computes attention in an update: tree (swirl's own), or flash-attn or xformers (extras `flash`, `xformers`),
     on CUDA in bfloat16, for chains alone: recorded actions, nothing shared between trajectories. xformers has no
     softcap, so no Gemma 2 as published. Never chosen by itself: nothing is measured that would choose."""
-    recompute: bool = False
-    """Activation checkpointing: activations are computed again in the backward pass, for less memory and about a third
-    more time."""
+    activation_checkpointing: bool = False
+    """Activations are computed again in the backward pass, for less memory and about a third more time."""
+    rank_timeout_s: float = 600.0
+    """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFlags:
+    """How a run is saved, and goes on. Defaults are ours."""
+
     resume: str | None = None
     """`auto`: go on from the last whole checkpoint in --out, or start where there is none. A checkpoint's folder: from
     that one. Without it an earlier run in --out is set aside. Settings that decide the weights must be the same."""
@@ -139,15 +195,23 @@ class TrainConfig:
     """And after every so many updates; 0: never. Whatever stops a run, its last update is saved."""
     keep: int = 2
     """Checkpoints to keep, the last ones."""
-    rank_timeout_s: float = 600.0
-    """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
-    device: str = "auto"
-    """auto, cpu, or cuda (under torchrun each rank's own). A checkpoint that judges runs there too."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16 computes in bfloat16 and steps on float32 copies of the weights. auto: bfloat16 on CUDA, float32 on
-    CPUs."""
-    in_flight: int = 1024
-    """Trajectories in flight at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    RunFlags,
+    ObjectiveFlags,
+    TaskFlags,
+    GenerateFlags,
+    EvaluateFlags,
+    UpdateFlags,
+    ComputeFlags,
+    CheckpointFlags,
+):
+    """All flags of `train`, in the groups that it inherits."""
+
+    RENAMED: ClassVar = {"recompute": "activation_checkpointing"}
+
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from tyro.conf import OmitArgPrefixes
 
 from swirl import tasks
 from swirl.app import command
@@ -50,8 +49,10 @@ class JudgeFlags:
     """File of another template for that model: text with {question}, {answer} and {prediction}."""
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """How often each question is answered, and what is kept."""
+
     out: Path | None = None
     """Where to write the trajectories, JSONL."""
     samples: int = 1
@@ -61,16 +62,22 @@ class EvaluateConfig:
     cache: Path | None = None
     """File that keeps the answers of servers, so that none is paid for twice; default: <out>.answers.sqlite. Without
     --out none is kept. Give each checkpoint that is served under one name its own."""
-    asked: OmitArgPrefixes[TaskFlags] = TaskFlags(task=tasks.FIRST_EDITION, num_questions=200)
-    actor: OmitArgPrefixes[PolicyFlags] = PolicyFlags(temperature=0.0)
-    judges: OmitArgPrefixes[JudgeFlags] = JudgeFlags()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(OutputFlags, TaskFlags, PolicyFlags, JudgeFlags):
+    """All flags of `evaluate`, in the groups that it inherits, some with another default."""
+
+    task: tuple[str, ...] = tasks.FIRST_EDITION
+    num_questions: int | None = 200
+    temperature: float = 0.0
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
         command.require_at_least(1, self, "samples")
-        self.asked.check()
-        self.actor.check()
-        if self.samples > 1 and self.actor.temperature == 0:
+        self.check_task()
+        self.check_policy()
+        if self.samples > 1 and self.temperature == 0:
             raise ConfigError(f"--samples {self.samples}: all the same at --temperature 0, expected more than 0")
 
 
@@ -82,15 +89,14 @@ async def _evaluate(config: EvaluateConfig) -> list[tuple[Task, list[Trajectory 
     made = []
     async with Client(cache) as client:
         opened = [
-            _with_questions(config, task)
-            for task in await open_tasks(config.asked, client=client, limits=config.endpoint)
+            _with_questions(config, task) for task in await open_tasks(config, client=client, limits=config.endpoint)
         ]
         judges = [_judges(config, task, client) for task, _ in opened]
-        policy, tokenizer = config.actor.open(client, config.endpoint)
+        policy, tokenizer = config.open_policy(client, config.endpoint)
         total = sum(len(questions) for _, questions in opened) * config.samples
         with progress("evaluate", total, note=client.progress.note) as advance:
             for (task, questions), of_task in zip(opened, judges, strict=True):
-                spec = config.actor.spec(task, policy, tokenizer, max_steps=evaluation_steps(task))
+                spec = config.spec(task, policy, tokenizer, max_steps=evaluation_steps(task))
                 answers = await answer(questions, spec, samples=config.samples, **of_task, advance=advance)
                 made.append((task, answers))
     if client.progress.cached:
@@ -112,7 +118,7 @@ def _with_questions(config: EvaluateConfig, task: Task) -> tuple[Task, list[Ques
     """The task, with or without its tools, and what it is asked. Raises ConfigError where there is nothing to score
     against.
     """
-    questions = task.take(config.asked.split or "test", config.asked.num_questions)
+    questions = task.take(config.split or "test", config.num_questions)
     if any(question.answer is None for question in questions):
         raise ConfigError(f"task '{task.name}' has questions without golden answers: nothing to score against")
     return task if config.tools else task.without_tools(), questions
@@ -120,19 +126,18 @@ def _with_questions(config: EvaluateConfig, task: Task) -> tuple[Task, list[Ques
 
 def _judges(config: EvaluateConfig, task: Task, client: Client) -> dict:
     """The judges of a task's steps and answers. Raises ConfigError where one knows no such task."""
-    flags = config.judges
-    how = {"client": client, "limits": config.endpoint, "device": config.actor.device, "dtype": config.actor.dtype}
-    judge, outcome_judge = flags.judge, None
+    how = {"client": client, "limits": config.endpoint, "device": config.device, "dtype": config.dtype}
+    judge, outcome_judge = config.judge, None
     if judge == "auto":
         judge = "rule" if config.tools and task.name in tasks.ALMANAC_FAMILIES else "none"
     if judge == "none":
         judge = None
     else:
         require_judge_knows(judge, task.name)
-        judge = open_judge(judge, prompt=flags.judge_prompt, **how)
-    if flags.outcome_judge is not None:
-        named = {"flag": "--outcome-judge", "kind": "outcome", "prompt": flags.outcome_judge_prompt}
-        outcome_judge = open_judge(flags.outcome_judge, **named, **how)
+        judge = open_judge(judge, prompt=config.judge_prompt, **how)
+    if config.outcome_judge is not None:
+        named = {"flag": "--outcome-judge", "kind": "outcome", "prompt": config.outcome_judge_prompt}
+        outcome_judge = open_judge(config.outcome_judge, **named, **how)
     return {"judge": judge, "outcome_judge": outcome_judge}
 
 
@@ -150,7 +155,7 @@ def main(config: EvaluateConfig) -> None:
             answered = (t for _, of_task in made for t in of_task if isinstance(t, Trajectory))
             write_trajectories(config.out, answered)
     finally:  # a disk that is full costs the trajectories, not the scores
-        judged = config.judges.outcome_judge is not None
+        judged = config.outcome_judge is not None
         _show([score_trajectories(task, of_task, answers_judged=judged) for task, of_task in made])
 
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -43,8 +44,10 @@ class _Decided(msgspec.Struct):
     judged: Judged | None = None
 
 
-@dataclass(frozen=True)
-class FilterConfig:
+@dataclass(frozen=True, kw_only=True)
+class FileFlags:
+    """What is judged, and where it goes."""
+
     data: Path = Path("trajectories.jsonl")
     """Trajectories to judge, JSONL."""
     kept: Path = Path("kept.jsonl")
@@ -52,8 +55,16 @@ class FilterConfig:
     dropped: Path = Path("dropped.jsonl")
     """Where the others go, each with the reason in `dropped`. Both files are appended to, and resumed by the same
     command."""
+    cache: Path | None = None
+    """File that keeps the answers of servers, so that none is asked for twice; default: <kept>.answers.sqlite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeFlags:
+    """What has to hold for a trajectory to be kept, and who says so. Defaults are ours, but for the mode."""
+
     mode: Mode = "process"
-    """none, process (every step GOOD), outcome (the final answer correct), or both."""
+    """none, process (every step GOOD; the paper's best), outcome (the final answer correct), or both."""
     judge: str = "rule"
     """Who says which steps are GOOD: the URL of a server's model, a checkpoint folder, or one of Almanac's own: `rule`
     (the oracle), `lenient` (anything grounded is GOOD), `noisy:0.2` (the oracle, wrong about that share of steps)."""
@@ -72,8 +83,16 @@ class FilterConfig:
     """Draws that a reward is the mean of, where the model gives no log-probs to take the expected score from."""
     in_flight: int = 256
     """Trajectories being judged at a time."""
-    cache: Path | None = None
-    """File that keeps the answers of servers, so that none is asked for twice; default: <kept>.answers.sqlite."""
+    device: str = "auto"
+    """Where a checkpoint that judges runs: auto, cpu or cuda."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What it computes in; auto: bfloat16 on cuda, else float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig(FileFlags, JudgeFlags):
+    """All flags of `filter`, in the groups that it inherits."""
+
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
@@ -81,7 +100,7 @@ class FilterConfig:
 
 
 # No verdict depends on these; templates are compared by content, in the names of the judges.
-_MAY_CHANGE = ("data", "kept", "dropped", "in_flight", "cache", "endpoint")
+_MAY_CHANGE = ("data", "kept", "dropped", "in_flight", "device", "cache", "endpoint")
 _MAY_CHANGE += ("judge_prompt", "outcome_judge_prompt", "reward_judge_prompt")
 
 
@@ -118,16 +137,17 @@ def _begun_again(config: FilterConfig, judges: Judges) -> TrajectoryLog:
 
 
 def _open_judges(config: FilterConfig, client: Client) -> Judges:
-    def opened(spec: str | None, kind: Kind, prompt: Path | None):
+    how = {"votes": config.votes, "device": config.device, "dtype": config.dtype}
+
+    def opened(flag: str, kind: Kind):
+        spec, prompt = getattr(config, flag), getattr(config, f"{flag}_prompt")
         if spec is None:
             return None
-        return open_judge(spec, kind=kind, prompt=prompt, votes=config.votes, client=client, limits=config.endpoint)
+        named = "--" + flag.replace("_", "-")
+        return open_judge(spec, kind=kind, prompt=prompt, client=client, limits=config.endpoint, flag=named, **how)
 
     return Judges(
-        opened(config.judge, "process", config.judge_prompt),
-        is_correct,
-        opened(config.outcome_judge, "outcome", config.outcome_judge_prompt),
-        opened(config.reward_judge, "reward", config.reward_judge_prompt),
+        opened("judge", "process"), is_correct, opened("outcome_judge", "outcome"), opened("reward_judge", "reward")
     )
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from tyro.conf import OmitArgPrefixes
 
 from swirl.app import command
 from swirl.app.evaluation import generation_steps
@@ -32,22 +31,28 @@ from swirl.trajectories.log import TrajectoryLog
 from swirl.trajectories.record import Question
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """How much is made, and where it goes."""
+
     out: Path = Path("trajectories.jsonl")
     """The JSONL file to append to."""
     samples: int = 5
     """Trajectories per question (the paper's 5)."""
     cache: Path | None = None
     """File that keeps the answers of servers, so that none is paid for twice; default: <out>.answers.sqlite."""
-    asked: OmitArgPrefixes[TaskFlags] = TaskFlags()
-    actor: OmitArgPrefixes[PolicyFlags] = PolicyFlags()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(OutputFlags, TaskFlags, PolicyFlags):
+    """All flags of `generate`, in the groups that it inherits."""
+
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
         command.require_at_least(1, self, "samples")
-        self.asked.check()
-        self.actor.check()
+        self.check_task()
+        self.check_policy()
 
 
 # No line depends on these, but by rounding where a checkpoint runs here.
@@ -56,9 +61,9 @@ _MAY_CHANGE = ("out", "num_questions", "in_flight", "device", "cache", "endpoint
 
 async def _generate(config: GenerateConfig) -> dict:
     async with Client(config.cache or answers_beside(config.out)) as client:
-        opened = await open_tasks(config.asked, client=client, limits=config.endpoint)
-        asked_of = [(task, task.take(config.asked.split or "train", config.asked.num_questions)) for task in opened]
-        policy, tokenizer = config.actor.open(client, config.endpoint)
+        opened = await open_tasks(config, client=client, limits=config.endpoint)
+        asked_of = [(task, task.take(config.split or "train", config.num_questions)) for task in opened]
+        policy, tokenizer = config.open_policy(client, config.endpoint)
         with TrajectoryLog(config.out) as log:
             known_as = _known_as(config, tokenizer)
             command.refuse_other_settings(config, [config.out], may_change=_MAY_CHANGE, known_as=known_as)
@@ -69,7 +74,7 @@ async def _generate(config: GenerateConfig) -> dict:
             completed = total - sum(map(len, done))
             with progress("generate", total, completed=completed, note=client.progress.note) as advance:
                 for (task, _), asked in zip(asked_of, done, strict=True):
-                    spec = config.actor.spec(task, policy, tokenizer, max_steps=generation_steps(task))
+                    spec = config.spec(task, policy, tokenizer, max_steps=generation_steps(task))
                     async for made in rollouts(asked, spec):
                         if isinstance(made, Unanswered):
                             unanswered.append(made)
@@ -109,13 +114,12 @@ def _known_as(config: GenerateConfig, tokenizer) -> dict[str, str]:
     """What the lines depend on beyond its name: a checkpoint's weights, a server's tokenizer, somebody's own code."""
     known = {
         name: " ".join(name_of(spec, f"--{name}") if is_reference(spec) else spec for spec in specs)
-        for name, specs in (("task", config.asked.task), ("tool", config.asked.tool))
+        for name, specs in (("task", config.task), ("tool", config.tool))
     }
-    known["split"] = config.asked.split or "train"
-    actor = config.actor
-    if not is_url(actor.policy):
-        return known | {"policy": f"{actor.policy} ({checkpoint_digest(model_folder(actor.policy))})"}
-    return known | ({"tokenizer": f"{actor.tokenizer} ({tokenizer.fingerprint})"} if actor.tokenizer else {})
+    known["split"] = config.split or "train"
+    if not is_url(config.policy):
+        return known | {"policy": f"{config.policy} ({checkpoint_digest(model_folder(config.policy))})"}
+    return known | ({"tokenizer": f"{config.tokenizer} ({tokenizer.fingerprint})"} if config.tokenizer else {})
 
 
 def main(config: GenerateConfig) -> None:

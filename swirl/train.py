@@ -172,7 +172,7 @@ def train(config: TrainConfig) -> dict | None:
         model, tokenizer = resolve.load_model(
             config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention
         )
-        model.recompute = config.recompute
+        model.activation_checkpointing = config.activation_checkpointing
         if data is not None:
             data = training_data.fitted(data, model.config, tokenizer, config.data)
             training_data.require_rewards(data, config)

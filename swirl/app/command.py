@@ -1,8 +1,8 @@
 """What the commands share: flags from a frozen dataclass, results on stdout, one line and an exit code for errors.
 
 Exit codes: 0 done, 1 a known error of data or servers, 2 wrong usage, found early or late, 130 interrupted; an error is
-one line on stderr. Flags come in groups: fields of a config that are dataclasses marked OmitArgPrefixes, whose keys
-stand in a config file like all others.
+one line on stderr. Flags come in groups: the frozen dataclasses that a config inherits, each with a sentence, while
+their names and the keys of a config file stay flat. Own fields of such a config are dataclasses: flags with a prefix.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
@@ -26,47 +26,21 @@ Config = TypeVar("Config")
 
 def config_from_json(path: str, kind: type[Config]) -> Config:
     """A config dataclass from a JSON object; absent keys keep their defaults. Raises ConfigError naming the key."""
-    values = read_object(path)
-    groups = _groups(kind)
-    known = flat(kind())
+    renamed = getattr(kind, "RENAMED", {})
+    values = {renamed.get(key, key): value for key, value in read_object(path).items()}
+    known = asdict(kind())
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"{path}: key '{key}' is unknown: expected one of {', '.join(sorted(known))}")
         if isinstance(known[key], dict) and isinstance(value, dict) and not value.keys() <= known[key].keys():
             unknown, expected = min(value.keys() - known[key].keys()), ", ".join(sorted(known[key]))
             raise ConfigError(f"{path}: key '{key}.{unknown}' is unknown: expected one of {expected}")
-    for group, group_kind in groups.items():  # an absent key has the default of this command, not of the group
-        default = getattr(kind(), group)
-        values[group] = {
-            field.name: values.pop(field.name, getattr(default, field.name)) for field in fields(group_kind)
-        }
     try:
         return msgspec.convert(values, kind, strict=True, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$.")
-        where = where.rstrip("`")
-        for group in groups:
-            where = where.removeprefix(f"{group}.")
-        key = f"key '{where}': " if where else ""  # a config's own check names its flag
+        key = f"key '{where.rstrip('`')}': " if where else ""  # a config's own check names its flag
         raise ConfigError(f"{path}: {key}{message}") from None
-
-
-def _groups(kind: type) -> dict[str, type]:
-    """The fields of a config that group flags without giving them a prefix."""
-    from tyro.conf import OmitArgPrefixes
-
-    hints = get_type_hints(kind, include_extras=True)
-    return {
-        name: hint.__origin__ for name, hint in hints.items() if OmitArgPrefixes in getattr(hint, "__metadata__", ())
-    }
-
-
-def flat(config: object) -> dict:
-    """A config's values by flag, those of its groups among the others."""
-    groups, values = _groups(type(config)), {}
-    for name, value in asdict(config).items():
-        values |= value if name in groups else {name: value}
-    return values
 
 
 def read_object(path: str | os.PathLike) -> dict:
@@ -87,7 +61,7 @@ def read_object(path: str | os.PathLike) -> dict:
 
 def config_to_json(config: object) -> bytes:
     """Indented, with a digest, as `config_from_json` reads it."""
-    return seal(msgspec.json.format(msgspec.json.encode(flat(config), enc_hook=os.fspath), indent=2) + b"\n")
+    return seal(msgspec.json.format(msgspec.json.encode(asdict(config), enc_hook=os.fspath), indent=2) + b"\n")
 
 
 def refuse_other_settings(
@@ -98,7 +72,7 @@ def refuse_other_settings(
     Call it with the outputs' logs open: their locks keep a second command from replacing the settings of one at work.
     `known_as` says more than a flag does: which weights lie in a folder, which template in a file.
     """
-    settings = {name: str(value) for name, value in flat(config).items() if name not in may_change}
+    settings = {name: str(value) for name, value in asdict(config).items() if name not in may_change}
     settings |= known_as
     beside = outputs[0].with_name(outputs[0].name + ".settings.json")
     if beside.exists() and beside.stat().st_size and any(out.exists() and out.stat().st_size for out in outputs):
@@ -128,14 +102,47 @@ def parse(kind: type[Config], description: str, argv: list[str] | None = None) -
     import tyro
 
     argv, default = _take_config_file(list(sys.argv[1:] if argv is None else argv), kind)
-    # A config checks itself when it is made, and tyro boxes what it says: so tyro makes one without checks.
-    names = [field.name for field in fields(kind)]
-    unchecked = dataclass(frozen=True)(type(kind.__name__, (kind,), {"__post_init__": lambda self: None}))
     description += "\n\nAlso: --config FILE takes defaults from a JSON file, such as the config.json of a run."
     program = sys.argv[0] if sys.argv[0].startswith("swirl ") else f"python -m swirl.{Path(sys.argv[0]).stem}"
-    default = unchecked(**{name: getattr(default, name) for name in names})
-    made = tyro.cli(unchecked, prog=program, args=argv, default=default, description=description)
-    return kind(**{name: getattr(made, name) for name in names})
+    shown = _in_groups(default)
+    made = tyro.cli(type(shown), prog=program, args=argv, default=shown, description=description)
+    groups = {_name(group) for group in _groups(kind)}
+    values = {name: value for name, value in vars(made).items() if name not in groups}
+    for group in groups:
+        values |= vars(getattr(made, group))
+    return kind(**values)
+
+
+def _groups(kind: type) -> list[type]:
+    """The dataclasses that a config inherits, and their flags with them."""
+    return [group for group in kind.__mro__[1:] if is_dataclass(group)]
+
+
+def _name(group: type) -> str:
+    """What a group is called in the help: TaskFlags is `task`."""
+    return group.__name__.removesuffix("Flags").lower()
+
+
+def _in_groups(config: object) -> object:
+    """The config's values as tyro shows them, each group that it inherits as a field. No check runs in it: a config
+    checks itself when it is made, and tyro boxes what it says.
+    """
+    from tyro.conf import OmitArgPrefixes
+
+    kind, groups = type(config), _groups(type(config))
+    if not groups:
+        unchecked = dataclass(frozen=True)(type(kind.__name__, (kind,), {"__post_init__": lambda self: None}))
+        return unchecked(**vars(config))
+    members = []
+    for group in groups:
+        values = {member.name: getattr(config, member.name) for member in fields(group)}
+        members.append((_name(group), OmitArgPrefixes[group], field(default=group(**values))))
+    inherited = {member.name for group in groups for member in fields(group)}
+    for member in fields(kind):
+        if member.name not in inherited:
+            kind_of = get_type_hints(kind, include_extras=True)[member.name]
+            members.append((member.name, kind_of, field(default=getattr(config, member.name))))
+    return make_dataclass(kind.__name__, members, frozen=True)()
 
 
 def _take_config_file(argv: list[str], kind: type[Config]) -> tuple[list[str], Config]:

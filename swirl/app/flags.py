@@ -42,12 +42,12 @@ class PolicyFlags:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in; auto: bfloat16 on cuda, else float32."""
 
-    def check(self) -> None:
-        """Raises ConfigError on a value that cannot be meant; called by the config that holds the group."""
+    def check_policy(self) -> None:
+        """Raises ConfigError on a value that cannot be meant; called by the config that inherits the group."""
         command.require_at_least(1, self, "max_steps", "max_new_tokens", "in_flight")
         command.require_at_least(0, self, "temperature")
 
-    def open(self, client: Client, limits: EndpointLimits):
+    def open_policy(self, client: Client, limits: EndpointLimits):
         """(policy, tokenizer or None). Raises CheckpointError, ConfigError."""
         where = {"device": self.device, "dtype": self.dtype}
         return open_policy(self.policy, **where, client=client, limits=limits, tokenizer=self.tokenizer)

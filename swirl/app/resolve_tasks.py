@@ -48,8 +48,8 @@ class TaskFlags:
     top_k: int = 1
     """Pages returned for a query (the paper's 1)."""
 
-    def check(self) -> None:
-        """Raises ConfigError on a value that cannot be meant; called by the config that holds the group."""
+    def check_task(self) -> None:
+        """Raises ConfigError on a value that cannot be meant; called by the config that inherits the group."""
         command.require_at_least(1, self, "num_questions", "top_k")
         if not self.task:
             raise ConfigError("--task: expected at least one task")

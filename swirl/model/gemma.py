@@ -143,10 +143,10 @@ class Decoder(nn.Module):
         scale = torch.tensor(weight.shape[1] ** 0.5, dtype=weight.dtype, device="cpu").item()
         return self.embed_tokens(input_ids) * scale
 
-    def forward(self, input_ids, position_ids, subtree_end, *, recompute=False, cache=None, chains=None):
+    def forward(self, input_ids, position_ids, subtree_end, *, activation_checkpointing=False, cache=None, chains=None):
         x = self.embed(input_ids)
         for layer in self.layers:
-            if recompute and torch.is_grad_enabled():
+            if activation_checkpointing and torch.is_grad_enabled():
                 x = recomputed(layer, x, position_ids, subtree_end, None, chains, use_reentrant=False)
             else:
                 x = layer(x, position_ids, subtree_end, cache, chains)
@@ -157,14 +157,14 @@ class Gemma(nn.Module):
     """A Gemma 2 or Gemma 3 language model with a tied head.
 
     New weights are drawn by `init_weights(seed)`; `from_pretrained` reads them from a Hugging Face folder.
-    `recompute` trades a second forward of every layer, in the backward pass, for its activations.
+    `activation_checkpointing` trades a second forward of every layer, in the backward pass, for its activations.
     `attention` says who computes the attention of a batch: see `use_attention`.
     """
 
-    def __init__(self, config: GemmaConfig, *, recompute: bool = False):
+    def __init__(self, config: GemmaConfig, *, activation_checkpointing: bool = False):
         super().__init__()
         self.config = config
-        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
         self.attention = "tree"
         self.origin: checkpoint.Origin | None = None  # the folder it was read from
         self.model = Decoder(config)
@@ -222,7 +222,9 @@ class Gemma(nn.Module):
                     f"{fork.token}: use attention 'tree', or pack each trajectory's recorded actions apart"
                 ) from None
             chains = Chains(self.attention, lengths, self.device)
-        return self.model(input_ids, position_ids, subtree_end, recompute=self.recompute, chains=chains)
+        return self.model(
+            input_ids, position_ids, subtree_end, activation_checkpointing=self.activation_checkpointing, chains=chains
+        )
 
     def token_log_probs(self, batch: PackedBatch, *, temperature: float = 1.0) -> torch.Tensor:
         """(M,) log-prob of each action token of a PackedBatch, float32 (float64 for float64), differentiable.
@@ -274,7 +276,7 @@ class Gemma(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         *,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
         attention: str = "tree",
     ) -> Gemma:
         """Read a Hugging Face folder (config.json, safetensors), never holding the weights twice.
@@ -290,7 +292,7 @@ class Gemma(nn.Module):
             raise CheckpointError(os.path.join(path, "config.json"), str(error)) from None
         _require_attention(attention, config, dtype, torch.device(device))
         with torch.device("meta"):
-            model = cls(config, recompute=recompute)
+            model = cls(config, activation_checkpointing=activation_checkpointing)
         model.attention = attention
         prefix, others = checkpoint.load_weights(
             model, path, dtype=dtype, device=device, tied={"lm_head.weight": EMBEDDING}

@@ -5,8 +5,6 @@ import json
 
 import pytest
 
-from swirl.app.flags import PolicyFlags
-from swirl.app.resolve_tasks import TaskFlags
 from swirl.errors import InputError
 from swirl.filter import FilterConfig, _filter
 from swirl.generate import GenerateConfig, _generate
@@ -34,9 +32,8 @@ def test_generate_refuses_questions_that_have_changed_under_their_ids(tmp_path):
     questions.write_text("".join(json.dumps({"question": text, "answer": "x"}) + "\n" for text in texts))
     pages = tmp_path / "pages.jsonl"
     pages.write_text(json.dumps({"title": "France", "text": "Paris is its capital."}) + "\n")
-    asked = TaskFlags(task=("own",), questions=questions, corpus=pages)
-    actor = PolicyFlags(max_steps=1, max_new_tokens=4)
-    config = GenerateConfig(out=tmp_path / "t.jsonl", samples=1, asked=asked, actor=actor)
+    asked = {"task": ("own",), "questions": questions, "corpus": pages}
+    config = GenerateConfig(out=tmp_path / "t.jsonl", samples=1, max_steps=1, max_new_tokens=4, **asked)
     assert asyncio.run(_generate(config))["new"] == 2
     assert asyncio.run(_generate(config))["new"] == 0
     questions.write_text(json.dumps({"question": "Capital of Spain?", "answer": "x"}) + "\n" + questions.read_text())

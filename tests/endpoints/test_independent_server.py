@@ -23,9 +23,7 @@ import pytest
 import torch
 
 from swirl import generate, pack
-from swirl.app.flags import PolicyFlags
 from swirl.app.resolve import load_model
-from swirl.app.resolve_tasks import TaskFlags
 from swirl.generate import GenerateConfig
 from swirl.judging.prompts import REWARD, SEARCH_PROCESS, read_prompt
 from swirl.trajectories.log import read_trajectories
@@ -174,8 +172,10 @@ def greedy_here(server, tmp_path_factory):
         GenerateConfig(
             out=out,
             samples=1,
-            asked=TaskFlags(task=("bridge",), num_questions=34),
-            actor=PolicyFlags(policy=str(server.folder), temperature=0),
+            task=("bridge",),
+            num_questions=34,
+            policy=str(server.folder),
+            temperature=0,
         )
     )
     return sorted(read_trajectories(out), key=lambda trajectory: trajectory.id)

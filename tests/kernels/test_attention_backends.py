@@ -223,7 +223,7 @@ def test_bad_shapes_are_refused(calls):
 @pytest.mark.parametrize(("backend", "softcap"), [("flash", 50.0), ("xformers", None)])
 def test_a_model_s_log_probs_and_gradients_are_those_of_the_tree(backend, softcap, recompute, calls):
     ours, tree = (loud(attn_logit_softcapping=softcap) for _ in range(2))
-    ours.use_attention(backend).recompute = recompute
+    ours.use_attention(backend).activation_checkpointing = recompute
     ((batch, _),) = pack_chains(trajectories(), 10_000)
     weights = torch.linspace(-1, 1, batch.num_action_tokens, dtype=torch.float64)
     for model in (ours, tree):

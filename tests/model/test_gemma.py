@@ -191,7 +191,7 @@ def test_float64_parity(changes):
 
 def test_recomputation_changes_no_gradient():
     plain, thrifty = loud_gemma(), loud_gemma()
-    thrifty.recompute = True
+    thrifty.activation_checkpointing = True
     for model in (plain, thrifty):
         model(whole(IDS)).sum().backward()
     for (name, a), b in zip(plain.named_parameters(), thrifty.parameters()):
