@@ -1,4 +1,4 @@
-"""Every error swirl raises on purpose. A command prints it as one line and exits 1.
+"""Every error swirl raises on purpose. A command prints it as one line and exits 1, or 2 at a ConfigError.
 
 SwirlError
 ├── InputError       a data file: file, line, field, what was expected   (ValueError)
@@ -8,7 +8,7 @@ SwirlError
 ├── EndpointError    a server that could not be reached or understood    (ConnectionError)
 ├── RankError        a process of the job that was killed or is stopped  (ConnectionError)
 ├── NonFiniteError   a loss or gradient that is NaN or infinite          (FloatingPointError)
-└── NothingToLearn   updates in a row that compute nothing               (RuntimeError)
+└── NothingToLearn   no trajectory kept, or updates that compute nothing (RuntimeError)
 """
 
 from __future__ import annotations
@@ -66,4 +66,4 @@ class NonFiniteError(SwirlError, FloatingPointError):
 
 
 class NothingToLearn(SwirlError, RuntimeError):
-    """Several updates in a row had nothing to compute: rewards all equal, or none at all."""
+    """The filter kept no trajectory, or several updates in a row had nothing to compute: rewards equal, or none."""

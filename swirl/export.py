@@ -30,7 +30,7 @@ class ExportConfig:
 def export(config: ExportConfig) -> Path:
     """Returns the checkpoint that was exported. Raises CheckpointError, ConfigError."""
     if not config.run.is_dir():
-        raise ConfigError(f"{config.run}: no such folder, expected a run's")
+        raise CheckpointError(config.run, "no such folder, expected a run's")
     if config.update is None:
         found = newest_checkpoint(config.run, command.warn)
         if found is None:

@@ -26,6 +26,7 @@ from swirl import config as configs
 from swirl.app import attempts, command, resolve, stages, training_data
 from swirl.app.progress import progress
 from swirl.app.report_page import write_report
+from swirl.app.resolve_tasks import require_named
 from swirl.app.run_folder import RunFolder, open_run, settings_of
 from swirl.app.scores import Score, compared
 from swirl.app.signals import deferred, exit_if_stopped, stop_on_signals
@@ -164,6 +165,7 @@ def train(config: TrainConfig) -> dict | None:
     device = distributed.local_device(resolve.device_for(config.device))
     data = read_trajectories(config.data) if config.data is not None else None
     config = configs.settled(config, None if data is None else {t.question.task for t in data}, device.type)
+    require_named(config.evaluate_on if config.data else (*config.task, *config.evaluate_on), config.tool)
     with (
         distributed.process_group(device, timeout_s=config.rank_timeout_s),
         asyncio.Runner() as runner,

@@ -7,10 +7,12 @@ their names and the keys of a config file stay flat. Own fields of such a config
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import TypeVar, get_type_hints
@@ -97,7 +99,7 @@ def require_at_least(least: float, config: object, *flags: str) -> None:
 def parse(kind: type[Config], description: str, argv: list[str] | None = None) -> Config:
     """Flags over defaults; `--config FILE` (JSON, such as a run's own config.json) replaces the defaults.
 
-    Raises ConfigError where the values contradict one another; leaves with exit code 2 where a flag cannot be read.
+    Raises ConfigError where a flag cannot be read, or the values contradict one another.
     """
     import tyro
 
@@ -105,12 +107,27 @@ def parse(kind: type[Config], description: str, argv: list[str] | None = None) -
     description += "\n\nAlso: --config FILE takes defaults from a JSON file, such as the config.json of a run."
     program = sys.argv[0] if sys.argv[0].startswith("swirl ") else f"python -m swirl.{Path(sys.argv[0]).stem}"
     shown = _in_groups(default)
-    made = tyro.cli(type(shown), prog=program, args=argv, default=shown, description=description)
+    boxed = io.StringIO()
+    try:
+        with redirect_stderr(boxed):
+            made = tyro.cli(type(shown), prog=program, args=argv, default=shown, description=description)
+    except SystemExit as left:
+        if left.code == 0:  # --help
+            raise
+        raise ConfigError(_unboxed(boxed.getvalue())) from None
     groups = {_name(group) for group in _groups(kind)}
     values = {name: value for name, value in vars(made).items() if name not in groups}
     for group in groups:
         values |= vars(getattr(made, group))
     return kind(**values)
+
+
+def _unboxed(text: str) -> str:
+    """What tyro says of a flag in a box, as one line: the first part, and the flags that it thinks were meant."""
+    lines = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")] or text.split("\n")
+    ends = next((at for at, line in enumerate(lines) if line and not line.strip("─")), len(lines))
+    similar = [line.split()[0] for line in lines[ends:] if line.startswith("--")]
+    return " ".join(lines[:ends]) + (f"; perhaps {' or '.join(similar)} was meant" if similar else "")
 
 
 def _groups(kind: type) -> list[type]:

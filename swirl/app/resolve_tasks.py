@@ -121,10 +121,28 @@ def _own_task(spec: str) -> Task:
     return found
 
 
+def require_named(task: Sequence[str], tool: Sequence[str]) -> None:
+    """Raises ConfigError where no such task or tool is known, or a reference leads nowhere. Nothing is opened."""
+    for spec in task:
+        if is_reference(spec):
+            load_object(spec, "--task")
+        else:
+            tasks.flags_of(spec)
+    for spec in tool:
+        if is_reference(spec):
+            load_object(spec, "--tool")
+        elif spec not in ("search", "calculator") and not spec.startswith("mcp+"):
+            raise ConfigError(
+                f"--tool {spec}: unknown, expected search, calculator, module:object, file.py:object, "
+                "mcp+http://host/mcp or mcp+stdio:COMMAND"
+            )
+
+
 async def open_tools(specs: Sequence[str], task: Task) -> tuple[Tool, ...]:
     """The tools that are named; `search` is the task's own. Raises ConfigError, EndpointError where a server of tools
     cannot be reached.
     """
+    require_named((), specs)
     made: list = []
     for spec in specs:
         if spec == "search":
@@ -139,16 +157,11 @@ async def open_tools(specs: Sequence[str], task: Task) -> tuple[Tool, ...]:
             from swirl.tools.mcp import open_mcp_tools
 
             made += await open_mcp_tools(spec)
-        elif is_reference(spec):
+        else:
             found = load_object(spec, "--tool")
             if not callable(found):
                 raise ConfigError(f"--tool {spec}: expected a function or a swirl.Tool")
             made.append(found)
-        else:
-            raise ConfigError(
-                f"--tool {spec}: unknown, expected search, calculator, module:object, file.py:object, "
-                "mcp+http://host/mcp or mcp+stdio:COMMAND"
-            )
     return as_tools(made)
 
 

@@ -21,7 +21,7 @@ from swirl.app.run_folder import RunFolder
 from swirl.app.scores import Score, score_trajectories
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
-from swirl.errors import ConfigError, InputError
+from swirl.errors import InputError, NothingToLearn
 from swirl.judging.filtering import Judges, filter_in_memory
 from swirl.learning import distributed
 from swirl.rollout.rollout import RolloutSpec, Unanswered, collect, draw_seed
@@ -143,7 +143,7 @@ async def generate_and_filter(setup: Setup, judge, run: RunFolder) -> tuple[list
     """Stage 1 and the filter: the policy's own trajectories that pass it by the verdicts of `judge`, and on the main
     rank the digest of the file that holds them. All and the kept are written down.
 
-    Raises ConfigError where none passes; a smoke run, whose model may be random, then goes on with all of them.
+    Raises NothingToLearn where none passes; a smoke run, whose model may be random, then goes on with all of them.
     """
     made, mode = await generate(setup), setup.config.filter
     mine = distributed.my_share(made)
@@ -161,7 +161,7 @@ async def generate_and_filter(setup: Setup, judge, run: RunFolder) -> tuple[list
         write_trajectories(run.path / KEPT, kept)
         print(f"kept {len(kept)} of {len(made)} trajectories ({mode} filter)", file=sys.stderr)
     if not kept:
-        raise ConfigError(f"--filter {mode} kept none of {len(made)} trajectories: nothing to train on")
+        raise NothingToLearn(f"--filter {mode} kept none of {len(made)} trajectories: nothing to train on")
     return kept, file_digest(run.path / KEPT) if distributed.is_main() else None
 
 
