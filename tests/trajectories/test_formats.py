@@ -8,11 +8,12 @@ import msgspec
 import pytest
 
 from swirl.app import formats
-from swirl.app.formats import from_messages, from_trl, read_any, to_messages, to_trl, write_rows
 from swirl.errors import ConfigError, InputError
 from swirl.tasks import gsm8k, musique
+from swirl.trajectories.formats import from_messages, from_trl, read_any, to_messages, to_trl
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Question, Step, Trajectory, encode_trajectory, with_calls
+from swirl.trajectories.rows import write_rows
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -115,6 +116,32 @@ def test_there_and_back_loses_nothing_but_ids():
         assert from_trl(row) == trajectory
     bare = from_messages(to_messages(with_ids()))
     assert bare.prompt_ids is None and [step.action for step in bare.steps] == [s.action for s in with_ids().steps]
+
+
+def test_a_tool_of_ones_own_is_a_tool_call_there_and_back():
+    """By the tools that the trajectory stores: name `sql`, tag `query`."""
+    steps = (
+        Step(action="Count. <query>SELECT 1</query>", observation="SELECT 1 -> 1", verdict="GOOD"),
+        Step(action="<answer>1</answer>", verdict="GOOD"),
+    )
+    question = Question(id="q", task="own", question="?")
+    made = with_calls(
+        Trajectory(
+            id="i", question=question, prompt="?", steps=steps, stop="answer", prediction="1", tools={"sql": "query"}
+        )
+    )
+    assert made.steps[0].call.tool == "sql"
+    row = to_messages(made)
+    assert row["messages"][1]["tool_calls"][0]["function"] == {"name": "sql", "arguments": '{"argument":"SELECT 1"}'}
+    assert row["messages"][2]["content"] == "1" and json.loads(row["tools"])[0]["function"]["name"] == "sql"
+    assert from_messages(row) == made and from_trl(to_trl(made)) == made
+    of_others = {key: value for key, value in row.items() if key != "swirl"}  # no tag is told: it is the name
+    read = from_messages(of_others)
+    assert read.tools == {"sql": "sql"} and read.steps[0].action == "Count. <sql>SELECT 1</sql>"
+    with pytest.raises(InputError, match="field 'messages\\[1\\]': expected a call of search or calculator, got 'sql'"):
+        from_messages({"messages": row["messages"]})
+    with pytest.raises(InputError, match="field 'tools': expected a list of tools in OpenAI's form"):
+        from_messages(of_others | {"tools": '{"sql": 1}'})
 
 
 def test_trl_completions_end_with_their_action():
