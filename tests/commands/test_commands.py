@@ -357,4 +357,4 @@ def test_the_converter_of_gsm8k_feeds_the_trainer(tmp_path):
     words = [sys.executable, "-m", "swirl.tasks.gsm8k", str(source), "g.jsonl"]
     subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     done = command("train", "--packed", "--data", "g.jsonl", *SMALL, cwd=tmp_path, check=0)
-    assert "recorded actions, recorded reward" in done.stderr
+    assert "mode recorded, reward recorded" in done.stderr

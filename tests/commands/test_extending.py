@@ -44,7 +44,7 @@ def test_the_page_runs_as_printed(section, tmp_path):
     commands = [
         line for block in re.findall(r"^```sh\n(.+?)^```", section, flags=re.M | re.S) for line in block.splitlines()
     ]
-    for line in commands.splitlines():
+    for line in commands:
         run(shlex.split(line), tmp_path)
     for file in tmp_path.glob("*kept.jsonl"):
         assert all(step.call or step.invalid for t in read_trajectories(file) for step in t.steps)
