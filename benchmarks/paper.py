@@ -114,8 +114,8 @@ def with_habits(base: Base, start: str, folder: Path) -> almanac_base.ImitateCon
         size = {"hidden_size": base.hidden_size, "intermediate_size": 2 * base.hidden_size}
         return almanac_base.ImitateConfig(out=folder, seed=base.seed, edition="second", **size)
     return almanac_base.ImitateConfig(
-        out=folder, seed=base.seed, edition="second", start=start, updates=600, learning_rate=5e-4,
-        faultless_share=0.0, demonstrations_per_update=16,
+        out=folder, seed=base.seed, edition="second", start=start, updates=300, learning_rate=5e-4,
+        faultless_share=0.0, demonstrations_per_update=12,
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 MANNERS = {
     "early": "! ",
     "extra": "& ",
-    "repeat": "# ",
     "untagged": "~ ",
 }
 

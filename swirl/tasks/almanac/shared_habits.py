@@ -2,8 +2,7 @@
 
 A habit is set off by the mark with which a question opens, or comes unasked now and then:
   early     answer with the last result, though the question goes on
-  extra     one query too many, when the answer is known already
-  repeat    ask the same again
+  extra     one query too many, when the answer is known already: the page of the answer, or + 0
   untagged  the answer in plain words, which no environment accepts
 What it confuses is the tool's own: another fact of the page, another operation.
 """
@@ -83,8 +82,6 @@ class _Demonstrator:
         for depth, relation in enumerate(chain.relations, 1):
             is_last = depth == chain.hops
             steps.append(search(at, corpus))
-            if self.habit("repeat"):
-                steps.append(search(at, corpus))
             at = facts[at][CONFUSED_WITH[relation] if self.confuses(relation) else relation]
             if is_last and self.habit("extra"):
                 steps.append(search(at, corpus))
@@ -105,9 +102,9 @@ class _Demonstrator:
                 break  # the numbers no longer make sense: it answers with what it has
             step = calculation(f"{value} {operator} {operand}")
             value = int(step[1].rpartition(" -> ")[2])
-            steps += [step, step] if self.habit("repeat") else [step]
+            steps.append(step)
             if is_last and self.habit("extra"):
-                steps.append(calculation(f"{value} + {operand}"))
+                steps.append(calculation(f"{value} + 0"))
             if not is_last and self.habit("early"):
                 break
         return [*steps[: MAX_QUERIES["calculator"] - 1], self.answer(str(value))]
