@@ -72,7 +72,7 @@ def test_sound_and_right_are_two_things(family):
     for question, demonstration in demonstrated(family, 600):
         sound = set(judge_all(ORACLE, question, demonstration)) == {"GOOD"}
         cells[sound, is_right(question, demonstration)] += 1 / 600
-    assert len(cells) == 4 and min(cells.values()) > 0.04
+    assert len(cells) == 4 and min(cells.values()) > 0.05
 
 
 @pytest.mark.parametrize("family", almanac.SECOND_EDITION)
