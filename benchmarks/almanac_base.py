@@ -5,8 +5,8 @@
 
 The model card holds the command, the seed and the commit. The demonstrators slip, so a base is wrong about as often as
 it is right, and there is something left for reinforcement learning to do. A base of the second edition starts from one
-that has the skills (reading a page, copying names), so that it has habits alone to learn. Such bases share their skills,
-and differ in all that the seed draws afterwards.
+that has the skills (reading a page, copying names), so that it has habits alone to learn. Such bases share their
+skills, and differ in all that the seed draws afterwards.
 """
 
 from __future__ import annotations
