@@ -27,7 +27,7 @@ from swirl.app.resolve import load_model
 from swirl.generate import GenerateConfig
 from swirl.judging.prompts import REWARD, SEARCH_PROCESS, read_prompt
 from swirl.trajectories.log import read_trajectories
-from swirl.trajectories.record import Trajectory
+from swirl.trajectories.record import Judged, Trajectory
 
 MISSING = [name for name in ("transformers", "accelerate", "fastapi", "openai", "uvicorn") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
@@ -228,7 +228,7 @@ def test_a_judge_that_talks_nonsense_scores_nothing_and_is_not_paid_twice(server
     assert (counts["kept"], counts["dropped"], counts["dropped_now"]) == (0, 1, {"unjudged": 1})
     steps = [step for t in dropped for step in t.steps]
     assert all(step.verdict is None and step.reward is None for step in steps)
-    assert all(step.reason.startswith("no verdict: ") for step in steps)
+    assert all(step.judged is Judged.UNREADABLE for step in steps), [step.reason for step in steps]
     assert all(t.outcome is None and t.dropped.startswith("unjudged: ") for t in dropped)
     assert paid > before
     assert judged("second") == (counts, dropped) and server.answered() == paid
