@@ -38,6 +38,8 @@ class Optimizer:
         for weight, copy in self._copies:
             weight.copy_(copy)
             copy.grad = None
+        # torch's fused steps tell nobody that the weights are others now; the sampler's cache of keys asks.
+        torch.autograd.graph.increment_version(self._weights)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for weight in self._weights:

@@ -10,6 +10,7 @@ from swirl.learning.optimizer import (
 )
 from swirl.model.checkpoint import read_json
 from swirl.model.gemma import Gemma
+from swirl.sampling.engine import Engine
 from tests.learning.test_updates import learn, some_trajectories
 from tests.learning.updates import accumulate, some_actions, some_model
 
@@ -119,3 +120,17 @@ def test_an_update_in_bfloat16_clips_learns_and_refuses_what_is_not_finite(tmp_p
     assert all(torch.equal(a, b) for a, b in zip(moved, back.parameters(), strict=True))
     size = (tmp_path / "saved" / "model.safetensors").stat().st_size
     assert size < 2.5 * sum(weight.numel() for weight in moved) + 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_drawn_after_a_step_is_drawn_by_the_new_weights(dtype, tiny_folder):
+    """torch's fused AdamW leaves a weight's version as it was: the sampler went on with keys of the old weights."""
+    model = Gemma.from_pretrained(tiny_folder, dtype=dtype)
+    engine, states = Engine(model), [[1, 5, 9, 30, 7], [1, 5, 9, 30, 8, 4]]
+    settings = {"seeds": [0, 1], "max_new_tokens": 6, "temperature": 1.0}
+    engine.sample(states, **settings)
+    optimizer = make_optimizer(model, learning_rate=0.1)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert engine.sample(states, **settings) == Engine(model).sample(states, **settings)
