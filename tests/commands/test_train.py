@@ -397,3 +397,12 @@ def test_a_data_set_goes_the_whole_way(tmp_path, monkeypatch, mode):
     assert set(summary["accuracy_before"]) == set(summary["accuracy_after"]) == {"hotpotqa"}
     assert len(metrics_of(config.out)) == 2 and (config.out / "checkpoint").is_dir()
     assert (config.out / "kept.jsonl").exists() == (mode != "outcome-rl")
+
+
+def test_actions_are_drawn_by_the_policy_that_is_trained(tmp_path):
+    """One update a draw: the ratio is 1, however far a step goes. A sampler that lags behind the trainer shows here."""
+    settings = {"smoke": True, "updates": 4, "learning_rate": 3e-3, "warmup": 0, "evaluate_on": ()}
+    train(TrainConfig(out=tmp_path / "run", **settings))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(line["grad_norm"] > 0 for line in lines)
+    assert all(abs(line["ratio"] - 1) < 1e-4 and line["clipped"] == 0 for line in lines), lines
