@@ -17,12 +17,7 @@ import msgspec
 from swirl.errors import ConfigError, EndpointError
 from swirl.rollout.tool import Tool
 
-PREFIXES = ("mcp+http://", "mcp+https://", "mcp+stdio:")
 OPENING_S = 30.0  # a server that has not introduced itself by then is not there; ours
-
-
-def is_mcp(spec: str) -> bool:
-    return spec.startswith(PREFIXES)
 
 
 async def open_mcp_tools(spec: str, *, timeout_s: float = 60.0, max_characters: int = 20_000) -> tuple[Tool, ...]:
