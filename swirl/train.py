@@ -35,8 +35,8 @@ from swirl.app.tables import print_comparison
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
 from swirl.errors import EndpointUnusable, NothingToLearn
-from swirl.learning import distributed, usage
-from swirl.learning.batches import assigned_here, micro_batches, num_tokens, present, shuffled
+from swirl.learning import distributed, gradient, usage
+from swirl.learning.batches import num_tokens, present, shuffled
 from swirl.learning.checkpoints import Snapshot, restore, snapshot_of
 from swirl.learning.metrics import log_line, loss_metrics, reward_metrics, why_idle
 from swirl.learning.objective import Objective, advantages_of
@@ -59,7 +59,7 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio
     config, tokenizer, model = setup.config, setup.tokenizer, setup.policy.engine.model
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     objective = Objective(config, model)
-    peak_flops = usage.measured_peak_flops(model.device, model.dtype) if distributed.is_main() else 0.0
+    (peak_flops,) = distributed.sum_scalars([usage.measured_peak_flops(model.device, model.dtype)], model.device)
     history: list[dict] = list(so_far["logs"].get("metrics.jsonl", ()))
     update, began = len(history), time.perf_counter()
     if update:
@@ -107,16 +107,7 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio
             objective.refresh(model, update)
             live = [action for action in actions if objective.has_gradient(action)]
             num_action_tokens = max(1, num_tokens(present(actions)))
-            sums = dict.fromkeys((*objective.measures, "tokens", "computed_tokens", "flops"), 0.0)
-            for batch, members in micro_batches(assigned_here(live), config):
-                loss, measured = objective(model, batch.to(model.device), members)
-                (loss / num_action_tokens).backward()
-                measured |= {"tokens": batch.num_separate_tokens, "computed_tokens": batch.num_tokens}
-                measured["flops"] = usage.update_flops(model.config, batch)
-                for name, value in measured.items():
-                    sums[name] += value
-            sums = dict(zip(sums, distributed.sum_scalars(list(sums.values()), model.device), strict=True))
-            distributed.sum_gradients(model)
+            sums = gradient.accumulate(model, objective, live, num_action_tokens, config)
             grad_norm = clip_grad_norm(model, config.max_grad_norm).item()
             distributed.require_finite(f"update {update + 1}: loss", sums["loss"] / num_action_tokens)
             distributed.require_finite(f"update {update + 1}: gradient norm", grad_norm)
@@ -132,7 +123,7 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio
                 optimizer.zero_grad(set_to_none=True)
                 update += 1
                 metrics = {"update": update, **reward_metrics(rewards, actions), **loss_metrics(sums, actions, live)}
-                metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+                metrics |= {"balance": sums["balance"], "grad_norm": grad_norm, "learning_rate": learning_rate}
                 metrics |= {} if live else {"idle": why_idle(rewards, actions)}
                 metrics |= usage.speed(model, sums, peak_flops, wall_s=time.perf_counter() - started, sample_s=sample_s)
                 history.append(metrics)

@@ -122,7 +122,7 @@ def write_report(run: Path) -> Path:
         ("reward of an action", "reward"),
         ("loss", "loss"),
         ("gradient norm", "grad_norm"),
-        ("tokens/s", "tokens_per_s"),
+        ("tokens/s, as separate passes", "tokens_per_s"),
     ]
     if any(update.kl for update in updates):
         shown.append(("KL to the reference policy, nats a token", "kl"))
@@ -132,7 +132,10 @@ def write_report(run: Path) -> Path:
         for name, value in (
             ("updates", summary.updates),
             ("time", f"{summary.wall_s:.0f} s"),
-            ("training speed", f"{summary.tokens_per_s:,.0f} tokens/s, sampling and judging included"),
+            (
+                "training speed",
+                f"{summary.tokens_per_s:,.0f} tokens/s, counted as separate passes; sampling and judging included",
+            ),
             ("peak memory", f"{summary.peak_rss_bytes / 2**30:.2f} GB"),
             ("seed", summary.seed),
             ("commit", summary.commit),

@@ -13,9 +13,11 @@ import torch
 from swirl.errors import ConfigError
 from swirl.kernels.chain_attention import ForkError
 from swirl.learning import distributed
+from swirl.learning.usage import update_flops
+from swirl.model.config import GemmaConfig
 from swirl.trajectories.record import Step
 from swirl.tree.batch import PackedBatch
-from swirl.tree.pack import pack_chains, pack_micro_batches, separate
+from swirl.tree.pack import pack, pack_chains, pack_micro_batches, separate
 
 if TYPE_CHECKING:
     from swirl.config import TrainConfig
@@ -56,20 +58,44 @@ def num_tokens(actions: Sequence[SubTrajectory]) -> int:
     return sum(len(action.step.action_ids) for action in actions)
 
 
-def assigned_here(actions: Sequence[SubTrajectory]) -> list[SubTrajectory]:
-    """This rank's actions: whole trees, balanced by the packed tokens they take at most."""
+def assigned_here(actions: Sequence[SubTrajectory], model: GemmaConfig) -> list[SubTrajectory]:
+    """This rank's actions: whole trees, balanced by the FLOPs they take in a model of that config."""
     trees: dict[int, list[SubTrajectory]] = {}
     for action in actions:
         trees.setdefault(action.tree, []).append(action)
     members = list(trees.values())
-    costs = [max(len(a.state_ids) for a in tree) + sum(len(a.step.action_ids) for a in tree) for tree in members]
+    if distributed.world_size() == 1:
+        return [action for tree in members for action in tree]
+    costs = [update_flops(model, pack((a.state_ids, a.step.action_ids) for a in tree)) for tree in members]
     return [action for index in distributed.assign(costs)[distributed.rank()] for action in members[index]]
 
 
+def rank_micro_batches(
+    mine: Sequence[SubTrajectory], everyone_s: Sequence[SubTrajectory], config: TrainConfig
+) -> list[tuple[PackedBatch, list[SubTrajectory], float]]:
+    """(batch, its actions, weight) of this rank, as many on every rank, so that ranks can meet within each of them.
+
+    All are of weight 1, but where a rank has fewer: the shortest action of any rank then stands in, with weight 0.
+    The largest come first on every rank. Raises ConfigError as `micro_batches` does.
+    """
+    batches = micro_batches(mine, config)
+    number = distributed.most(len(batches))
+    if distributed.world_size() > 1 and mine:
+        batches = micro_batches(mine, config, num_batches=number)
+    batches.sort(key=lambda one: -one[0].num_tokens)
+    weighted = [(batch, members, 1.0) for batch, members in batches]
+    if len(weighted) < number:
+        stand_in = min(everyone_s, key=lambda action: len(action.state_ids) + len(action.step.action_ids))
+        weighted += [(*one, 0.0) for one in micro_batches([stand_in], config)] * (number - len(weighted))
+    return weighted
+
+
 def micro_batches(
-    actions: Sequence[SubTrajectory], config: TrainConfig
+    actions: Sequence[SubTrajectory], config: TrainConfig, *, num_batches: int | None = None
 ) -> list[tuple[PackedBatch, list[SubTrajectory]]]:
     """(batch, its actions in the batch's order) of at most `tokens_per_micro_batch` packed tokens each.
+
+    With `num_batches`, at least as many as there would be, trees are cut into so many of like sizes where they can be.
 
     Raises ConfigError where a tree forks and `attention` computes chains alone.
     """
@@ -79,7 +105,7 @@ def micro_batches(
     if not config.packed:
         return [(batch, [action]) for batch, action in zip(separate(pairs), actions, strict=True)]
     if config.attention == "tree":
-        packed = pack_micro_batches(pairs, config.tokens_per_micro_batch)
+        packed = pack_micro_batches(pairs, config.tokens_per_micro_batch, num_batches=num_batches)
     else:
         trees = [[(a.state_ids, a.step.action_ids) for a in tree] for _, tree in groupby(actions, lambda a: a.tree)]
         try:

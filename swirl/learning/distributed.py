@@ -149,14 +149,23 @@ def local_device(name: str) -> torch.device:
 
 
 def assign(costs: Sequence[float]) -> list[list[int]]:
-    """Indices for each rank, the costliest first to the rank with the least so far. Same on every rank."""
-    heap = [(0.0, r) for r in range(world_size())]
-    assigned: list[list[int]] = [[] for _ in heap]
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, r = heapq.heappop(heap)
-        assigned[r].append(index)
-        heapq.heappush(heap, (load + costs[index], r))
-    return [sorted(indices) for indices in assigned]
+    """Indices for each rank, so that the ranks' sums of `costs` differ little. Same on every rank.
+
+    Largest differencing: of partial assignments, one an item at first, the two that are most uneven are merged, the
+    fullest part of one with the emptiest of the other, until one is left.
+    Source: Karmarkar and Karp, "The differencing method of set partitioning", 1982.
+    """
+    ranks = world_size()
+    heap = []
+    for index, cost in enumerate(costs):
+        parts = [(cost, [index]), *[(0, [])] * (ranks - 1)]  # fullest first
+        heapq.heappush(heap, (-cost, index, parts))
+    while len(heap) > 1:
+        (_, index, one), (_, _, other) = heapq.heappop(heap), heapq.heappop(heap)
+        pairs = zip(one, reversed(other), strict=True)
+        parts = sorted(((a + b, x + y) for (a, x), (b, y) in pairs), key=lambda part: -part[0])
+        heapq.heappush(heap, (parts[-1][0] - parts[0][0], index, parts))
+    return [sorted(indices) for _, indices in heap[0][2]] if heap else [[] for _ in range(ranks)]
 
 
 def my_share(items: Sequence) -> list:
@@ -219,12 +228,18 @@ def sum_scalars(values: Sequence[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def most(count: int) -> int:
+    """The largest of the ranks' counts."""
+    return max(gather_shares([count], int))
+
+
 def sum_gradients(model: torch.nn.Module) -> None:
     """Sum gradients over ranks in one flat buffer, so that every rank steps alike; absent ones count as zero."""
     if world_size() == 1:
         return
     weights = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in weights])
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().to(wide) for p in weights])
     _sum(flat)
     for weight, grad in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
         weight.grad = grad.view_as(weight).to(weight.dtype)

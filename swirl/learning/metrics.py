@@ -89,6 +89,9 @@ def log_line(metrics: dict) -> str:
     if metrics["truncated"]:
         words.append(f"truncated {metrics['truncated']:.0%}")
     words.append(f"grad {metrics['grad_norm']:.2f}")
-    words.append(f"{metrics['tokens_per_s']:,.0f} tok/s  MFU {metrics['utilization']:.0%}")
+    words.append(f"{metrics['computed_tokens_per_s']:,.0f} computed tok/s, separately {metrics['tokens_per_s']:,.0f}")
+    words.append(f"MFU {metrics['utilization']:.0%}")
+    if metrics["balance"] < 1:
+        words.append(f"balance {metrics['balance']:.0%}")
     words.append(f"{metrics['peak_bytes'] / 2**30:.1f} GB")
     return "  ".join(words)

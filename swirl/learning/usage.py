@@ -49,13 +49,15 @@ def _synchronize(device):
 def speed(model, sums: dict[str, float], peak_flops: float, *, wall_s: float, sample_s: float) -> dict[str, float]:
     """What an update of `wall_s`, `sample_s` of them for its actions and rewards, logs of time and memory.
 
-    `sums` has the tokens that separate passes would compute, and the FLOPs. `utilization` is of `peak_flops` outside
-    `sample_s`.
+    `sums`, over all ranks, has the tokens that were computed, those that separate passes would compute, and the FLOPs;
+    `peak_flops` is the sum of the ranks' peaks. `utilization` (MFU) is the share of it that was used outside
+    `sample_s`: what a rank computes, held against that rank's peak, averaged over ranks.
     """
     return {
         "update_s": wall_s,
         "sample_s": sample_s,
         "tokens_per_s": sums["tokens"] / wall_s,
+        "computed_tokens_per_s": sums["computed_tokens"] / wall_s,
         "utilization": sums["flops"] / (wall_s - sample_s) / peak_flops if peak_flops else 0.0,
         "peak_bytes": peak_bytes(model.device),
     }

@@ -56,9 +56,15 @@ def separate(sub_trajectories: Iterable[tuple[Sequence[int], Sequence[int]]]) ->
 
 
 def pack_micro_batches(
-    sub_trajectories: Iterable[tuple[Sequence[int], Sequence[int]]], tokens_per_micro_batch: int
+    sub_trajectories: Iterable[tuple[Sequence[int], Sequence[int]]],
+    tokens_per_micro_batch: int,
+    *,
+    num_batches: int | None = None,
 ) -> list[tuple[PackedBatch, np.ndarray]]:
     """Cut the pairs into micro-batches of at most `tokens_per_micro_batch` packed tokens.
+
+    With `num_batches`, at least as many as the limit needs, they are cut at the smallest limit that needs no more, so
+    that they are of like sizes; there are fewer where pairs or places to cut are.
 
     Returns (batch, indices) in depth-first order of the whole forest: pair i of `batch` is pair indices[i]
     of the input, indices ascending; each pair is in exactly one batch. No pairs, no batches.
@@ -83,7 +89,10 @@ def pack_micro_batches(
     (*_, last_node), (_, place, *_) = tree, laid_out
     order = np.argsort(place[last_node], kind="stable")
     lengths, shared = np.diff(offsets)[order], shared_with_previous(ids, offsets, order)
-    bounds = cheapest_cuts(lengths, shared, tokens_per_micro_batch)
+    limit = tokens_per_micro_batch
+    if num_batches is not None:
+        limit = _smallest_limit(lengths, shared, limit, num_batches)
+    bounds = cheapest_cuts(lengths, shared, limit)
 
     if lengths.max() > tokens_per_micro_batch:
         _log.warning(
@@ -173,6 +182,18 @@ def pack_states(states: Sequence[np.ndarray]) -> PackedStates:
     order, place, depth, subtree = layout(start, length, parent, last_node)
     tree = fill_tree(ids, start, length, order, place, depth, subtree)
     return PackedStates(*tree, fill_paths(offsets, length, parent, last_node, place, depth), offsets)
+
+
+def _smallest_limit(lengths, shared, limit, num_batches):
+    """The least number of tokens, by bisection up to `limit`, that cuts the pairs into at most num_batches."""
+    low = max(-(-int((lengths - shared).sum()) // num_batches), min(limit, int(lengths.max())))
+    while low < limit:
+        middle = (low + limit) // 2
+        if cheapest_cuts(lengths, shared, middle).size - 1 <= num_batches:
+            limit = middle
+        else:
+            low = middle + 1
+    return limit
 
 
 # From pairs to flat, checked arrays.

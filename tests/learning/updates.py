@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from swirl.config import TrainConfig
-from swirl.learning.batches import SubTrajectory, micro_batches, num_tokens, present
+from swirl.learning import gradient
+from swirl.learning.batches import SubTrajectory, num_tokens, present
 from swirl.learning.metrics import loss_metrics
 from swirl.learning.objective import Objective
 from swirl.model.gemma import Gemma, GemmaConfig
@@ -48,13 +49,7 @@ def accumulate(model, actions, *, objective=None, **changes):
     config = replace(TrainConfig(), **{"mode": "recorded", **changes})
     objective = objective or Objective(config, model)
     computed = [action for action in actions if objective.has_gradient(action)]
-    sums = dict.fromkeys((*objective.measures, "tokens", "computed_tokens"), 0.0)
-    for batch, members in micro_batches(computed, config):
-        loss, measured = objective(model, batch, members)
-        (loss / max(1, num_tokens(present(actions)))).backward()
-        measured |= {"tokens": batch.num_separate_tokens, "computed_tokens": batch.num_tokens}
-        for name, value in measured.items():
-            sums[name] += value
+    sums = gradient.accumulate(model, objective, computed, max(1, num_tokens(present(actions))), config)
     return loss_metrics(sums, actions, computed)
 
 

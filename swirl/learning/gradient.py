@@ -1,0 +1,37 @@
+"""The gradient of an update: forward and backward over each rank's micro-batches, summed over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from swirl.learning import distributed, usage
+from swirl.learning.batches import SubTrajectory, assigned_here, rank_micro_batches
+from swirl.learning.objective import Objective
+from swirl.model.gemma import Gemma
+
+if TYPE_CHECKING:
+    from swirl.config import TrainConfig
+
+
+def accumulate(
+    model: Gemma, objective: Objective, live: Sequence[SubTrajectory], num_action_tokens: int, config: TrainConfig
+) -> dict[str, float]:
+    """Add the gradient of the update's loss to that of the weights: of the sum over `live`, the actions of all ranks
+    that must be computed, divided by `num_action_tokens`, those of the whole update.
+
+    Returns sums over all ranks of what the objective measures; of `tokens` that separate passes would compute, of
+    `computed_tokens` and of `flops`; and the `balance` of the ranks, their mean FLOPs over the largest.
+    """
+    sums = dict.fromkeys((*objective.measures, "tokens", "computed_tokens", "flops"), 0.0)
+    for batch, members, weight in rank_micro_batches(assigned_here(live, model.config), live, config):
+        loss, measured = objective(model, batch.to(model.device), members)
+        (loss * (weight / num_action_tokens)).backward()
+        measured |= {"tokens": batch.num_separate_tokens, "computed_tokens": batch.num_tokens}
+        measured["flops"] = usage.update_flops(model.config, batch)
+        for name, value in measured.items():
+            sums[name] += weight * value
+    flops = distributed.gather_shares([sums["flops"]], float)
+    sums = dict(zip(sums, distributed.sum_scalars(list(sums.values()), model.device), strict=True))
+    distributed.sum_gradients(model)
+    return {**sums, "balance": sum(flops) / (len(flops) * max(flops)) if max(flops) else 1.0}
