@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from swirl.app import command
 from swirl.errors import ConfigError
@@ -33,8 +34,8 @@ class ServeConfig:
     key_env: str = "SWIRL_SERVE_KEY"
     """Environment variable that holds the key; where it is set, every request must bear it."""
     device: str = "auto"
-    dtype: str = "float32"
-    """float32 or bfloat16."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 on CPUs."""
     max_cache_tokens: int = 1 << 18
     """Tokens whose keys and values are held at most, states and new ones of all requests together."""
     max_concurrency: int = 256
@@ -45,8 +46,6 @@ class ServeConfig:
     def __post_init__(self):
         command.require_at_least(1, self, "max_cache_tokens", "max_concurrency")
         command.require_at_least(0, self, "port", "max_body_mb")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"--dtype {self.dtype}: expected float32 or bfloat16")
         if not os.environ.get(self.key_env) and not _is_loopback(self.host):
             raise ConfigError(f"--host {self.host}: others can reach it, which needs a key in {self.key_env}")
 
@@ -59,14 +58,14 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _serve(config: ServeConfig) -> None:
-    import torch
     from aiohttp import web
 
     from swirl.app import resolve
     from swirl.app.server import Server
     from swirl.sampling.engine import Engine
 
-    model, tokenizer = resolve.load_model(config.model, device=config.device, dtype=getattr(torch, config.dtype))
+    dtype = resolve.dtype_for(config.dtype, config.device)
+    model, tokenizer = resolve.load_model(config.model, device=config.device, dtype=dtype)
     engine = Engine(model, max_cache_tokens=config.max_cache_tokens, decode=tokenizer.decode)
     name = config.name or os.path.basename(os.path.abspath(config.model))
     server = Server(

@@ -234,7 +234,10 @@ def most(count: int) -> int:
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Sum gradients over ranks in one flat buffer, so that every rank steps alike; absent ones count as zero."""
+    """Sum gradients over ranks in one flat float32 buffer, so that every rank steps alike; absent ones count as zero.
+
+    A gradient stays in the dtype that the weight's are summed in (`grad_dtype`), float32 for bfloat16 weights.
+    """
     if world_size() == 1:
         return
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -242,7 +245,7 @@ def sum_gradients(model: torch.nn.Module) -> None:
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().to(wide) for p in weights])
     _sum(flat)
     for weight, grad in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
-        weight.grad = grad.view_as(weight).to(weight.dtype)
+        weight.grad = grad.view_as(weight).to(weight.grad_dtype)
 
 
 def require_finite(what: str, value: float) -> None:

@@ -11,10 +11,12 @@ import torch
 class Optimizer:
     """A torch optimizer that holds float32 copies of its narrower weights, steps on them, and rounds them back.
 
-    A bfloat16 weight's neighbours are up to 0.8% away: steps of 1e-5 on one of 0.1 would all be rounded away.
-    A bfloat16 weight costs 4 bytes for its copy and 8, not 4, for AdamW's moments; its gradient as float32 4 more while
-    `step` runs. Float32 and float64 weights have no copy. Narrow weights are this object's to write: what others write
-    to one after it was made is undone by the next step.
+    A bfloat16 weight's neighbours are up to 0.8% away: steps of 1e-5 on one of 0.1 would all be rounded away. Its
+    gradient would lose small micro-batches in the same way, so from here on backward passes sum it in float32
+    (`grad_dtype`): those sums are reduced over ranks, clipped, and stepped on as they are.
+    A bfloat16 weight costs 4 bytes for its copy, 4 for its gradient and 8 for AdamW's moments. Float32 and float64
+    weights have no copy. Narrow weights are this object's to write: what others write to one after it was made is
+    undone by the next step.
     """
 
     def __init__(self, make: Callable[[list[dict]], torch.optim.Optimizer], groups: list[dict]):
@@ -27,13 +29,14 @@ class Optimizer:
     def _wide(self, weight):
         if weight.dtype not in (torch.float16, torch.bfloat16):
             return weight
+        weight.grad_dtype = torch.float32
         self._copies.append((weight, weight.detach().float()))
         return self._copies[-1][1]
 
     @torch.no_grad()
     def step(self) -> None:
         for weight, copy in self._copies:
-            copy.grad = None if weight.grad is None else weight.grad.float()
+            copy.grad = weight.grad
         self._torch.step()
         for weight, copy in self._copies:
             weight.copy_(copy)

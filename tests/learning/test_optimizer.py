@@ -32,7 +32,7 @@ class Weights(torch.nn.Module):
         torch.manual_seed(1 + update)
         for weight in self.parameters():
             drift = torch.linspace(-1, 1, weight.numel()).view(weight.shape)
-            weight.grad = (drift + 0.1 * torch.randn(weight.shape)).bfloat16().to(weight.dtype)
+            weight.grad = (drift + 0.1 * torch.randn(weight.shape)).bfloat16().to(weight.grad_dtype)
 
 
 def adamw(model):
@@ -63,6 +63,31 @@ def test_many_tiny_steps_are_those_of_float32_rounded_once(dtype, make):
     for weight, wide, first in zip(train(dtype, make), train(torch.float32, make), start.parameters()):
         assert weight.dtype == dtype and torch.equal(weight, wide.to(dtype))
         assert (wide - first.float()).abs().max() > 1e-3 and not torch.equal(weight, first)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_of_micro_batches_are_summed_in_float32_and_stepped_on_as_they_are(dtype):
+    model = Weights(dtype)
+    weight, x = model.matrix, torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
+    one_by_one = []
+    for row in x:  # a fresh leaf for each: its gradient is one micro-batch's, in the weight's dtype
+        leaf = weight.detach().clone().requires_grad_()
+        (row.to(dtype) @ leaf.T).sum().backward()
+        one_by_one.append(leaf.grad.float())
+    optimizer = make_optimizer(model, learning_rate=1e-3)
+    for row in x:
+        (row.to(dtype) @ weight.T).sum().backward()
+    assert weight.grad.dtype == torch.float32
+    exact = one_by_one[0]
+    for gradient in one_by_one[1:]:
+        exact = exact + gradient
+    assert torch.equal(weight.grad, exact)
+    assert not torch.equal(exact, exact.to(dtype).float())  # the dtype of the weight could not have held it
+    stepped_on = []
+    copy = next(copy for one, copy in optimizer._copies if one is weight)
+    optimizer._torch.register_step_pre_hook(lambda *_: stepped_on.append(copy.grad.data_ptr()))
+    optimizer.step()
+    assert stepped_on == [weight.grad.data_ptr()] and copy.grad is None
 
 
 def test_without_copies_they_would_all_be_rounded_away():
@@ -131,6 +156,6 @@ def test_what_is_drawn_after_a_step_is_drawn_by_the_new_weights(dtype, tiny_fold
     engine.sample(states, **settings)
     optimizer = make_optimizer(model, learning_rate=0.1)
     for weight in model.parameters():
-        weight.grad = torch.ones_like(weight)
+        weight.grad = torch.ones_like(weight, dtype=weight.grad_dtype)
     optimizer.step()
     assert engine.sample(states, **settings) == Engine(model).sample(states, **settings)

@@ -155,9 +155,13 @@ WORKER = """
 import sys, torch
 from pathlib import Path
 
+from swirl.config import TrainConfig
 from swirl.learning import distributed
+from swirl.learning.batches import assigned_here, micro_batches
+from swirl.learning.objective import Objective
+from swirl.learning.optimizer import make_optimizer
 from tests.learning.test_updates import learn, some_trajectories
-from tests.learning.updates import some_model
+from tests.learning.updates import gradients, some_actions, some_model
 torch.set_num_threads(1)
 folder = Path({folder!r})
 with distributed.process_group(torch.device("cpu")):
@@ -172,8 +176,14 @@ with distributed.process_group(torch.device("cpu")):
     whole = distributed.gather_shares(distributed.my_share(list(range(7))), int)
     assert whole == list(range(7)), whole
     assert distributed.from_main(distributed.rank()) == 0
+    half, config = some_model(torch.bfloat16), TrainConfig(mode="recorded", packed=False)
+    make_optimizer(half, learning_rate=1.0)
+    objective = Objective(config, half)
+    for batch, members in micro_batches(assigned_here(some_actions()), config):
+        (objective(half, batch, members)[0] / 7).backward()
+    distributed.sum_gradients(half)
     if distributed.is_main():
-        torch.save((dict(model.named_parameters()), metrics), folder / "done.pt")
+        torch.save((dict(model.named_parameters()), metrics, gradients(half)), folder / "done.pt")
 """
 
 
@@ -188,9 +198,13 @@ def test_two_ranks_make_the_update_of_one(tmp_path):
         done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(torch.load(folder / "done.pt", weights_only=True))
-    (one, one_metrics), (two, two_metrics) = results
+    (one, one_metrics, one_half), (two, two_metrics, two_half) = results
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-6)
     for a, b in zip(one_metrics, two_metrics, strict=True):
         for key in ("loss", "grad_norm", "kl", "action_tokens", "tokens"):
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-7), key
+    # In bfloat16 each action's own gradient is rounded, but the sums over actions and ranks are float32's.
+    for name, gradient in one_half.items():
+        assert gradient.dtype == two_half[name].dtype == torch.float32
+        torch.testing.assert_close(two_half[name], gradient, rtol=1e-6, atol=1e-6 * gradient.abs().max().item())

@@ -30,7 +30,7 @@ def rows(name):
     kept = cache * config.num_hidden_layers
     kilobytes = f"{kept / 1024:.0f}"
     boundaries = config.num_hidden_layers * config.hidden_size * 2 * 8192
-    memory = f"| {name} | {2 * weights / 1e9:.1f} | {16 * weights / 1e9:.1f} | {20 * weights / 1e9:.1f} |"
+    memory = f"| {name} | {2 * weights / 1e9:.1f} | {16 * weights / 1e9:.1f} | {18 * weights / 1e9:.1f} |"
     return shape, f"{memory} {kilobytes} | {context / 1e9:.2f} | {boundaries / 1e9:.2f} |"
 
 
