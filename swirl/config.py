@@ -147,6 +147,9 @@ class UpdateFlags:
     """Each gives as many states as it has steps."""
     samples_per_state: int = 4
     """Actions drawn at each state; in outcome-rl, trajectories of each question."""
+    staleness: Literal[0, 1] = 0
+    """Updates that drawn actions may be behind. 1: the next update's are drawn while this one's are judged, so that a
+    slow reward model is not waited for; the clipped ratio corrects for it."""
     learning_rate: float = 1e-4
     """The peak. Three times as much learns no better and forgets far more."""
     warmup: int = 5
@@ -253,6 +256,8 @@ class TrainConfig(
             require(self.samples_per_state >= 2 or self.baseline in ("none", "mean"), "samples_per_state",
                     "at least 2, since the other draws are the baseline")  # fmt: skip
             require(not self.proximal_every, "proximal_every", "0: actions of the current policy need no correction")
+        if self.mode not in ("auto", "sampled"):
+            require(not self.staleness, "staleness", "0: only --mode sampled draws ahead")
         if self.mode == "sampled":
             require(self.reward not in ("recorded", "outcome"), "reward",
                     "rule, a URL or a checkpoint: sampled actions have no recorded reward")  # fmt: skip

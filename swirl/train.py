@@ -10,7 +10,6 @@ a reward model's responses, each on disk before it is used, into answers.sqlite 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
@@ -24,6 +23,7 @@ import torch
 
 from swirl import config as configs
 from swirl.app import attempts, command, resolve, stages, training_data
+from swirl.app.background import BackgroundLoop
 from swirl.app.progress import progress
 from swirl.app.report_page import write_report
 from swirl.app.resolve_tasks import require_named
@@ -44,12 +44,11 @@ from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_opti
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import checkpoint_digest, file_digest
 from swirl.trajectories.log import read_trajectories
-from swirl.trajectories.record import Step
 
 IDLE_UPDATES = 3  # in a row that learn nothing end the run
 
 
-def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio.Runner, so_far: dict) -> list[dict]:
+def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: BackgroundLoop, so_far: dict) -> list[dict]:
     """All updates of the policy; returns the metrics of each. `judge` rewards actions that are drawn.
 
     `source` is what updates are made of: questions in outcome-rl, else trajectories with ids, and with rewards where
@@ -64,11 +63,18 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio
     update, began = len(history), time.perf_counter()
     if update:
         restore(run.resumed, model, optimizer, objective)
-    batches = islice(shuffled(len(source), config.items_per_update, config.seed), update, None)
+    batches = list(islice(shuffled(len(source), config.items_per_update, config.seed), config.updates))
+
+    def chosen(number: int) -> list:
+        return [source[i] for i in batches[number]]
+
+    draws = attempts.Draws(setup, judge, loop, chosen)
+    draws.restore(update, so_far.get("drawn"))
 
     def snapshot(copy: bool = True) -> Snapshot:
         logs = {name: list(lines) for name, lines in run.logs.items()}
         state = {**so_far, "logs": logs, "wall_s": so_far["wall_s"] + time.perf_counter() - began}
+        state["drawn"] = draws.state(update)
         return snapshot_of(model, optimizer, objective, tokenizer, update, state, copy=copy)
 
     bar = progress("train", config.updates, completed=update, show=distributed.is_main())
@@ -76,7 +82,7 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio
         while True:
             last = update == config.updates
             if config.evaluate_every and (last or update % config.evaluate_every == 0):
-                scores = runner.run(stages.evaluate(setup, config.task, "validation", f"validate at {update}"))
+                scores = loop.run(stages.evaluate(setup, config.task, "validation", f"validate at {update}"))
                 accuracy = {score.task: score.accuracy for score in scores}
                 run.append("validation.jsonl", {"update": update, "accuracy": accuracy})
             if last:
@@ -87,17 +93,12 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, runner: asyncio
             started = time.perf_counter()
 
             # Sample and reward: groups of attempts at the same thing, each with its reward; then what each is worth.
-            chosen = [source[i] for i in next(batches)]
             if config.mode == "outcome-rl":
-                groups = attempts.played(runner.run(stages.play(setup, chosen, update)))
+                groups = attempts.played(loop.run(stages.play(setup, chosen(update), update)))
             elif config.mode == "sampled":
-                states = attempts.states_of(chosen)
-                mine = distributed.my_share(states)
-                drawn = attempts.draw(setup, mine, update)
-                drawn = distributed.gather_shares(runner.run(attempts.rewarded(judge, mine, drawn)), list[Step])
-                groups = attempts.sampled(states, drawn)
+                groups = draws.groups(update)
             else:
-                groups = attempts.recorded(attempts.states_of(chosen))
+                groups = attempts.recorded(attempts.states_of(chosen(update)))
             rewards = attempts.rewards_of(groups)
             actions = attempts.sub_trajectories(groups, advantages_of(rewards, config.baseline))
             sample_s = time.perf_counter() - started
@@ -159,7 +160,7 @@ def train(config: TrainConfig) -> dict | None:
     require_named(config.evaluate_on if config.data else (*config.task, *config.evaluate_on), config.tool)
     with (
         distributed.process_group(device, timeout_s=config.rank_timeout_s),
-        asyncio.Runner() as runner,
+        BackgroundLoop(lambda: distributed.local_device(str(device))) as loop,
         ExitStack() as closing,
     ):
         model, tokenizer = resolve.load_model(
@@ -178,19 +179,19 @@ def train(config: TrainConfig) -> dict | None:
         judge = stages.open_judge(config, "process", client)
         rewarder = stages.open_judge(config, "reward", client)
         run = closing.enter_context(open_run(config, settings))
-        closing.callback(lambda: runner.run(client.close()))
+        closing.callback(lambda: loop.run(client.close()))
         if distributed.is_main():
             ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
             print(f"mode {config.mode}, reward {config.reward}, {device}{ranks}", file=sys.stderr)
-        tasks = runner.run(stages.open_tasks(config, client))
+        tasks = loop.run(stages.open_tasks(config, client))
         setup = Setup(config, LocalPolicy(model, tokenizer, name=config.model), tokenizer, tasks)
 
         so_far = distributed.from_main(run.resumed and run.resumed.state)
         if so_far is None:
-            before = runner.run(stages.evaluate(setup, config.evaluate_on, "test", "evaluate before"))
+            before = loop.run(stages.evaluate(setup, config.evaluate_on, "test", "evaluate before"))
             so_far = {"settings": settings, "before": msgspec.to_builtins(before), "kept": None, "logs": {}}
             if config.generates:
-                data, so_far["kept"] = runner.run(stages.generate_and_filter(setup, judge, run))
+                data, so_far["kept"] = loop.run(stages.generate_and_filter(setup, judge, run))
         else:
             before = msgspec.convert(so_far["before"], list[Score])
             started -= so_far["wall_s"]
@@ -199,10 +200,10 @@ def train(config: TrainConfig) -> dict | None:
         if config.mode == "outcome-rl":
             source = stages.questions_to_play(setup)
         else:
-            source = runner.run(training_data.with_rewards(data, config, rewarder))
+            source = loop.run(training_data.with_rewards(data, config, rewarder))
         so_far["wall_s"] = time.perf_counter() - started
-        history = learn(setup, source, rewarder if config.mode == "sampled" else None, run, runner, so_far)
-        after = runner.run(stages.evaluate(setup, config.evaluate_on, "test", "evaluate after"))
+        history = learn(setup, source, rewarder if config.mode == "sampled" else None, run, loop, so_far)
+        after = loop.run(stages.evaluate(setup, config.evaluate_on, "test", "evaluate after"))
         return _finish(config, run, before, after, history, started) if distributed.is_main() else None
 
 

@@ -23,16 +23,17 @@ def is_refused(step: Step) -> bool:
     return step.call is None
 
 
-async def ask_rewards(judge, asked: Iterable[StepToJudge]) -> list[Step]:
-    """The steps, each with its reward: 0 where the environment refuses the action, which is not asked about; else the
-    judge's, None where it gave neither reward nor verdict. Raises EndpointUnusable.
+async def ask_reward(judge, item: StepToJudge) -> Step:
+    """The step with its reward: 0 where the environment refuses the action, which is not asked about; else the judge's,
+    None where it gave neither reward nor verdict. Raises EndpointUnusable.
     """
+    reward = 0.0 if is_refused(item.step) else graded(await judge.judge(item))
+    return replace(item.step, reward=reward)
 
-    async def rewarded(item: StepToJudge) -> Step:
-        reward = 0.0 if is_refused(item.step) else graded(await judge.judge(item))
-        return replace(item.step, reward=reward)
 
-    return list(await asyncio.gather(*map(rewarded, asked)))
+async def ask_rewards(judge, asked: Iterable[StepToJudge]) -> list[Step]:
+    """`ask_reward` of each, all at once."""
+    return list(await asyncio.gather(*(ask_reward(judge, item) for item in asked)))
 
 
 def with_recorded_rewards(trajectory: Trajectory) -> Trajectory:
