@@ -28,6 +28,9 @@ class RunFlags:
     """The run's folder. One that is already there is set aside as run.1, run.2, ..., never overwritten."""
     seed: int = 0
     """Of all draws, and of the order of the data."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that are given each update's numbers besides metrics.jsonl: tensorboard (into `tensorboard/` of the
+    run's folder), wandb, trackio (extras of those names)."""
     smoke: bool = False
     """Shrink everything: the whole way in under 40 s on two cores."""
 

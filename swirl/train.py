@@ -32,6 +32,7 @@ from swirl.app.scores import Score, compared
 from swirl.app.signals import deferred, exit_if_stopped, stop_on_signals
 from swirl.app.stages import Setup
 from swirl.app.tables import print_comparison
+from swirl.app.tracking import require_trackers
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
 from swirl.errors import EndpointUnusable, NothingToLearn
@@ -157,6 +158,7 @@ def train(config: TrainConfig) -> dict | None:
     device = distributed.local_device(resolve.device_for(config.device))
     data = read_trajectories(config.data) if config.data is not None else None
     config = configs.settled(config, None if data is None else {t.question.task for t in data}, device.type)
+    require_trackers(config.track)
     require_named(config.evaluate_on if config.data else (*config.task, *config.evaluate_on), config.tool)
     with (
         distributed.process_group(device, timeout_s=config.rank_timeout_s),

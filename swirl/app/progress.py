@@ -33,9 +33,9 @@ def progress(
 ) -> Iterator[Advance]:
     """Shows how far the body is, which calls what it is given as `advance(count=1, note="")`.
 
-    A terminal gets a live bar with counts, elapsed and remaining time; a file or pipe a line a minute, and one at the
-    end. Of `total`, `completed` were done before. `note()` is called for what stands behind the bar whenever it is
-    drawn, until a text is given with `advance`.
+    A terminal gets a live bar with counts, elapsed and remaining time; a file or pipe a line a minute, one for each
+    `note` that `advance` is given, and one at the end. Of `total`, `completed` were done before. `note()` is called for
+    what stands behind the bar whenever it is drawn, until a text is given with `advance`.
     """
     if not show:
         yield lambda count=1, note="": None
@@ -76,9 +76,11 @@ def _bar(description: str, total: int | None, completed: int, note: Callable[[],
 
 def _lines(description: str, total: int | None, completed: int, note: Callable[[], str]) -> Iterator[Advance]:
     started = shown = time.monotonic()
-    done, said = completed, note
+    done, said, told = completed, note, False
 
     def show() -> None:
+        nonlocal shown, told
+        shown, told = time.monotonic(), True
         elapsed_s = time.monotonic() - started
         words = [f"{done}/{total}" if total is not None else f"{done}", _clock(elapsed_s)]
         if total is not None and completed < done < total:
@@ -86,17 +88,17 @@ def _lines(description: str, total: int | None, completed: int, note: Callable[[
         print(f"{description:<18}", "  ".join([*words, *filter(None, [said()])]), file=sys.stderr, flush=True)
 
     def advance(count: int = 1, note: str = "") -> None:
-        nonlocal done, said, shown
-        done += count
+        nonlocal done, said, told
+        done, told = done + count, False
         said = (lambda: note) if note else said
-        if time.monotonic() - shown >= SECONDS_A_LINE:
-            shown = time.monotonic()
+        if note or time.monotonic() - shown >= SECONDS_A_LINE:
             show()
 
     try:
         yield advance
     finally:
-        show()
+        if not told:
+            show()
 
 
 def _clock(seconds: float) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from swirl.app import command
 from swirl.app.signals import deferred, saving
+from swirl.app.tracking import Track, tracking
 from swirl.config import TrainConfig
 from swirl.errors import CheckpointError, ConfigError, RankError
 from swirl.learning import distributed
@@ -30,10 +31,10 @@ from swirl.storage.digest import seal
 from swirl.storage.files import replace_file
 from swirl.storage.lock import folder_lock
 
-LOGS = ("metrics.jsonl", "validation.jsonl")
+LOGS = {"metrics.jsonl": "train", "validation.jsonl": "validation"}  # what trackers call them
 # Flags that change no weight: a run may go on with others. Of `model` and `data` the content counts, not the path.
 _FREE = {"out", "resume", "save_every", "save_minutes", "keep", "rank_timeout_s", "device", "model", "data", "smoke",
-         "evaluate_every"}  # fmt: skip
+         "evaluate_every", "track"}  # fmt: skip
 
 
 class RunFolder:
@@ -42,8 +43,9 @@ class RunFolder:
     `resumed` is the checkpoint the run goes on from, None where it starts; on the main rank alone.
     """
 
-    def __init__(self, config: TrainConfig, resumed: Checkpoint | None = None):
+    def __init__(self, config: TrainConfig, resumed: Checkpoint | None = None, track: Track | None = None):
         self.path, self.resumed = Path(os.path.realpath(config.out)), resumed
+        self._track = track
         self.logs: dict[str, list[dict]] = {name: [] for name in LOGS}
         self._every, self._seconds = config.save_every, 60 * config.save_minutes
         self._saved_at = time.monotonic()
@@ -53,11 +55,13 @@ class RunFolder:
             self._writer.last = resumed and resumed.folder.parent == self.path and resumed.update
 
     def append(self, name: str, line: dict) -> None:
-        """One line of JSON more in the file of that name."""
+        """One line of JSON more in the file of that name, and at the run's trackers."""
         if distributed.is_main():
             self.logs.setdefault(name, []).append(line)
             with open(self.path / name, "ab") as file:
                 file.write(_line(line))
+            if self._track is not None and name in LOGS:
+                self._track(LOGS[name], line)
 
     def write(self, name: str, value: dict) -> None:
         """A file of that name with one JSON object."""
@@ -148,10 +152,12 @@ def open_run(config: TrainConfig, settings: dict[str, str]) -> Iterator[RunFolde
     with _own_folder(config) as out:
         resumed = None if config.resume is None else _resumed(config, out, settings)
         replace_file(out / "config.json", command.config_to_json(replace(config, resume=None)))
-        run = RunFolder(config, resumed)
-        run.rewrite_logs({} if resumed is None else resumed.state["logs"])
-        distributed.from_main(None)
-        yield run
+        where = {"run": out, "config": asdict(config), "update": resumed.update if resumed else 0}
+        with tracking(config.track, **where) as track:
+            run = RunFolder(config, resumed, track)
+            run.rewrite_logs({} if resumed is None else resumed.state["logs"])
+            distributed.from_main(None)
+            yield run
 
 
 @contextmanager

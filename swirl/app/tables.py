@@ -9,42 +9,59 @@ import numpy as np
 
 from swirl.app.scores import Score, bootstrap_interval
 
+WIDTH = 80  # of a table where there is no terminal to ask
+
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
 def _relative_gain(before: Score, after: Score) -> str:
-    """Relative gain of the accuracy, with the 95% bootstrap of the same questions' paired differences."""
-    if not before.accuracy:
+    """Relative gain of the accuracy, with the 95% bootstrap of the same questions' paired differences.
+
+    A question that either evaluation has no answer to is no pair.
+    """
+    pairs = [pair for pair in zip(before.correct, after.correct, strict=True) if None not in pair]
+    if not before.accuracy or not pairs:
         return "–"
-    differences = np.asarray(after.correct, float) - np.asarray(before.correct, float)
-    low, high = (bound / before.accuracy for bound in bootstrap_interval(differences))
-    gain = (after.accuracy - before.accuracy) / before.accuracy
-    return f"{gain:+.0%} [{low:+.0%}, {high:+.0%}]"
+    differences = np.subtract(*np.asarray(pairs, float).T[::-1])
+    low, high = (100 * bound / before.accuracy for bound in bootstrap_interval(differences))
+    gain = 100 * (after.accuracy - before.accuracy) / before.accuracy
+    return f"{gain:+.0f} [{low:+.0f}, {high:+.0f}]"
 
 
-def _interval(mean: float, interval: tuple[float, float]) -> str:
+def _number(share: float | None) -> str:
+    """A share in percent, without the sign: the column's heading has it."""
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _interval(mean: float | None, interval: tuple[float, float] | None) -> str:
+    if mean is None or interval is None:
+        return "–"
     low, high = interval
-    return f"{percent(mean)} [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{_number(mean)} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def _judged(score: Score) -> str:
-    shown = "–" if score.judged_interval is None else _interval(score.judged_accuracy, score.judged_interval)
-    return shown + (f" ({score.unjudged_answers} without a verdict)" if score.unjudged_answers else "")
+    shown = _interval(score.judged_accuracy, score.judged_interval)
+    return shown + (f"\n{score.unjudged_answers} unjudged" if score.unjudged_answers else "")
 
 
-def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], folded: Sequence[str]) -> None:
+    """On stdout, within the terminal's width: columns named in `folded` go on in a second line, numbers never do."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+        folds = heading in folded
+        justify = "left" if number == 0 else "right"
+        table.add_column(heading, justify=justify, no_wrap=not folds, overflow="fold" if folds else "ellipsis")
     for row in rows:
         table.add_row(*row)
     console = Console(file=sys.stdout)
-    console = console if sys.stdout.isatty() else Console(file=sys.stdout, width=120)
+    console = console if sys.stdout.isatty() else Console(file=sys.stdout, width=WIDTH)
     console.print(table)
 
 
@@ -52,20 +69,27 @@ def print_scores(scores: Sequence[Score]) -> None:
     """The table of `evaluate`, on stdout: a column of judged accuracy where an answer judge was asked."""
     columns = {
         "task": [s.task for s in scores],
-        "questions": [f"{s.questions}" + (f" ({s.unanswered} unanswered)" if s.unanswered else "") for s in scores],
-        "accuracy": [_interval(s.accuracy, s.interval) for s in scores],
-        "judged": [_judged(s) for s in scores],
-        "F1": [percent(s.f1) for s in scores],
-        "GOOD steps": [percent(s.good_steps) for s in scores],
+        "answered": [
+            f"{s.questions - s.unanswered}/{s.questions}" if s.unanswered else f"{s.questions}" for s in scores
+        ],
+        "accuracy %": [_interval(s.accuracy, s.interval) for s in scores],
+        "judged %": [_judged(s) for s in scores],
+        "F1 %": [_number(s.f1) for s in scores],
+        "GOOD %": [_number(s.good_steps) for s in scores],
         "by hops": [_by_hops(s) for s in scores],
     }
     if not any(s.judged_interval or s.unjudged_answers for s in scores):
-        del columns["judged"]
-    _print_table("greedy answers, 95% intervals by bootstrap", tuple(columns), list(zip(*columns.values())))
+        del columns["judged %"]
+    rows = list(zip(*columns.values()))
+    _print_table("greedy answers, 95% intervals by bootstrap", tuple(columns), rows, ("task", "by hops"))
+
+
+def _answered(score: Score) -> str:
+    return f"{score.questions - score.unanswered}/{score.questions}" if score.unanswered else str(score.questions)
 
 
 def _by_hops(score: Score) -> str:
-    return "  ".join(f"{hops}: {value:.0%}" for hops, value in score.accuracy_by_hops.items())
+    return " ".join(f"{hops}:{value:.0%}" for hops, value in score.accuracy_by_hops.items())
 
 
 def print_comparison(before: Sequence[Score], after: Sequence[Score]) -> None:
@@ -76,12 +100,13 @@ def print_comparison(before: Sequence[Score], after: Sequence[Score]) -> None:
             _interval(b.accuracy, b.interval),
             _interval(a.accuracy, a.interval),
             _relative_gain(b, a),
-            f"{percent(b.good_steps)} → {percent(a.good_steps)}",
+            f"{_number(b.good_steps)} → {_number(a.good_steps)}",
         )
         for b, a in zip(before, after, strict=True)
     ]
     _print_table(
         "accuracy on test questions (greedy; 95% intervals by bootstrap)",
-        ("family", "before", "after", "relative gain", "GOOD steps"),
+        ("family", "before %", "after %", "relative gain %", "GOOD steps %"),
         rows,
+        ("family",),
     )

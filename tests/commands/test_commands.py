@@ -84,15 +84,20 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
 
 def test_progress_in_a_log_file(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_A_LINE", 0.0)
-    said = iter(["one in flight", "none in flight"])
-    with progress.progress("count", 5, completed=2, note=lambda: next(said)) as advance:
+    with progress.progress("count", 5, completed=2, note=lambda: "one in flight") as advance:
         advance(2)
         advance(note="as told")
     shown = capsys.readouterr()
-    middle, told, end = shown.err.splitlines()
+    middle, told = shown.err.splitlines()
     assert shown.out == "" and middle.split()[:2] == ["count", "4/5"] and middle.endswith("left  one in flight")
     assert told.split()[1] == "5/5" and "left" not in told and told.endswith("as told")
-    assert end == told
+    monkeypatch.setattr(progress, "SECONDS_A_LINE", 60.0)
+    with progress.progress("count", 9, note=lambda: "as asked") as advance:
+        for _ in range(3):
+            advance()
+        advance(note="an update")  # each that says something has its line, and the last is not said twice
+        advance(note="another")
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["4/9", "5/9"]
     with progress.progress("count", None) as advance:
         advance(3)
     assert capsys.readouterr().err.splitlines()[-1].split() == ["count", "3", "0:00:00"]
@@ -266,8 +271,11 @@ def test_train_on_recorded_actions_alone_and_on_two_ranks(trajectories, tiny_fol
 
     data = recorded(trajectories, tmp_path / "data.jsonl")
     flags = ("--data", data, "--model", tiny_folder, "--mode", "recorded", *SMALL)
-    done = command("train", "--packed", "--out", "one", *flags, cwd=tmp_path, check=0)
-    assert "bridge" in done.stdout
+    done = command("train", "--packed", "--out", "one", "--track", "tensorboard", *flags, cwd=tmp_path, check=0)
+    assert "bridge" in done.stdout and max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    updates = [line.split()[:2] for line in done.stderr.splitlines() if line.startswith("train ")]
+    assert updates == [["train", "1/2"], ["train", "2/2"]]  # off a terminal one line an update
+    assert any((tmp_path / "one" / "tensorboard").iterdir())
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     wanted = (
         "accuracy_before accuracy_after relative_gain good_steps_before good_steps_after updates tokens_per_s wall_s "
