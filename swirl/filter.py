@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from msgspec.structs import replace
 
 from swirl.app import command
 from swirl.app.progress import progress
@@ -29,7 +28,7 @@ from swirl.app.resolve import answers_beside, model_folder, open_judge, require_
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, InputError
-from swirl.judging.filtering import Judges, Mode, Why, judged_trajectories
+from swirl.judging.filtering import Judges, Mode, Why, as_dropped, judged_trajectories, rule_name
 from swirl.judging.judges import Kind
 from swirl.storage.digest import checkpoint_digest, seal
 from swirl.storage.files import replacing
@@ -187,8 +186,7 @@ async def _filter(config: FilterConfig) -> dict:
                     if why is None:
                         kept.append(trajectory)
                     else:
-                        judged = why.rule if isinstance(why.rule, Judged) else None
-                        dropped.append(replace(trajectory, dropped=f"{_name(why)}: {why.text}", judged=judged))
+                        dropped.append(as_dropped(trajectory, why))
                         dropped_now.append(why)
                     advance()
             counts = {"kept": len(kept.done), "dropped": len(dropped.done)}
@@ -210,12 +208,8 @@ async def _filter(config: FilterConfig) -> dict:
         **counts,
         "unanswered": len(unanswered),
         "unjudged": len(unjudged),
-        "dropped_now": Counter(map(_name, dropped_now)),
+        "dropped_now": Counter(map(rule_name, dropped_now)),
     }
-
-
-def _name(why: Why) -> str:
-    return {Judged.UNANSWERED: "unanswered", Judged.UNREADABLE: "unjudged"}.get(why.rule, why.rule)
 
 
 def _count_lines(path: Path) -> int:

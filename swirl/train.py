@@ -4,8 +4,9 @@
   python -m swirl.train --packed --data kept.jsonl   train on trajectories you have
   torchrun --nproc-per-node 2 -m swirl.train --packed
 
-Writes config.json, trajectories.jsonl, kept.jsonl, metrics.jsonl, summary.json, report.html and checkpoint/ into --out;
-a reward model's responses, each on disk before it is used, into answers.sqlite there.
+Writes config.json, trajectories.jsonl, kept.jsonl, dropped.jsonl, metrics.jsonl, summary.json, report.html and
+checkpoint/ into --out; a reward model's responses, each on disk before it is used, into answers.sqlite there; for the
+report the answers evaluated before and after, some of the actions that updates drew, and log-probs of both policies.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ import torch
 from swirl import config as configs
 from swirl.app import attempts, command, resolve, stages, training_data
 from swirl.app.background import BackgroundLoop
+from swirl.app.other_log_probs import other_log_probs
 from swirl.app.progress import progress
 from swirl.app.report_page import write_report
 from swirl.app.resolve_tasks import require_named
 from swirl.app.run_folder import RunFolder, open_run, settings_of
-from swirl.app.scores import Score, compared
+from swirl.app.run_records import EVALUATED, LOG_PROBS, SAMPLES, compared_answers, has_samples, sampled_groups
+from swirl.app.scores import Score, compared, validation_metrics
 from swirl.app.signals import deferred, exit_if_stopped, stop_on_signals
 from swirl.app.stages import Setup
 from swirl.app.tables import print_comparison
 from swirl.app.tracking import require_trackers
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
-from swirl.errors import EndpointUnusable, NothingToLearn
+from swirl.errors import EndpointUnusable, NothingToLearn, SwirlError
 from swirl.learning import distributed, gradient, usage
 from swirl.learning.batches import num_tokens, present, shuffled
 from swirl.learning.checkpoints import Snapshot, restore, snapshot_of
@@ -44,7 +47,7 @@ from swirl.learning.objective import Objective, advantages_of
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import checkpoint_digest, file_digest
-from swirl.trajectories.log import read_trajectories
+from swirl.trajectories.log import read_trajectories, write_trajectories
 
 IDLE_UPDATES = 3  # in a row that learn nothing end the run
 
@@ -83,9 +86,8 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
         while True:
             last = update == config.updates
             if config.evaluate_every and (last or update % config.evaluate_every == 0):
-                scores = loop.run(stages.evaluate(setup, config.task, "validation", f"validate at {update}"))
-                accuracy = {score.task: score.accuracy for score in scores}
-                run.append("validation.jsonl", {"update": update, "accuracy": accuracy})
+                scores, _ = loop.run(stages.evaluate(setup, config.task, "validation", f"validate at {update}"))
+                run.append("validation.jsonl", {"update": update, **validation_metrics(scores)})
             if last:
                 run.finish(lambda: snapshot(copy=False))
                 break
@@ -101,7 +103,8 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
             else:
                 groups = attempts.recorded(attempts.states_of(chosen(update)))
             rewards = attempts.rewards_of(groups)
-            actions = attempts.sub_trajectories(groups, advantages_of(rewards, config.baseline))
+            advantages = advantages_of(rewards, config.baseline)
+            actions = attempts.sub_trajectories(groups, advantages)
             sample_s = time.perf_counter() - started
 
             # Forward and backward: the gradient of the loss, summed over micro-batches and ranks. Actions without one
@@ -130,6 +133,9 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
                 metrics |= usage.speed(model, sums, peak_flops, wall_s=time.perf_counter() - started, sample_s=sample_s)
                 history.append(metrics)
                 run.append("metrics.jsonl", metrics)
+            if has_samples(update, config.updates):
+                shown = sampled_groups(groups, advantages, update, whole=config.mode == "outcome-rl")
+                run.append_records(SAMPLES, shown)
             advance(note=log_line(metrics))
             require_something_learned(history, judge, smoke=config.smoke)
     return history
@@ -147,6 +153,36 @@ def require_something_learned(history: list[dict], judge, *, smoke: bool) -> Non
         raise EndpointUnusable(judge.name, f"graded none of the actions of {IDLE_UPDATES} updates in a row")
     if not smoke and all("idle" in metrics for metrics in recent):
         raise NothingToLearn(f"{IDLE_UPDATES} updates in a row had nothing to learn from: {recent[-1]['idle']}")
+
+
+def evaluate_and_write(setup: Setup, run: RunFolder, loop: BackgroundLoop, when: str) -> list[Score]:
+    """The scores on the test questions `when` (before, after); the answers are written down."""
+    scores, answers = loop.run(stages.evaluate(setup, setup.config.evaluate_on, "test", f"evaluate {when}"))
+    if scores and distributed.is_main():
+        write_trajectories(run.path / EVALUATED[when], answers)
+    return scores
+
+
+def compare_policies(setup: Setup, run: RunFolder) -> None:
+    """Write down what the base policy makes of the trained one's answers, and the other way round, of some questions.
+
+    For the report alone, on the main rank: where it cannot be done the run ends without it, and says so.
+    """
+    config, files = setup.config, {when: run.path / name for when, name in EVALUATED.items()}
+    if not (distributed.is_main() and all(file.exists() for file in files.values())):
+        return
+    try:
+        pairs = compared_answers(*map(read_trajectories, files.values()))
+        base, _ = resolve.load_model(
+            config.model, device=setup.policy.engine.model.device, dtype=getattr(torch, config.dtype),
+            attention=config.attention,
+        )  # fmt: skip
+        of_base, of_trained = ([pair[i] for pair in pairs] for i in (0, 1))
+        trained = setup.policy.engine.model
+        run.append_records(LOG_PROBS, other_log_probs(trained, "trained", files["before"].name, of_base, config))
+        run.append_records(LOG_PROBS, other_log_probs(base, "base", files["after"].name, of_trained, config))
+    except (SwirlError, OSError, torch.OutOfMemoryError) as error:
+        command.warn(f"answers are not compared token by token ({error})")
 
 
 def train(config: TrainConfig) -> dict | None:
@@ -190,7 +226,7 @@ def train(config: TrainConfig) -> dict | None:
 
         so_far = distributed.from_main(run.resumed and run.resumed.state)
         if so_far is None:
-            before = loop.run(stages.evaluate(setup, config.evaluate_on, "test", "evaluate before"))
+            before = evaluate_and_write(setup, run, loop, "before")
             so_far = {"settings": settings, "before": msgspec.to_builtins(before), "kept": None, "logs": {}}
             if config.generates:
                 data, so_far["kept"] = loop.run(stages.generate_and_filter(setup, judge, run))
@@ -205,7 +241,8 @@ def train(config: TrainConfig) -> dict | None:
             source = loop.run(training_data.with_rewards(data, config, rewarder))
         so_far["wall_s"] = time.perf_counter() - started
         history = learn(setup, source, rewarder if config.mode == "sampled" else None, run, loop, so_far)
-        after = loop.run(stages.evaluate(setup, config.evaluate_on, "test", "evaluate after"))
+        after = evaluate_and_write(setup, run, loop, "after")
+        compare_policies(setup, run)
         return _finish(config, run, before, after, history, started) if distributed.is_main() else None
 
 

@@ -6,16 +6,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
+
 from swirl.app import command
+from swirl.app.run_records import DROPPED, EVALUATED, GENERATED, LOG_PROBS, SAMPLES, STOPPED
 from swirl.app.signals import deferred, saving
 from swirl.app.tracking import Track, tracking
 from swirl.config import TrainConfig
-from swirl.errors import CheckpointError, ConfigError, RankError
+from swirl.errors import CheckpointError, ConfigError, RankError, SwirlError
 from swirl.learning import distributed
 from swirl.learning.checkpoints import (
     Checkpoint,
@@ -27,7 +30,7 @@ from swirl.learning.checkpoints import (
     set_newer_aside,
     write_checkpoint,
 )
-from swirl.storage.digest import seal
+from swirl.storage.digest import seal, unseal
 from swirl.storage.files import replace_file
 from swirl.storage.lock import folder_lock
 
@@ -68,6 +71,12 @@ class RunFolder:
         if distributed.is_main():
             replace_file(self.path / name, seal(json.dumps(value, indent=2).encode() + b"\n"))
 
+    def append_records(self, name: str, records: Iterable[msgspec.Struct]) -> None:
+        """Lines more in a file that no checkpoint carries along."""
+        if distributed.is_main():
+            with open(self.path / name, "ab") as file:
+                file.write(b"".join(seal(msgspec.json.encode(record) + b"\n") for record in records))
+
     def rewrite_logs(self, logs: dict[str, list[dict]]) -> None:
         """Back to the lines that a checkpoint knows: what came after will come again."""
         if distributed.is_main():
@@ -75,6 +84,9 @@ class RunFolder:
                 self.logs[name] = list(logs.get(name, ()))
                 if self.logs[name] or (self.path / name).exists():
                     replace_file(self.path / name, b"".join(map(_line, self.logs[name])))
+            _cut_samples(self.path / SAMPLES, 0 if self.resumed is None else self.resumed.update)
+            for name in (EVALUATED["after"], LOG_PROBS, STOPPED):
+                (self.path / name).unlink(missing_ok=True)
 
     def save_if_due(self, update: int, snapshot: Callable[[], Snapshot]) -> None:
         """A checkpoint every so many updates and minutes, written while training goes on; a failure only warns."""
@@ -133,6 +145,45 @@ class RunFolder:
             self._writer.prune()
 
 
+def _cut_samples(path: Path, update: int) -> None:
+    """Leave those of updates up to that one, and no half line of a run that was killed."""
+
+    def is_before(line: bytes) -> bool:
+        try:
+            return json.loads(unseal(line))["update"] <= update
+        except (ValueError, TypeError, KeyError):
+            return False
+
+    if path.exists():
+        replace_file(path, b"".join(filter(is_before, path.read_bytes().splitlines(keepends=True))))
+
+
+def _carry_over(earlier: Path, run: Path) -> None:
+    """What a run that goes on in another folder had written for its report."""
+    for name in (EVALUATED["before"], GENERATED, DROPPED):
+        if earlier != run and (earlier / name).exists():
+            replace_file(run / name, (earlier / name).read_bytes())
+
+
+@contextmanager
+def _telling_why(run: RunFolder) -> Iterator[None]:
+    """What ends the body before its end is written down."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            run.write(STOPPED, {"why": _why_stopped(error)})
+        raise
+
+
+def _why_stopped(error: BaseException) -> str:
+    if isinstance(error, SwirlError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by a signal"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _line(value: dict) -> bytes:
     return seal(json.dumps(value).encode() + b"\n")
 
@@ -142,8 +193,9 @@ def open_run(config: TrainConfig, settings: dict[str, str]) -> Iterator[RunFolde
     """The folder at `config.out`, this run's alone while the body runs.
 
     Without `--resume` it is new: an earlier run is set aside. With it the run goes on from a checkpoint, if it was made
-    with the same `settings`. Raises ConfigError where the folder is no run of swirl, or another run is at work there,
-    and where the checkpoint to go on from cannot be read or was made with other settings.
+    with the same `settings`. What ends the body is left in stopped.json. Raises ConfigError where the folder is no run
+    of swirl, or another run is at work there, and where the checkpoint to go on from cannot be read or was made with
+    other settings.
     """
     if not distributed.is_main():
         distributed.from_main(None)  # before any rank writes into the folder, it is there
@@ -156,8 +208,11 @@ def open_run(config: TrainConfig, settings: dict[str, str]) -> Iterator[RunFolde
         with tracking(config.track, **where) as track:
             run = RunFolder(config, resumed, track)
             run.rewrite_logs({} if resumed is None else resumed.state["logs"])
+            if resumed is not None:
+                _carry_over(resumed.folder.parent, out)
             distributed.from_main(None)
-            yield run
+            with _telling_why(run):
+                yield run
 
 
 @contextmanager

@@ -137,6 +137,14 @@ def _f1(task: Task, trajectory: Trajectory, right: bool) -> float:
     return task.scores(trajectory.question, trajectory.prediction).get("f1", float(right))
 
 
+def validation_metrics(scores: Sequence[Score]) -> dict[str, dict]:
+    """What a validation's line says, each value by task."""
+    return {
+        "accuracy": {score.task: score.accuracy for score in scores},
+        "good_steps": {score.task: score.good_steps for score in scores},
+    }
+
+
 def compared(before: Sequence[Score], after: Sequence[Score]) -> dict[str, dict]:
     """What a run's summary says of two evaluations on the same tasks, each value by task."""
     gains = {

@@ -18,6 +18,7 @@ from swirl.app.loader import is_reference
 from swirl.app.progress import progress
 from swirl.app.resolve_tasks import open_task
 from swirl.app.run_folder import RunFolder
+from swirl.app.run_records import DROPPED, GENERATED, KEPT
 from swirl.app.scores import Score, score_trajectories
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
@@ -30,8 +31,6 @@ from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import file_digest
 from swirl.trajectories.log import read_trajectories, write_trajectories
 from swirl.trajectories.record import Question, Trajectory
-
-KEPT = "kept.jsonl"
 
 
 @dataclass(frozen=True)
@@ -103,21 +102,27 @@ def open_judge(config: TrainConfig, kind: Literal["process", "reward"], client: 
     )
 
 
-async def evaluate(setup: Setup, names: Sequence[str], split: str, description: str) -> list[Score]:
-    """Scores of greedy answers to each task's questions of that split."""
+async def evaluate(
+    setup: Setup, names: Sequence[str], split: str, description: str
+) -> tuple[list[Score], list[Trajectory]]:
+    """(scores, answers): greedy answers to each task's questions of that split, with verdicts where Almanac's rule
+    knows them.
+    """
     if not names:
-        return []
+        return [], []
     asked = {name: setup.tasks[name].take(split, setup.config.evaluate_num_questions) for name in names}
     total = sum(len(distributed.my_share(questions)) for questions in asked.values())
-    scores = []
+    scores, answers = [], []
     with progress(description, total, show=distributed.is_main()) as advance:
         for name, questions in asked.items():
             task = setup.tasks[name]
             spec = setup.rollouts(name, max_steps=evaluation_steps(task), temperature=0.0, seed=setup.config.seed)
             judge = resolve.open_judge("rule") if name in tasks.ALMANAC_FAMILIES else None
             mine = await answer(distributed.my_share(questions), spec, judge=judge, advance=advance)
-            scores.append(score_trajectories(task, _gathered(mine)))
-    return scores
+            made = _gathered(mine)
+            scores.append(score_trajectories(task, made))
+            answers += [one for one in made if isinstance(one, Trajectory)]
+    return scores, answers
 
 
 async def generate(setup: Setup) -> list[Trajectory]:
@@ -141,24 +146,26 @@ async def generate(setup: Setup) -> list[Trajectory]:
 
 async def generate_and_filter(setup: Setup, judge, run: RunFolder) -> tuple[list[Trajectory], str | None]:
     """Stage 1 and the filter: the policy's own trajectories that pass it by the verdicts of `judge`, and on the main
-    rank the digest of the file that holds them. All and the kept are written down.
+    rank the digest of the file that holds them. All are written down, the kept, and the dropped with the reason.
 
     Raises NothingToLearn where none passes; a smoke run, whose model may be random, then goes on with all of them.
     """
     made, mode = await generate(setup), setup.config.filter
     mine = distributed.my_share(made)
     with progress("filter", len(mine), show=distributed.is_main()) as advance:
-        passed, _ = await filter_in_memory(mine, Judges(judge, tasks.is_correct), mode=mode, advance=advance)
-    passed = {trajectory.id: trajectory for trajectory in passed}
-    everywhere = distributed.gather_shares([passed.get(one.id) for one in mine], Trajectory | None)
-    kept = [one for one in everywhere if one is not None]
+        passed, failed = await filter_in_memory(mine, Judges(judge, tasks.is_correct), mode=mode, advance=advance)
+    judged = {trajectory.id: trajectory for trajectory in (*passed, *failed)}
+    everywhere = distributed.gather_shares([judged[one.id] for one in mine], Trajectory)
+    kept = [one for one in everywhere if one.dropped is None]
+    dropped = [one for one in everywhere if one.dropped is not None]
     if not kept and setup.config.smoke:
         kept = made
         if distributed.is_main():
             print(f"the {mode} filter passes none; --smoke goes on with all", file=sys.stderr)
     if distributed.is_main():
-        write_trajectories(run.path / "trajectories.jsonl", made)
+        write_trajectories(run.path / GENERATED, made)
         write_trajectories(run.path / KEPT, kept)
+        write_trajectories(run.path / DROPPED, dropped)
         print(f"kept {len(kept)} of {len(made)} trajectories ({mode} filter)", file=sys.stderr)
     if not kept:
         raise NothingToLearn(f"--filter {mode} kept none of {len(made)} trajectories: nothing to train on")

@@ -108,6 +108,16 @@ def why_dropped(trajectory: Trajectory, mode: Mode, outcome: Judgement | None = 
     return None
 
 
+def as_dropped(trajectory: Trajectory, why: Why) -> Trajectory:
+    """The trajectory with why it is dropped: the rule's name, then the reason."""
+    judged = why.rule if isinstance(why.rule, Judged) else None
+    return replace(trajectory, dropped=f"{rule_name(why)}: {why.text}", judged=judged)
+
+
+def rule_name(why: Why) -> str:
+    return {Judged.UNANSWERED: "unanswered", Judged.UNREADABLE: "unjudged"}.get(why.rule, why.rule)
+
+
 async def with_outcome(trajectory: Trajectory, judge) -> tuple[Trajectory, Judgement | None]:
     """(the trajectory with its final answer held against the golden one by `judge`, whose word takes the place of any
     outcome it carries; its judgement). As it is, and None, where there is no golden answer.
@@ -145,11 +155,14 @@ def judged_trajectories(
 async def filter_in_memory(
     trajectories: list[Trajectory], judges: Judges, *, mode: Mode, advance: Callable[[], None]
 ) -> tuple[list[Trajectory], list[Trajectory]]:
-    """(kept, dropped), each in the order given, every judged step carrying its verdict."""
+    """(kept, dropped), each in the order given, every judged step carrying its verdict, what is dropped the reason."""
     order = {trajectory.id: place for place, trajectory in enumerate(trajectories)}
     kept, dropped = [], []
     async for trajectory, why in judged_trajectories(trajectories, judges, mode=mode, in_flight=1024):
-        (kept if why is None else dropped).append(trajectory)
+        if why is None:
+            kept.append(trajectory)
+        else:
+            dropped.append(as_dropped(trajectory, why))
         advance()
     for part in (kept, dropped):
         part.sort(key=lambda trajectory: order[trajectory.id])

@@ -24,11 +24,13 @@ def is_refused(step: Step) -> bool:
 
 
 async def ask_reward(judge, item: StepToJudge) -> Step:
-    """The step with its reward: 0 where the environment refuses the action, which is not asked about; else the judge's,
-    None where it gave neither reward nor verdict. Raises EndpointUnusable.
+    """The step with its reward and what the judge said of it: 0 where the environment refuses the action, which is not
+    asked about; else the judge's, None where it gave neither reward nor verdict. Raises EndpointUnusable.
     """
-    reward = 0.0 if is_refused(item.step) else graded(await judge.judge(item))
-    return replace(item.step, reward=reward)
+    if is_refused(item.step):
+        return replace(item.step, reward=0.0)
+    said = await judge.judge(item)
+    return replace(item.step, reward=graded(said), verdict=said.verdict, judged=said.judged, reason=said.reason)
 
 
 async def ask_rewards(judge, asked: Iterable[StepToJudge]) -> list[Step]:
