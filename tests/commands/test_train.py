@@ -330,15 +330,16 @@ def test_the_first_error_is_the_one_reported(small, monkeypatch, capsys):
 PEER_FAILS = """
 import os
 from swirl import train
+from swirl.learning import gradient
 
-packed, updates = train.micro_batches, iter(range(100))
+packed, updates = gradient.rank_micro_batches, iter(range(100))
 
 def failing(*args):
     if next(updates) == 2 and os.environ["RANK"] == "1":
         os._exit(9)
     return packed(*args)
 
-train.micro_batches = failing
+gradient.rank_micro_batches = failing
 train.run_command()
 """
 
