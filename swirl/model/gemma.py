@@ -133,7 +133,9 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: GemmaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Given a weight it draws none, which would be overwritten, and on meta would load torch's compiler: seconds.
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

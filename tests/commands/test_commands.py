@@ -18,19 +18,13 @@ from swirl.storage.digest import unseal
 from swirl.trajectories.actions import Call
 from swirl.trajectories.log import iter_trajectories, read_trajectories
 from swirl.trajectories.record import encode_trajectory
+from tests.process import run_module
 
 ROOT = Path(__file__).parents[2]
 
 
 def command(name, *flags, cwd, check=None, **environment):
-    done = subprocess.run(
-        [sys.executable, "-m", f"swirl.{name}", *map(str, flags)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_module(f"swirl.{name}", *flags, cwd=cwd, **environment)
     if check is not None:
         assert done.returncode == check, done.stderr
     return done
@@ -362,7 +356,6 @@ def test_evaluate_shows_the_scores_where_the_trajectories_cannot_be_written(tiny
 
 def test_the_converter_of_gsm8k_feeds_the_trainer(tmp_path):
     source = ROOT / "tests" / "fixtures" / "gsm8k.jsonl"
-    words = [sys.executable, "-m", "swirl.tasks.gsm8k", str(source), "g.jsonl"]
-    subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    assert run_module("swirl.tasks.gsm8k", source, "g.jsonl", cwd=tmp_path).returncode == 0
     done = command("train", "--packed", "--data", "g.jsonl", *SMALL, cwd=tmp_path, check=0)
     assert "mode recorded, reward recorded" in done.stderr

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from swirl.trajectories.log import read_trajectories
+from tests.process import run_module
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -20,14 +18,7 @@ FILES = {text.splitlines()[0][2:]: text for text in re.findall(r"^```python\n(.+
 
 
 def run(words, folder):
-    done = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_module(*words, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done
 

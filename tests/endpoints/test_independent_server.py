@@ -28,6 +28,7 @@ from swirl.generate import GenerateConfig
 from swirl.judging.prompts import REWARD, SEARCH_PROCESS, read_prompt
 from swirl.trajectories.log import read_trajectories
 from swirl.trajectories.record import Judged, Trajectory
+from tests.process import run_module
 
 MISSING = [name for name in ("transformers", "accelerate", "fastapi", "openai", "uvicorn") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(
@@ -129,14 +130,7 @@ def server(tmp_path_factory):
 
 
 def command(name: str, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"swirl.{name}", *map(str, flags)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_module(f"swirl.{name}", *flags, cwd=cwd, timeout=120)
 
 
 def result(done: subprocess.CompletedProcess) -> dict:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sqlite3
-import sys
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +23,7 @@ from swirl.model.tokenizer import Tokenizer
 from swirl.storage.digest import checkpoint_digest
 from swirl.tasks import almanac
 from swirl.trajectories.log import read_trajectories
+from tests.process import run_module_beside
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = {q.question: q for split in ("train", "test") for q in almanac.questions("bridge", split, 12)}
@@ -88,21 +88,11 @@ class Run:
 
 async def run(folder, name, *flags, code=0, **environment):
     """`python -m swirl.name`; no key and no proxy but those given."""
-    clean = {k: v for k, v in os.environ.items() if not re.search("API_KEY|SWIRL|proxy", k, re.IGNORECASE)}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        f"swirl.{name}",
-        *map(str, flags),
-        cwd=folder,
-        env={**clean, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = (part.decode() for part in await process.communicate())
-    assert process.returncode == code and "Traceback" not in err, err
-    assert code == 0 or err.count("error: ") == 1, err
-    return Run(process.returncode, out, err)
+    clean = [key for key in os.environ if re.search("API_KEY|SWIRL|proxy", key, re.IGNORECASE)]
+    done = await run_module_beside(f"swirl.{name}", *flags, cwd=folder, without=clean, **environment)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert code == 0 or done.stderr.count("error: ") == 1, done.stderr
+    return Run(done.returncode, done.stdout, done.stderr)
 
 
 def generate(folder, url, *flags, **rest):

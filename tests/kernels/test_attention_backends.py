@@ -8,8 +8,6 @@ head padding swirl hands over are held against the reference, forward and backwa
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -40,6 +38,7 @@ from swirl.tree.pack import pack, pack_chains, pack_micro_batches
 from tests.kernels.chains import CONFIG, trajectories
 from tests.kernels.test_triton import forest
 from tests.learning.updates import accumulate, gradients, some_actions, sub_trajectory
+from tests.process import run_module
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -408,9 +407,7 @@ def test_actions_that_turn_out_sampled_are_refused_before_any_work(tmp_path):
 
 
 def command(*flags, cwd):
-    words = [sys.executable, "-m", "swirl.train", *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return run_module("swirl.train", *flags, cwd=cwd, CUDA_VISIBLE_DEVICES="")
 
 
 def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):

@@ -1,7 +1,5 @@
 import asyncio
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from swirl.tools.calculator.calculate import calculator_tool
 from swirl.tools.search import Page
 from swirl.trajectories.log import read_trajectories
 from swirl.trajectories.record import Question, Step, Trajectory, with_calls
+from tests.process import run_module
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -357,13 +356,8 @@ def test_the_converter_fails_in_one_line_and_keeps_what_was_there(tmp_path):
     out.write_text("precious")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "q", "answer": "none"}\n')
-    command = [sys.executable, "-m", "swirl.tasks.gsm8k"]
-    for arguments, code in (
-        ([str(bad), str(out)], 1),
-        ([str(tmp_path / "absent"), str(out)], 1),
-        ([str(bad)], 2),
-    ):
-        done = subprocess.run(command + arguments, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    for words, code in (([bad, out], 1), ([tmp_path / "absent", out], 1), ([bad], 2)):
+        done = run_module("swirl.tasks.gsm8k", *words, cwd=tmp_path)
         assert done.returncode == code and not done.stdout
         assert code == 2 or done.stderr.count("\n") == 1
     assert out.read_text() == "precious"

@@ -1,6 +1,5 @@
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from swirl.trajectories.formats import from_messages, from_trl, read_any, to_mes
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Question, Step, Trajectory, encode_trajectory, with_calls
 from swirl.trajectories.rows import write_rows
+from tests.process import run_module
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -279,8 +279,7 @@ def test_a_failing_command_is_one_line_and_loses_nothing(tmp_path):
     data, out = tmp_path / "t.jsonl", tmp_path / "out.jsonl"
     data.write_bytes(encode_trajectory(odd()) + b"{]\n")
     out.write_text("precious")
-    command = [sys.executable, "-m", "swirl.app.formats", "--data", str(data), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = run_module("swirl.app.formats", "--data", data, "--out", out, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and f"{data}:2" in done.stderr
     assert out.read_text() == "precious" and len(list(tmp_path.iterdir())) == 2
     data.write_text("")

@@ -1,0 +1,71 @@
+"""`python -m MODULE` as tests run it: a process of its own, forked from one that has imported torch and swirl's rooms.
+
+A start from nothing costs seconds of imports, and the tests start hundreds of commands. What is tested is all that
+follows the imports; that commands start from nothing is tested where those of the README are run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+# All that the commands import, but not the commands: they are to be run as __main__.
+_FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch.optim", "bm25s", "swirl.app.stages", "swirl.app.attempts", "swirl.app.evaluation"]
+)
+
+
+def run_module(
+    module: str, *words: object, cwd: Path, timeout: float = 300, without: Iterable[str] = (), **environment: str
+) -> subprocess.CompletedProcess:
+    """Run it to its end, in the tests' environment `without` some keys and with `environment` on top.
+
+    Raises TimeoutExpired after `timeout` seconds.
+    """
+    words = [str(word) for word in words]
+    environment = {key: value for key, value in os.environ.items() if key not in set(without)} | environment
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        # By path, which a process that shares nothing with this one can open.
+        files = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, err)]
+        process = _FORKS.Process(target=_as_main, args=(module, words, str(cwd), environment, *files))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([module, *words], timeout)
+        said = []
+        for file in (out, err):
+            file.seek(0)
+            said.append(file.read().decode())
+        return subprocess.CompletedProcess([module, *words], process.exitcode, *said)
+
+
+async def run_module_beside(module: str, *words: object, **how) -> subprocess.CompletedProcess:
+    """`run_module` while this event loop goes on, which may be serving it."""
+    return await asyncio.to_thread(run_module, module, *words, **how)
+
+
+def _as_main(module: str, words: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, (path, flags) in enumerate([(os.devnull, os.O_RDONLY), (out, os.O_WRONLY), (err, os.O_WRONLY)]):
+        os.dup2(os.open(path, flags), number)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    sys.argv = [module, *words]
+    sys.path.insert(0, cwd)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing's own way out skips them
