@@ -52,7 +52,7 @@ class _LinearKL(torch.autograd.Function):
     def backward(ctx, d_kl):
         hidden, weight, reference_hidden, reference_weight, kl = ctx.saved_tensors
         d_hidden = torch.empty(hidden.shape, dtype=kl.dtype, device=kl.device)
-        d_weight = torch.zeros(weight.shape, dtype=kl.dtype, device=kl.device)
+        d_weight = torch.zeros(weight.shape, dtype=kl.dtype, device=kl.device) if ctx.needs_input_grad[1] else None
         for rows in _chunks(hidden.shape[0], weight.shape[0], kl.dtype):
             logits = _logits(hidden[rows], weight, ctx.softcap, kl.dtype)
             log_p = logits.log_softmax(-1)
@@ -64,8 +64,10 @@ class _LinearKL(torch.autograd.Function):
             for part in _vocabulary_parts(weight):
                 d_rows.addmm_(d_logits[:, part], weight[part].to(kl.dtype))
             d_hidden[rows] = d_rows
-            d_weight.addmm_(d_logits.T, hidden[rows].to(kl.dtype))
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, hidden[rows].to(kl.dtype))
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
 def linear_kl(

@@ -85,7 +85,7 @@ class _ChunkedLinearLogProb(torch.autograd.Function):
         M, V = hidden.shape[0], weight.shape[0]
         dtype = log_z.dtype
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
         rows = _chunk_rows(M, V, dtype)
         for start in range(0, M, rows):
             part = slice(start, start + rows)
@@ -103,8 +103,9 @@ class _ChunkedLinearLogProb(torch.autograd.Function):
             for words in _vocabulary_parts(weight):
                 d_rows.addmm_(d_logits[:, words], weight[words].to(dtype))
             d_hidden[part] = d_rows
-            d_weight.addmm_(d_logits.T, hidden[part].to(dtype))
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, hidden[part].to(dtype))
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
 @jit(do_not_specialize=["M", "V", "num_tiles"])
@@ -298,11 +299,11 @@ def _round_down(n):
     return power + power // 2 if n >= power + power // 2 else power
 
 
-def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log_z, entropy, softcap):
+def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log_z, entropy, softcap, needs_d_weight):
     (M, d), V = hidden.shape, weight.shape[0]
     for_logits, for_hidden = _CONFIGS[_triton.architecture(hidden.device), hidden.element_size()]
     with_logits, with_hidden = _settings(hidden, for_logits), _settings(hidden, for_hidden)
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight) if needs_d_weight else None
     halves = hidden.element_size() == 2
     upper, lower = d_hidden, d_hidden  # in float32, the sum lives in d_hidden itself
     if halves:
@@ -333,7 +334,8 @@ def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log
             **with_logits,
         )
         rows = min(columns, V - first)
-        torch.mm(d_logits[:, :rows].T, hidden, out=d_weight[first : first + rows])
+        if d_weight is not None:
+            torch.mm(d_logits[:, :rows].T, hidden, out=d_weight[first : first + rows])
         _d_hidden_kernel[(-(-M // for_hidden.block_m), -(-d // for_hidden.block_d))](
             g_rows=_triton.describe(d_logits, [for_hidden.block_m, for_hidden.block_v], tma),
             w_rows=_triton.describe(weight, [for_hidden.block_v, for_hidden.block_d], tma),
@@ -368,7 +370,7 @@ class _LinearLogProb(torch.autograd.Function):
         softcap, return_entropy = ctx.settings
         d_log_probs = d_log_probs.contiguous()
         d_entropy = d_entropy.contiguous() if return_entropy else None
-        gradients = _linear_log_prob_bwd(d_log_probs, d_entropy, *ctx.saved_tensors, softcap)
+        gradients = _linear_log_prob_bwd(d_log_probs, d_entropy, *ctx.saved_tensors, softcap, ctx.needs_input_grad[1])
         return *gradients, None, None, None
 
 

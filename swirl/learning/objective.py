@@ -34,6 +34,7 @@ import torch
 
 from swirl.kernels.linear_kl import linear_kl
 from swirl.learning.batches import SubTrajectory, behaviour_log_probs, token_advantages
+from swirl.model.lora import adapters_off
 from swirl.tree.batch import PackedBatch
 
 if TYPE_CHECKING:
@@ -81,9 +82,10 @@ def leave_one_out_advantages(rewards: np.ndarray) -> np.ndarray:
 class Objective:
     """The loss of a micro-batch under a config, with the policies it needs beside the one that is trained.
 
-    `reference` is the model as it was given, where a KL holds the policy to it; `proximal` the model at the last
-    `refresh`, where recorded actions are corrected for being off policy. `measures` names what a call measures: the
-    same on all ranks, and nothing that is not measured.
+    `reference` is the model as it was given, where a KL holds the policy to it: a copy, but of a model with adapters it
+    is the model itself, computed with them off. `proximal` is the model at the last `refresh`, where recorded actions
+    are corrected for being off policy; it shares the weights that are not trained. `measures` names what a call
+    measures: the same on all ranks, and nothing that is not measured.
     """
 
     def __init__(self, config: TrainConfig, model: torch.nn.Module):
@@ -91,7 +93,8 @@ class Objective:
         self.proximal_every = config.proximal_every
         self.on_policy = config.mode in ("sampled", "outcome-rl")
         self.temperature = config.temperature if self.on_policy else 1.0
-        self.reference = _frozen(model) if config.kl_coefficient else None
+        self.reference = (model if model.lora else _frozen(model)) if config.kl_coefficient else None
+        self._trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
         self.proximal: torch.nn.Module | None = None
         has_ratio = self.on_policy or self.proximal_every
         self.measures = ("loss", "entropy", *(("ratio", "clipped") if has_ratio else ()))
@@ -103,16 +106,18 @@ class Objective:
             self.proximal = _frozen(model)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The proximal policy's weights, where there is one. The reference is the model that the run began with."""
+        """The proximal policy's trained weights, where there is one. The reference is the model the run began with."""
         weights = {} if self.proximal is None else self.proximal.state_dict()
-        return {f"proximal.{name}": weight for name, weight in weights.items()}
+        return {f"proximal.{name}": weights[name] for name in self._trained if name in weights}
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor], model: torch.nn.Module) -> None:
-        """The inverse of `state_tensors`, from among `tensors`; `model` is of the same shape."""
+        """The inverse of `state_tensors`, from among `tensors`; `model` is of the same shape. Raises ValueError."""
         weights = {name.removeprefix("proximal."): tensors[name] for name in tensors if name.startswith("proximal.")}
         if weights:
             self.proximal = _frozen(model)
-            self.proximal.load_state_dict(weights)
+            if weights.keys() != set(self._trained):
+                raise ValueError("expected a proximal policy of the same trained weights")
+            self.proximal.load_state_dict(weights, strict=False)
 
     def has_gradient(self, action: SubTrajectory) -> bool:
         """Whether the action must be computed: not masked, and of an advantage other than 0 unless there is a KL."""
@@ -151,7 +156,7 @@ class Objective:
 
     def _kl(self, model, batch, hidden):
         """(M,) KL of the policy to the reference at each action token, over all vocabulary entries."""
-        with torch.no_grad():
+        with torch.no_grad(), adapters_off(self.reference):
             reference_hidden, _ = self.reference.at_temperature(self.reference.action_hidden(batch), self.temperature)
         hidden, softcap = model.at_temperature(hidden, self.temperature)
         weight, reference_weight = (m.model.embed_tokens.weight for m in (model, self.reference))
@@ -159,7 +164,9 @@ class Objective:
 
 
 def _frozen(model: torch.nn.Module) -> torch.nn.Module:
-    return copy.deepcopy(model).requires_grad_(False)
+    """A copy that nothing trains; weights that `model` does not train either are the same tensors in both."""
+    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
 def policy_loss(

@@ -206,18 +206,25 @@ def save(
     replace_folder(path, lambda folder: write(folder, state, config, tokenizer, origin))
 
 
-def replace_folder(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
+def replace_folder(
+    path: str | os.PathLike,
+    fill: Callable[[Path], None],
+    *,
+    config: str = "config.json",
+    weights: tuple[str, ...] = (SINGLE, INDEX),
+) -> None:
     """What `fill` writes into an empty folder takes the place of a model folder, whole and with digests, or not at all.
 
-    Raises CheckpointError where it cannot be written, or where `path` holds something that is no checkpoint.
+    `config` and one of `weights` are the files by which such a folder is known. Raises CheckpointError where it cannot
+    be written, or where `path` holds something that is no checkpoint.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise CheckpointError(path, "is a file, expected a folder")
     if target.is_dir() and any(target.iterdir()):
-        if not (target / "config.json").is_file():
-            raise CheckpointError(path, "holds files but no config.json: not a checkpoint, so it is left as it is")
-        if not any((target / name).is_file() for name in (SINGLE, INDEX)):  # a run's folder has a config.json, too
+        if not (target / config).is_file():
+            raise CheckpointError(path, f"holds files but no {config}: not a checkpoint, so it is left as it is")
+        if not any((target / name).is_file() for name in weights):  # a run's folder has a config.json, too
             raise CheckpointError(path, "holds files but no weights: not a checkpoint, so it is left as it is")
     partial, old = _aside(target, "partial"), _aside(target, "old")
     try:

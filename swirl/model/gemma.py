@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ from swirl.kernels.tree_attention import tree_attention
 from swirl.model import checkpoint
 from swirl.model.config import GemmaConfig
 from swirl.tree.batch import PackedBatch
+
+if TYPE_CHECKING:
+    from swirl.model.lora import LoRA
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -52,6 +56,10 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return linear(x, self.weight)
+
+    def merged(self) -> torch.Tensor:
+        """(out, in) the one weight that computes what `forward` does; an adapter makes it another (model/lora.py)."""
+        return self.weight
 
 
 class RMSNorm(nn.Module):
@@ -169,6 +177,7 @@ class Gemma(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.attention = "tree"
         self.origin: checkpoint.Origin | None = None  # the folder it was read from
+        self.lora: LoRA | None = None  # the shape of its adapters (swirl.model.lora)
         self.model = Decoder(config)
 
     def use_attention(self, backend: str) -> Gemma:
@@ -306,11 +315,18 @@ class Gemma(nn.Module):
         """Write a Hugging Face folder, with the tokenizer's files if given; aside, then renamed into place.
 
         What the folder it was read from held besides the text model is kept: fields of its config.json that are
-        unknown here, and a vision tower's weights. Raises CheckpointError where it cannot be written, where `path`
-        holds something that is no checkpoint, where the tokenizer does not fit the model, or where such weights are
-        no longer to be found.
+        unknown here, and a vision tower's weights. Adapters are merged into what is written. Raises CheckpointError
+        where it cannot be written, where `path` holds something that is no checkpoint, where the tokenizer does not fit
+        the model, or where such weights are no longer to be found.
         """
         if tokenizer is not None:
             checkpoint.check_tokenizer_fits(tokenizer, self.config.vocab_size, path)
         config = self.config.to_json(self.dtype, self.origin and self.origin.config)
-        checkpoint.save(self.state_dict(), config, path, tokenizer, self.origin)
+        checkpoint.save(self.merged_weights(), config, path, tokenizer, self.origin)
+
+    @torch.no_grad()
+    def merged_weights(self) -> dict[str, torch.Tensor]:
+        """By the names of a checkpoint, with every adapter merged; without adapters the weights themselves."""
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
+        others = {name: weight for name, weight in self.state_dict().items() if ".lora_" not in name}
+        return others | {f"{name}.weight": layer.merged().detach() for name, layer in layers.items()}

@@ -58,7 +58,7 @@ class Drawn:
 def passes_for(model: Gemma, cache: KeyCache) -> StepPasses | LayerPasses:
     """The C++ step where it is built and takes this model, else its layers."""
     embedding = model.model.embed_tokens.weight
-    plain = all(type(m) is Linear for layer in model.model.layers for m in _projections(layer))
+    plain = all(isinstance(m, Linear) for layer in model.model.layers for m in _projections(layer))
     served = embedding.dtype in (torch.float32, torch.float64) and cpu.supports_decode(embedding)
     windows = {layer.self_attn.window for layer in model.model.layers} - {None}
     return StepPasses(model, cache) if plain and served and len(windows) < 2 else LayerPasses(model, cache)
@@ -160,6 +160,7 @@ class StepPasses(LayerPasses):
         embedding, config = model.model.embed_tokens.weight, model.config
         self._dtype, self._softcap = embedding.dtype, config.final_logit_softcapping
         self._angles: tuple[int, list] = (0, [])
+        self._weights = [_weights_of(layer) for layer in model.model.layers]
         self._fixed = {
             "windows": [layer.self_attn.window or 0 for layer in model.model.layers],
             "num_heads": config.num_attention_heads,
@@ -200,7 +201,7 @@ class StepPasses(LayerPasses):
             layers=[
                 [*weights, *angles, keys, values]
                 for weights, angles, keys, values in zip(
-                    self._weights(), self._rotations(positions), self._cache.keys, self._cache.values, strict=True
+                    self._weights, self._rotations(positions), self._cache.keys, self._cache.values, strict=True
                 )
             ],
             final_norm=self._model.model.norm.weight.detach(),
@@ -220,18 +221,6 @@ class StepPasses(LayerPasses):
     def _no_stop(self):
         return np.zeros(self._model.config.vocab_size, np.uint8)
 
-    def _weights(self):
-        """Of every layer: what the C++ step reads, in its order, as it is now."""
-        for layer in self._model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            norms = attention.q_norm, attention.k_norm
-            modules = [
-                *(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, *norms),
-                *(attention.o_proj, layer.post_attention_layernorm, layer.pre_feedforward_layernorm),
-                *(mlp.gate_proj, mlp.up_proj, mlp.down_proj, layer.post_feedforward_layernorm),
-            ]
-            yield [None if module is None else module.weight.detach().contiguous() for module in modules]
-
     def _rotations(self, num_positions: int):
         """Of every layer, cos and sin (positions, D / 2); made anew where a longer sequence comes."""
         if num_positions > self._angles[0]:
@@ -248,6 +237,19 @@ class StepPasses(LayerPasses):
             kinds = [(layer.self_attn.rope_theta, layer.self_attn.rope_factor) for layer in self._model.model.layers]
             self._angles = num_positions, [made[kind] for kind in kinds]
         return self._angles[1]
+
+
+def _weights_of(layer) -> list[torch.Tensor | None]:
+    """What the C++ step reads of a layer, in its order: as the weights are now, a layer with an adapter as a copy."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = attention.q_norm, attention.k_norm
+    modules = [
+        *(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, *norms),
+        *(attention.o_proj, layer.post_attention_layernorm, layer.pre_feedforward_layernorm),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj, layer.post_feedforward_layernorm),
+    ]
+    weights = [module.merged() if isinstance(module, Linear) else module and module.weight for module in modules]
+    return [None if weight is None else weight.detach().contiguous() for weight in weights]
 
 
 _ANY = SamplingParams(max_new_tokens=1)

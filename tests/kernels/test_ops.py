@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from swirl.kernels import cpu
 from swirl.kernels import linear_log_prob as head_op
 from swirl.kernels.geglu import geglu, geglu_reference
+from swirl.kernels.linear_kl import linear_kl
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
 from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
 from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
@@ -291,6 +292,23 @@ def test_linear_log_prob_narrow_types(dtype, softcap, path, monkeypatch):
     assert_as_near_as_the_reference(
         linear_log_prob, linear_log_prob_reference, inputs, dtype, target_ids, softcap=softcap
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["log_prob", "kl"])
+def test_a_frozen_head_costs_no_gradient_of_its_own(op, dtype):
+    hidden, weight, other = (normal(n, 32, seed=n).to(dtype) for n in (40, 70, 41))
+
+    def d_hidden(trained):
+        leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        if op == "kl":
+            linear_kl(leaf, head, other[:40], weight.flip(0), softcap=3.0).sum().backward()
+        else:
+            linear_log_prob(leaf, head, torch.arange(40), softcap=3.0).sum().backward()
+        assert (head.grad is not None) == trained
+        return leaf.grad
+
+    assert torch.equal(d_hidden(False), d_hidden(True))
 
 
 def test_linear_log_prob_of_nothing_and_of_shapes_that_do_not_fit():
