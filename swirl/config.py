@@ -146,6 +146,11 @@ class UpdateFlags:
 
     updates: int = 60
     """Optimizer calls."""
+    lora: int = 0
+    """Rank of adapters on all linear layers (LoRA), which are trained while the weights stay as they are; 0: train the
+    weights. The run writes them as `adapter`, in PEFT's format, and merged into the weights as `checkpoint`."""
+    lora_alpha: float = 32.0
+    """Adapters count with a factor of this over their rank."""
     trajectories_per_update: int = 24
     """Each gives as many states as it has steps."""
     samples_per_state: int = 4
@@ -232,7 +237,8 @@ class TrainConfig(
         for flag in ("save_minutes", "save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient",
                      "proximal_every", "generate_temperature"):  # fmt: skip
             require(getattr(self, flag) >= 0, flag, "0 or more")
-        for flag in ("learning_rate", "max_grad_norm", "clip", "temperature", "rank_timeout_s"):
+        require(self.lora >= 0, "lora", "0 or more")
+        for flag in ("learning_rate", "lora_alpha", "max_grad_norm", "clip", "temperature", "rank_timeout_s"):
             require(0 < getattr(self, flag) < float("inf"), flag, "more than 0, and finite")
         require(0 <= self.final_learning_rate <= 1, "final_learning_rate", "a share between 0 and 1")
         if self.attention != "tree":

@@ -2,6 +2,9 @@
 
 python -m swirl.export run model                 of the last whole checkpoint
 python -m swirl.export run model --update 40     of the one after update 40
+
+Adapters (--lora) are merged into the weights they were trained on; the checkpoint's own folder holds them in PEFT's
+format.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from typing import Annotated
 
 import tyro
 
-from swirl.app import command
+from swirl.app import command, resolve
 from swirl.errors import CheckpointError, ConfigError
-from swirl.learning.checkpoints import checkpoints_in, export_model, newest_checkpoint, open_checkpoint
+from swirl.learning.checkpoints import Checkpoint, checkpoints_in, export_model, newest_checkpoint, open_checkpoint
+from swirl.model.lora import base_of, is_adapter
+from swirl.storage.digest import checkpoint_digest
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,22 @@ def export(config: ExportConfig) -> Path:
             have = ", ".join(str(update) for update in sorted(there)) or "none"
             raise ConfigError(f"--update {config.update}: {config.run} holds checkpoints of these updates: {have}")
         found = open_checkpoint(there[config.update])
-    export_model(found.folder, config.out)
+    if is_adapter(found.folder):
+        _export_merged(found, config.out)
+    else:
+        export_model(found.folder, config.out)
     return found.folder
+
+
+def _export_merged(found: Checkpoint, out: Path) -> None:
+    """Adapters merged into the model they were trained on, in that run's dtype. Raises CheckpointError."""
+    import torch
+
+    base, made_with = base_of(found.folder), found.state["settings"]
+    if checkpoint_digest(base) != made_with["model"]:
+        raise CheckpointError(base, f"is another model than the one that {found.folder} was trained on")
+    model, tokenizer = resolve.load_model(str(found.folder), dtype=getattr(torch, made_with["dtype"]))
+    model.save_pretrained(out, tokenizer)
 
 
 def main(config: ExportConfig) -> None:

@@ -38,13 +38,14 @@ from swirl.app.tables import print_comparison
 from swirl.app.tracking import require_trackers
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
-from swirl.errors import EndpointUnusable, NothingToLearn, SwirlError
+from swirl.errors import ConfigError, EndpointUnusable, NothingToLearn, SwirlError
 from swirl.learning import distributed, gradient, usage
 from swirl.learning.batches import num_tokens, present, shuffled
 from swirl.learning.checkpoints import Snapshot, restore, snapshot_of
 from swirl.learning.metrics import log_line, loss_metrics, reward_metrics, why_idle
 from swirl.learning.objective import Objective, advantages_of
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
+from swirl.model.lora import LoRA, add_lora, is_adapter, merge_lora
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import checkpoint_digest, file_digest
 from swirl.trajectories.log import read_trajectories, write_trajectories
@@ -194,6 +195,10 @@ def train(config: TrainConfig) -> dict | None:
     device = distributed.local_device(resolve.device_for(config.device))
     data = read_trajectories(config.data) if config.data is not None else None
     config = configs.settled(config, None if data is None else {t.question.task for t in data}, device.type)
+    if config.lora and is_adapter(resolve.model_folder(config.model)):
+        raise ConfigError(
+            f"--lora {config.lora}: --model {config.model} holds adapters already; merge them (export) first"
+        )
     require_trackers(config.track)
     require_named(config.evaluate_on if config.data else (*config.task, *config.evaluate_on), config.tool)
     with (
@@ -205,6 +210,8 @@ def train(config: TrainConfig) -> dict | None:
             config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention
         )
         model.activation_checkpointing = config.activation_checkpointing
+        if config.lora:
+            add_lora(model, LoRA(config.lora, config.lora_alpha), seed=config.seed)
         if data is not None:
             data = training_data.fitted(data, model.config, tokenizer, config.data)
             training_data.require_rewards(data, config)
@@ -241,9 +248,22 @@ def train(config: TrainConfig) -> dict | None:
             source = loop.run(training_data.with_rewards(data, config, rewarder))
         so_far["wall_s"] = time.perf_counter() - started
         history = learn(setup, source, rewarder if config.mode == "sampled" else None, run, loop, so_far)
+        if config.lora:
+            save_merged(setup, run)
         after = evaluate_and_write(setup, run, loop, "after")
         compare_policies(setup, run)
         return _finish(config, run, before, after, history, started) if distributed.is_main() else None
+
+
+def save_merged(setup: Setup, run: RunFolder) -> None:
+    """Merge the adapters into the weights, in place and on every rank, and write those as the run's `checkpoint`.
+
+    So what is evaluated from here on is what was written. Raises CheckpointError.
+    """
+    model = merge_lora(setup.policy.engine.model)
+    if distributed.is_main():
+        with deferred():
+            model.save_pretrained(run.path / "checkpoint", setup.tokenizer)
 
 
 def _finish(config: TrainConfig, run: RunFolder, before: list[Score], after: list[Score], history, started) -> dict:

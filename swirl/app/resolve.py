@@ -52,21 +52,28 @@ def dtype_for(name: str, device: str):
 
 
 def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
-    """(Gemma, Tokenizer) from a folder or `almanac`. Raises CheckpointError, also where the two do not fit, and
-    ConfigError where there is no such device, or this `attention` cannot compute that model.
+    """(Gemma, Tokenizer) from a folder or `almanac`; a folder of adapters is merged into the model that it names.
+
+    Raises CheckpointError, also where model and tokenizer do not fit, and ConfigError where there is no such device, or
+    this `attention` cannot compute that model.
     """
     import torch
 
     from swirl.model.checkpoint import check_tokenizer_fits
     from swirl.model.gemma import Gemma
+    from swirl.model.lora import base_of, is_adapter, load_adapter, merge_lora
     from swirl.model.tokenizer import Tokenizer
 
     folder, device = model_folder(spec), device_for(str(device))
     if not folder.is_dir():
         raise CheckpointError(folder, "no such folder: expected `almanac` or a Hugging Face folder of a Gemma 2 or 3")
+    adapter = folder if is_adapter(folder) else None
+    folder = base_of(folder) if adapter else folder
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Gemma.from_pretrained(folder, dtype=dtype or torch.float32, device=device, attention=attention)
     check_tokenizer_fits(tokenizer, model.config.vocab_size, folder)
+    if adapter:
+        merge_lora(load_adapter(model, adapter)).requires_grad_(True)
     return model, tokenizer
 
 

@@ -98,12 +98,16 @@ class RunFolder:
             self._saved_at = time.monotonic()
 
     def finish(self, snapshot: Callable[[], Snapshot]) -> None:
-        """The last checkpoint, and its model as the folder `checkpoint`; signals wait. Raises CheckpointError."""
+        """The last checkpoint, and its model as the folder `checkpoint`, or its adapters as `adapter`; signals wait.
+
+        Raises CheckpointError.
+        """
         if distributed.is_main():
             with deferred():
-                self._save_now(snapshot())
+                taken = snapshot()
+                self._save_now(taken)
                 last = self.path / f"checkpoint-{self._writer.last}"
-                export_model(last, self.path / "checkpoint", link=True)
+                export_model(last, self.path / ("adapter" if taken.adapter else "checkpoint"), link=True)
 
     @contextmanager
     def keeping_the_last_update(self, snapshot: Callable[[], Snapshot | None]) -> Iterator[None]:

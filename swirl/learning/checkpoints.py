@@ -2,7 +2,8 @@
 
 `RUN/checkpoint-N/`, after N updates, is a Hugging Face folder of the weights (config.json, model*.safetensors, the
 tokenizer) with `training.safetensors` (optimizer state, float32 copies) and `training.json` (place in the data, metrics
-so far, settings) beside them. `digests.json` holds a digest of each file. Nothing is ever unpickled.
+so far, settings) beside them. `digests.json` holds a digest of each file. Nothing is ever unpickled. Of a model with
+adapters the folder is PEFT's, of the adapters alone: the weights are those of the folder it names.
 
 There is no generator's state to keep: every draw's seed is made of `--seed`, the update, the trajectory, the step and
 the draw. World size is no part of it either: weights and optimizer state are written whole.
@@ -30,6 +31,7 @@ from swirl.learning import distributed
 from swirl.learning.objective import Objective
 from swirl.learning.optimizer import Optimizer
 from swirl.model import checkpoint as model_folder
+from swirl.model import lora
 from swirl.storage.digest import (
     MANIFEST,
     DigestError,
@@ -54,7 +56,7 @@ class Snapshot:
     """A run between two updates, on the CPU and its own: nothing that trains on writes to it.
 
     `config`, `tokenizer` and `origin` go with `weights` into the Hugging Face folder; `training` are the tensors and
-    `state` the JSON of all else.
+    `state` the JSON of all else. With `adapter`, an adapter_config.json, `weights` are those of adapters alone.
     """
 
     update: int
@@ -64,6 +66,7 @@ class Snapshot:
     training: Tensors
     state: dict
     origin: model_folder.Origin | None = None
+    adapter: dict | None = None
 
 
 def copied(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -83,8 +86,10 @@ def snapshot_of(
     """What a run is after `update`; without `copy` it is good for as long as nothing trains on."""
     take = copied if copy else dict
     config = model.config.to_json(model.dtype, model.origin and model.origin.config)
-    weights, training = take(model.state_dict()), take({**optimizer.state_tensors(), **objective.state_tensors()})
-    return Snapshot(update, weights, config, tokenizer, training, state, model.origin)
+    weights = take(lora.adapter_weights(model) if model.lora else model.state_dict())
+    training = take({**optimizer.state_tensors(), **objective.state_tensors()})
+    adapter = lora.adapter_config(model) if model.lora else None
+    return Snapshot(update, weights, config, tokenizer, training, state, model.origin, adapter)
 
 
 def restore(checkpoint: Checkpoint | None, model: torch.nn.Module, optimizer: Optimizer, objective: Objective) -> None:
@@ -95,7 +100,10 @@ def restore(checkpoint: Checkpoint | None, model: torch.nn.Module, optimizer: Op
     weights = distributed.tensors_from_main(checkpoint and checkpoint.weights())
     training = distributed.tensors_from_main(checkpoint and checkpoint.training())
     try:
-        model.load_state_dict(weights)
+        if model.lora:
+            lora.load_adapter_weights(model, weights)
+        else:
+            model.load_state_dict(weights)
         objective.load_state_tensors(training, model)
         optimizer.load_state_tensors(
             {name: training[name] for name in training if name not in objective.state_tensors()}
@@ -113,7 +121,9 @@ class Checkpoint:
     state: dict
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """By the model's names. Raises CheckpointError."""
+        """By the model's names, or of adapters by PEFT's. Raises CheckpointError."""
+        if lora.is_adapter(self.folder):
+            return lora.read_adapter(self.folder)[1]
         return model_folder.read_weights(self.folder)
 
     def training(self) -> dict[str, torch.Tensor]:
@@ -224,7 +234,10 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        model_folder.write(aside, snapshot.weights, snapshot.config, snapshot.tokenizer, snapshot.origin)
+        if snapshot.adapter is None:
+            model_folder.write(aside, snapshot.weights, snapshot.config, snapshot.tokenizer, snapshot.origin)
+        else:
+            lora.write_adapter(aside, snapshot.weights, snapshot.adapter)
         save_file(dict(snapshot.training), aside / TENSORS)
         (aside / TENSORS).chmod(0o644)  # safetensors leaves it readable by its owner alone
         (aside / STATE).write_bytes(seal(json.dumps(state).encode() + b"\n"))
@@ -237,7 +250,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
 
 
 def export_model(checkpoint: Path, target: Path, *, link: bool = False) -> None:
-    """The model of a checkpoint as a Hugging Face folder of its own; `link` shares the files of weights with it.
+    """The model of a checkpoint, or its adapters, as a folder of its own; `link` shares the files of weights with it.
 
     Raises CheckpointError where it cannot be written, or where `target` holds something that is no checkpoint.
     """
@@ -252,7 +265,8 @@ def export_model(checkpoint: Path, target: Path, *, link: bool = False) -> None:
                     continue
             shutil.copyfile(path, folder / path.name)
 
-    model_folder.replace_folder(target, fill)
+    known_by = {"config": lora.CONFIG, "weights": (lora.WEIGHTS,)} if lora.is_adapter(checkpoint) else {}
+    model_folder.replace_folder(target, fill, **known_by)
 
 
 def set_newer_aside(run: Path, update: int) -> list[Path]:

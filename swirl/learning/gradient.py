@@ -28,7 +28,7 @@ def accumulate(
         loss, measured = objective(model, batch.to(model.device), members)
         (loss * (weight / num_action_tokens)).backward()
         measured |= {"tokens": batch.num_separate_tokens, "computed_tokens": batch.num_tokens}
-        measured["flops"] = usage.update_flops(model.config, batch)
+        measured["flops"] = usage.update_flops(model.config, batch, lora_rank=model.lora.rank if model.lora else 0)
         for name, value in measured.items():
             sums[name] += weight * value
     flops = distributed.gather_shares([sums["flops"]], float)

@@ -12,19 +12,22 @@ import torch
 from swirl.kernels.linear import linear
 
 
-def update_flops(config, batch) -> float:
+def update_flops(config, batch, *, lora_rank: int = 0) -> float:
     """Forward and backward FLOPs of one packed batch under a GemmaConfig: 6 per weight and token, the head on action
-    rows alone, attention 4 * heads * head_dim a visible pair forward and 2.5 times that backward."""
+    rows alone, attention 4 * heads * head_dim a visible pair forward and 2.5 times that backward. With adapters of
+    `lora_rank` 4 per weight, which is frozen, and 6 per weight of theirs."""
     d, D = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    weights = config.num_hidden_layers * (2 * d * D * (heads + kv_heads) + 3 * d * config.intermediate_size)
+    F, each = config.intermediate_size, 4 if lora_rank else 6
+    weights = config.num_hidden_layers * (2 * d * D * (heads + kv_heads) + 3 * d * F)
+    widths = config.num_hidden_layers * (7 * d + 2 * D * (heads + kv_heads) + 3 * F)  # in and out, of each
     depth = batch.position_ids.double() + 1
     pairs = 0.0
     for layer in range(config.num_hidden_layers):
         window = config.window(layer)
         pairs += (depth if window is None else depth.clamp(max=window)).sum().item()
-    head = 6 * batch.num_action_tokens * d * config.vocab_size
-    return 6 * weights * batch.num_tokens + head + 3.5 * 4 * heads * D * pairs
+    head = each * batch.num_action_tokens * d * config.vocab_size
+    return (each * weights + 6 * lora_rank * widths) * batch.num_tokens + head + 3.5 * 4 * heads * D * pairs
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -9,6 +9,7 @@ from swirl.config import TrainConfig
 from swirl.errors import CheckpointError
 from swirl.learning.objective import Objective
 from swirl.learning.optimizer import make_optimizer
+from swirl.learning.usage import update_flops
 from swirl.model.gemma import Gemma
 from swirl.model.lora import (
     CONFIG,
@@ -68,6 +69,17 @@ def test_gradients_equal_those_of_autograd_on_the_merged_weight():
             torch.testing.assert_close(B.grad, layer.scale * dW @ A.T, rtol=1e-10, atol=1e-12)
             checked += 1
     assert checked == 14
+
+
+def test_frozen_weights_are_counted_without_the_flops_of_their_gradient():
+    model, batch = adapted(rank=3), pack(PAIRS)
+    adapters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    layers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, LoRALinear))
+    T, M = batch.num_tokens, batch.num_action_tokens
+    saved = 2 * layers * T + 2 * M * model.model.embed_tokens.weight.numel()
+    assert update_flops(model.config, batch) - saved + 6 * adapters * T == update_flops(
+        model.config, batch, lora_rank=3
+    )
 
 
 def test_merging_is_in_place_and_leaves_a_plain_model():
