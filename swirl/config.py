@@ -23,7 +23,8 @@ class RunFlags:
     """The run: who is trained, and where everything goes. Defaults are ours; the paper trains Gemma 2 27B."""
 
     model: str = "almanac"
-    """`almanac` (the 1M-parameter base policy that ships with swirl) or a Hugging Face folder of a Gemma."""
+    """`almanac` (the 1M-parameter base policy that ships with swirl), a Hugging Face folder of a Gemma, or its name on
+    the hub, such as google/gemma-3-270m-it, with @REVISION where one is meant."""
     out: Path = Path("run")
     """The run's folder. One that is already there is set aside as run.1, run.2, ..., never overwritten."""
     seed: int = 0

@@ -19,10 +19,11 @@ class PolicyFlags:
     """Who answers, and how."""
 
     policy: str = "almanac"
-    """`almanac` (ships with swirl), a checkpoint folder, or a server's URL such as http://127.0.0.1:8000/v1#model."""
+    """`almanac` (ships with swirl), a checkpoint's folder or its name on the Hugging Face hub, or a server's URL such
+    as http://127.0.0.1:8000/v1#model."""
     tokenizer: Path | None = None
-    """For a URL, the folder of its model's tokenizer.json: token ids then travel with the text, and those that the
-    server gives are kept with their log-probs. Without it training tokenizes the text."""
+    """For a URL, the folder of its model's tokenizer.json, or its name on the hub: token ids then travel with the text,
+    and those that the server gives are kept with their log-probs. Without it training tokenizes the text."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy. Ours."""
     max_steps: int | None = None

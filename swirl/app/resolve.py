@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from swirl import tasks
+from swirl.app.hub import hub_folder, is_hub_name
 from swirl.app.loader import is_reference, load_object, name_of
 from swirl.endpoints.address import EndpointLimits, open_wire_policy
 from swirl.endpoints.client import Client
@@ -20,7 +21,11 @@ def is_url(spec: str) -> bool:
 
 
 def model_folder(spec: str) -> Path:
-    """`almanac` is the base policy that ships with swirl; anything else is a Hugging Face folder."""
+    """`almanac` is the base policy that ships with swirl; anything else is a Hugging Face folder, or the name of a
+    model on its hub. Raises CheckpointError where that is not to be had.
+    """
+    if is_hub_name(spec):
+        return hub_folder(spec)
     return ALMANAC_BASE if spec == "almanac" else Path(spec)
 
 
@@ -66,7 +71,8 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
 
     folder, device = model_folder(spec), device_for(str(device))
     if not folder.is_dir():
-        raise CheckpointError(folder, "no such folder: expected `almanac` or a Hugging Face folder of a Gemma 2 or 3")
+        expected = "expected `almanac`, a Hugging Face folder of a Gemma 2 or 3, or its owner/name on the hub"
+        raise CheckpointError(folder, f"no such folder: {expected}")
     adapter = folder if is_adapter(folder) else None
     folder = base_of(folder) if adapter else folder
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -86,7 +92,7 @@ def open_policy(
     limits: EndpointLimits | None = None,
     tokenizer: Path | None = None,
 ):
-    """(policy, tokenizer or None) from `almanac`, a checkpoint folder, or the URL of a server, asked by `client`.
+    """(policy, tokenizer or None) from `almanac`, a checkpoint's folder or hub name, or a server's URL, by `client`.
 
     A server's policy has one where `tokenizer` is its folder. Raises CheckpointError, ConfigError.
     """
@@ -94,7 +100,7 @@ def open_policy(
         if tokenizer is not None:
             from swirl.model.tokenizer import Tokenizer
 
-            tokenizer = Tokenizer.from_pretrained(tokenizer)
+            tokenizer = Tokenizer.from_pretrained(model_folder(os.fspath(tokenizer)))
         return open_wire_policy(spec, client=client, role="policy", limits=limits, tokenizer=tokenizer), tokenizer
     if tokenizer is not None:
         raise ConfigError(f"--tokenizer {tokenizer}: the policy '{spec}' has its own, expected a URL's")

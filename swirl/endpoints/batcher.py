@@ -5,7 +5,7 @@ retrieval servers and completions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import msgspec
@@ -41,11 +41,11 @@ class Batcher:
         self.join, self.split, self.read, self.tokens = join, split, read, tokens
         self._waiting: dict[Any, list[tuple[Any, asyncio.Future]]] = {}
 
-    async def ask(self, item: Any, group: Any = None) -> Any:
-        """The item's part of an answer, read. Raises as Client.post does."""
+    async def ask(self, item: Any, group: Any = None, optional: Collection[str] = ()) -> Any:
+        """The item's part of an answer, read; `optional` and errors as Client.post has them."""
         alone = encode_payload(self.join([item], group))
         key = request_key(self.endpoint, self.path + "#item", 0, alone)
-        return await self.client.cached(key, lambda: self._part(item, group), self.read)
+        return await self.client.cached(key, lambda: self._part(item, group), self.read, optional)
 
     async def _part(self, item: Any, group: Any) -> Response:
         loop = asyncio.get_running_loop()

@@ -54,7 +54,7 @@ class ChatPolicy(Wire):
         if state.top_log_probs:
             optional["top_logprobs"] = state.top_log_probs
 
-        def ask(payload, draw):
+        def ask(payload, draw, optional):
             return self.client.post(
                 self.endpoint,
                 "/chat/completions",
@@ -62,6 +62,7 @@ class ChatPolicy(Wire):
                 draw=draw,
                 tokens=state.max_new_tokens,
                 read=self._read,
+                optional=optional,
             )
 
         choice, text = await self._ask(state, needed, optional, ask)

@@ -17,7 +17,8 @@ import gc
 import hashlib
 import os
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+import re
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +53,10 @@ encode_payload = msgspec.json.Encoder(order="deterministic").encode
 
 @dataclass
 class Progress:
-    """Counts since the client was made. `done` answers of which `cached` cost nothing; `failed` got none."""
+    """Counts since the client was made. `done` answers of which `cached` cost nothing; `failed` got none.
+
+    A request refused for an optional field's sake is in neither: it is asked again without.
+    """
 
     done: int = 0
     cached: int = 0
@@ -173,6 +177,7 @@ class Client:
         draw: int = 0,
         tokens: int = 0,
         read: Callable[[Any], Any] = as_it_is,
+        optional: Collection[str] = (),
     ) -> Any:
         """What `read` makes of the decoded JSON answer to `payload`, from the cache where it is there. Treat it as
         read-only: it is shared.
@@ -180,15 +185,20 @@ class Client:
         `path` is appended to the endpoint's url. `draw` tells apart requests that are equal and yet to be
         asked anew. `tokens` is how many the answer may have; with a quarter of the request's bytes it is what
         the tokens-per-minute limit reserves, until the answer says what it was. `read` depends on the answer alone,
-        and raises EndpointError on one that is of no use, which is then not kept. Raises EndpointError,
-        EndpointUnusable, ConfigError.
+        and raises EndpointError on one that is of no use, which is then not kept. `optional` are fields of the payload
+        that a server may refuse by name, which is not counted as a failure. Raises EndpointError, EndpointUnusable,
+        ConfigError.
         """
         body = encode_payload(payload)
         key = request_key(endpoint, path, draw, body)
-        return await self.cached(key, lambda: self.send(endpoint, path, body, tokens=tokens), read)
+        return await self.cached(key, lambda: self.send(endpoint, path, body, tokens=tokens), read, optional)
 
     async def cached(
-        self, key: bytes, ask: Callable[[], Awaitable[Response]], read: Callable[[Any], Any] = as_it_is
+        self,
+        key: bytes,
+        ask: Callable[[], Awaitable[Response]],
+        read: Callable[[Any], Any] = as_it_is,
+        optional: Collection[str] = (),
     ) -> Any:
         """The answer under `key`, as `read` reads it: from the cache, from the flight that is asking already, or by
         `ask`, then kept.
@@ -206,7 +216,7 @@ class Client:
                     self.progress.cached += 1
                     self.progress.done += 1
                     return result
-            flight = self._flights[key] = _Flight(self.spawn(self._fetch(key, ask, read)))
+            flight = self._flights[key] = _Flight(self.spawn(self._fetch(key, ask, read, optional)))
         else:
             self.progress.coalesced += 1
         flight.waiters += 1
@@ -219,11 +229,17 @@ class Client:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
 
-    async def _fetch(self, key: bytes, ask: Callable[[], Awaitable[Response]], read: Callable[[Any], Any]) -> Any:
+    async def _fetch(
+        self,
+        key: bytes,
+        ask: Callable[[], Awaitable[Response]],
+        read: Callable[[Any], Any],
+        optional: Collection[str],
+    ) -> Any:
         try:
             response = await ask()
-        except EndpointError:
-            self.progress.failed += 1
+        except EndpointError as error:
+            self.progress.failed += not refused_fields(error, optional)
             raise
         try:
             result = read(response.answer)
@@ -386,6 +402,13 @@ def _why_no_retry(endpoint: Endpoint, fault: Fault, failures: int, failing_s: fl
     if failing_s + fault.wait_s > endpoint.retry_deadline_s:
         return f"{fault.reason}, for {endpoint.retry_deadline_s:g} s"
     return None
+
+
+def refused_fields(error: EndpointError, optional: Collection[str]) -> set[str]:
+    """Those of the `optional` fields that the server refuses by name."""
+    if error.status not in (400, 422):
+        return set()
+    return {name for name in optional if re.search(rf"\b{name}\b", error.reason)}
 
 
 def request_key(endpoint: Endpoint, path: str, draw: int, body: bytes) -> bytes:

@@ -37,10 +37,10 @@ class CompletionsPolicy(Wire):
         if state.temperature > 0:
             optional["seed"] = seed_32(state.seed)
 
-        async def ask(payload, draw):
+        async def ask(payload, draw, optional):
             group = msgspec.json.encode(payload)
             if not draw:
-                return await self._batcher.ask(prompt, group)
+                return await self._batcher.ask(prompt, group, optional)
             body = self._join([prompt], group)
             return await self.client.post(
                 self.endpoint,
@@ -49,6 +49,7 @@ class CompletionsPolicy(Wire):
                 draw=draw,
                 tokens=state.max_new_tokens,
                 read=self._read_only_choice,
+                optional=optional,
             )
 
         choice = await self._ask(state, needed, optional, ask)

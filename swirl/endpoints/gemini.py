@@ -25,12 +25,11 @@ class GeminiPolicy(Wire):
         if state.top_log_probs:
             optional |= {"responseLogprobs": True, "logprobs": state.top_log_probs}
 
-        def ask(generation, draw):
+        def ask(generation, draw, optional):
             payload = {"contents": contents, "generationConfig": generation}
             path = f"/models/{self.model}:generateContent"
-            return self.client.post(
-                self.endpoint, path, payload, draw=draw, tokens=state.max_new_tokens, read=self._read
-            )
+            how = {"draw": draw, "tokens": state.max_new_tokens, "read": self._read, "optional": optional}
+            return self.client.post(self.endpoint, path, payload, **how)
 
         choice, text = await self._ask(state, needed, optional, ask)
         given = as_dict(choice.get("logprobsResult"))

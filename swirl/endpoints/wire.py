@@ -7,13 +7,14 @@ where the server gives them (vLLM, SGLang, llama.cpp), and never made up from te
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from swirl.endpoints.client import Client
+from swirl.endpoints.client import Client, refused_fields
 from swirl.endpoints.endpoint import Endpoint
 from swirl.endpoints.response import UNREADABLE
 from swirl.errors import EndpointError
@@ -24,6 +25,7 @@ from swirl.trajectories.record import Step
 TRUNCATED = ("length", "content_filter")
 _SERVER_FAILED = ("abort", "error")  # a server that shuts down, say: no answer, and none to be kept
 
+_LONGEST_WAIT_FOR_FIRST_S = 5.0
 _ROUNDING = 1e-3  # above 0, of a log-prob that means 0
 
 log = logging.getLogger("swirl.client")
@@ -43,12 +45,35 @@ class Wire:
         self.name = f"{endpoint.url}#{model}"
         self.endpoint, self.model, self.client, self.tokenizer = endpoint, model, client, tokenizer
         self._refused: set[str] = set()
+        self._first: dict | None = None  # what the first request asks
+        self._first_is_over = asyncio.Event()
 
     async def _ask(self, state: PolicyState, needed: dict, optional: dict, ask) -> Any:
-        """`ask(payload, draw)`; an optional field that the server refuses by name is left out from then on.
+        """`ask(payload, draw, optional)`; an optional field that the server refuses by name is left out from then on.
 
-        `draw` is 0 where the payload says by itself which draw it is. Without `seed` the draws of one state are equal
-        requests, which would share one answer: there it is the seed, so that each has its own.
+        The first request goes ahead of the others, so that such a field is refused once, and not by as many as are in
+        flight: a refusal comes at once, so nobody waits long for an answer.
+        """
+        greedy = state.temperature == 0  # draws that differ in their seed alone are one
+        asked = {**needed, **optional, **({"seed": None} if greedy else {})}
+        if self._first is None:
+            self._first = asked
+            try:
+                return await self._ask_until_taken(state, needed, optional, ask)
+            finally:
+                self._first_is_over.set()
+        if not self._first_is_over.is_set() and asked != self._first:  # its equals share its answer
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LONGEST_WAIT_FOR_FIRST_S):
+                    await self._first_is_over.wait()
+            self._first_is_over.set()
+        return await self._ask_until_taken(state, needed, optional, ask)
+
+    async def _ask_until_taken(self, state: PolicyState, needed: dict, optional: dict, ask) -> Any:
+        """`draw` is 0 where the payload says by itself which draw it is.
+
+        Without `seed` the draws of one state are equal requests, which would share one answer: there it is the seed, so
+        that each has its own.
         """
         while True:
             sent = {name: value for name, value in optional.items() if name not in self._refused}
@@ -56,10 +81,9 @@ class Wire:
                 sent["max_completion_tokens"] = optional["max_tokens"]
             draw = 0 if "seed" in sent or state.temperature == 0 else state.seed
             try:
-                return await ask({**needed, **sent}, draw)
+                return await ask({**needed, **sent}, draw, sent)
             except EndpointError as error:
-                refused = error.status in (400, 422)
-                named = {name for name in sent if refused and re.search(rf"\b{name}\b", error.reason)}
+                named = refused_fields(error, sent)
                 if not named:
                     raise
                 for name in sorted(named - self._refused):

@@ -192,6 +192,31 @@ def test_fields_a_server_refuses_are_left_out_and_said(status, caplog):
         act(ChatPolicy, lambda path, payload: web.Response(status=400, text="the prompt is too long"))
 
 
+@pytest.mark.parametrize("kind, answer", [(ChatPolicy, chat_answer()), (CompletionsPolicy, None)])
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_refused_field_is_asked_for_once_and_is_no_failure(kind, answer, status):
+    refused = []
+
+    def strict(path, payload):
+        if "return_token_ids" in payload:
+            refused.append(payload)
+            return web.Response(status=status, text="Unexpected fields in the request: return_token_ids")
+        if kind is ChatPolicy:
+            return answer(path, payload)
+        prompts = payload["prompt"] if isinstance(payload["prompt"], list) else [payload["prompt"]]
+        return {"choices": [{"index": n, "text": "<answer>x</answer>"} for n in range(len(prompts))]}
+
+    async def run():
+        async with FaultServer(strict) as server, Client() as client:
+            policy = kind(Endpoint(f"{server.url}/v1", backoff_s=0.01), "m", client)
+            states = [PolicyState(prompt=f"Who is {n}?", seed=n, temperature=1.0) for n in range(40)]
+            steps = await asyncio.gather(*map(policy.act, states))
+            return steps, client.progress
+
+    steps, progress = asyncio.run(run())
+    assert len(steps) == progress.done == 40 and (len(refused), progress.failed, progress.retried) == (1, 0, 0)
+
+
 def without_seed(answer):
     """A server that refuses `seed`, and answers each request with a number of its own."""
     numbers = iter(range(1000))
