@@ -42,8 +42,9 @@ class ObjectiveFlags:
     ours.
     """
 
-    data: Path | None = None
-    """Trajectories to train on, JSONL; default: generate them with the model on --task and filter them."""
+    data: tuple[Path, ...] = ()
+    """Trajectories to train on, one or more JSONL files; default: generate them with the model on --task and filter
+    them. More than 64 MiB are streamed."""
     mode: Mode = "auto"
     """What is learned from (docs/objective.md). sampled: actions drawn from the current policy at each recorded state,
     each with its own reward (the paper's formula). recorded: the actions in the data, weighted by their rewards.
@@ -223,13 +224,19 @@ class TrainConfig(
     """All flags of `train`, in the groups that it inherits."""
 
     RENAMED: ClassVar = {"recompute": "activation_checkpointing"}
+    SEVERAL: ClassVar = ("data",)
 
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
+        one = isinstance(self.data, str | Path)  # a path alone stands for a tuple of one, None for none
+        object.__setattr__(self, "data", (Path(self.data),) if one else tuple(self.data or ()))
+
         def require(holds: bool, flag: str, expected: str):
             if not holds:
-                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected {expected}")
+                value = getattr(self, flag)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise ConfigError(f"--{flag.replace('_', '-')} {shown}: expected {expected}")
 
         for flag in ("updates", "trajectories_per_update", "samples_per_state", "max_new_tokens", "num_questions",
                      "tokens_per_micro_batch", "samples", "evaluate_num_questions", "votes", "top_k",
@@ -258,7 +265,7 @@ class TrainConfig(
     @property
     def generates(self) -> bool:
         """Whether the run makes trajectories of its own and filters them, before it trains on them."""
-        return self.data is None and self.mode != "outcome-rl"
+        return not self.data and self.mode != "outcome-rl"
 
     def _require_sense(self, require):
         """Refuse flags that mean nothing beside --mode."""
@@ -279,7 +286,7 @@ class TrainConfig(
             require(self.baseline in ("auto", "none"), "baseline", "none, as imitation takes all actions alike")
         if self.mode == "outcome-rl":
             require(self.reward in ("auto", "outcome"), "reward", "outcome, which outcome-rl learns from")
-            require(self.data is None, "data", "none: outcome-rl plays its own trajectories")
+            require(not self.data, "data", "none: outcome-rl plays its own trajectories")
             require(self.trajectories_per_update % self.samples_per_state == 0, "trajectories_per_update",
                     f"a multiple of --samples-per-state {self.samples_per_state}")  # fmt: skip
 

@@ -47,7 +47,8 @@ from swirl.learning.objective import Objective, advantages_of
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
 from swirl.model.lora import LoRA, add_lora, is_adapter, merge_lora
 from swirl.sampling.local_policy import LocalPolicy
-from swirl.storage.digest import checkpoint_digest, file_digest
+from swirl.storage.digest import checkpoint_digest
+from swirl.trajectories.files import TrajectoryFiles
 from swirl.trajectories.log import read_trajectories, write_trajectories
 
 IDLE_UPDATES = 3  # in a row that learn nothing end the run
@@ -57,8 +58,8 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
     """All updates of the policy; returns the metrics of each. `judge` rewards actions that are drawn.
 
     `source` is what updates are made of: questions in outcome-rl, else trajectories with ids, and with rewards where
-    recorded actions are learned from. `so_far` is the JSON that the run's checkpoints carry along, and where it goes on
-    from one, that one's. Raises SwirlError; whatever stops it, the last update is saved.
+    recorded actions are learned from, all at hand or streamed. `so_far` is the JSON that the run's checkpoints carry
+    along, and where it goes on from one, that one's. Raises SwirlError; whatever stops it, the last update is saved.
     """
     config, tokenizer, model = setup.config, setup.tokenizer, setup.policy.engine.model
     optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
@@ -71,7 +72,7 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
     batches = list(islice(shuffled(len(source), config.items_per_update, config.seed), config.updates))
 
     def chosen(number: int) -> list:
-        return [source[i] for i in batches[number]]
+        return loop.run(training_data.take(source, batches[number]))
 
     draws = attempts.Draws(setup, judge, loop, chosen)
     draws.restore(update, so_far.get("drawn"))
@@ -193,8 +194,11 @@ def train(config: TrainConfig) -> dict | None:
     started = time.perf_counter()
     config = configs.smoke(config) if config.smoke else config
     device = distributed.local_device(resolve.device_for(config.device))
-    data = read_trajectories(config.data) if config.data is not None else None
-    config = configs.settled(config, None if data is None else {t.question.task for t in data}, device.type)
+    files = TrajectoryFiles(config.data) if config.data else None
+    seen = {} if files is None else training_data.looked_at(files)
+    streamed = files is not None and len(seen) < len(files)
+    tasks_of_data = {t.question.task for t in seen.values()} | set(config.task if streamed else ())
+    config = configs.settled(config, None if files is None else tasks_of_data, device.type)
     if config.lora and is_adapter(resolve.model_folder(config.model)):
         raise ConfigError(
             f"--lora {config.lora}: --model {config.model} holds adapters already; merge them (export) first"
@@ -212,13 +216,14 @@ def train(config: TrainConfig) -> dict | None:
         model.activation_checkpointing = config.activation_checkpointing
         if config.lora:
             add_lora(model, LoRA(config.lora, config.lora_alpha), seed=config.seed)
-        if data is not None:
-            data = training_data.fitted(data, model.config, tokenizer, config.data)
-            training_data.require_rewards(data, config)
+        if files is not None:
+            fit = training_data.Fitting(files, config, model.config, tokenizer)
+            data = [fit(place, trajectory) for place, trajectory in seen.items()]
+            training_data.require_rewards(data, config, files)
         settings = settings_of(
             config,
             model=checkpoint_digest(resolve.model_folder(config.model)),
-            data="generated" if config.data is None else file_digest(config.data),
+            data="generated" if files is None else files.digest,
         )
         client = Client(config.out / "answers.sqlite")
         judge = stages.open_judge(config, "process", client)
@@ -244,6 +249,8 @@ def train(config: TrainConfig) -> dict | None:
                 data = stages.kept_before(run, so_far["kept"])
         if config.mode == "outcome-rl":
             source = stages.questions_to_play(setup)
+        elif streamed:
+            source = training_data.Streamed(fit, tasks_of_data, rewarder)
         else:
             source = loop.run(training_data.with_rewards(data, config, rewarder))
         so_far["wall_s"] = time.perf_counter() - started

@@ -254,9 +254,10 @@ def _is_run(folder: Path) -> bool:
 
 def _set_aside(out: Path, config: TrainConfig) -> None:
     """An earlier run moves to out.1, out.2, ... Raises ConfigError where this one would miss something in it."""
-    inside = {"data": config.data, "model": config.model if os.path.isdir(config.model) else None}
-    for flag, path in {**inside, "out": Path.cwd()}.items():
-        if path is not None and Path(os.path.realpath(path)).is_relative_to(out):
+    inside = [("data", file) for file in config.data]
+    inside += [("model", config.model)] if os.path.isdir(config.model) else []
+    for flag, path in [*inside, ("out", Path.cwd())]:
+        if Path(os.path.realpath(path)).is_relative_to(out):
             what = f"--{flag} {path}" if flag != "out" else "the folder that this command runs in"
             raise ConfigError(f"--out {config.out}: {what} lies in it, and it would be set aside; name another folder")
     number = 1

@@ -62,7 +62,7 @@ async def open_tasks(config: TrainConfig, client: Client) -> dict[str, Task]:
 
     Raises ConfigError, InputError, EndpointError.
     """
-    names = [*(config.task if config.data is None or config.evaluate_every else ()), *config.evaluate_on]
+    names = [*(config.task if not config.data or config.evaluate_every else ()), *config.evaluate_on]
     splits = {"train": config.questions, "validation": config.evaluate_questions, "test": config.evaluate_questions}
     files = {split: file for split, file in splits.items() if file is not None}
     opened = {}

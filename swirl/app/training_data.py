@@ -1,9 +1,14 @@
-"""Trajectories to train on: given token ids and rewards, and refused where they cannot be trained on."""
+"""Trajectories to train on: given token ids and rewards, and refused where they cannot be trained on.
+
+Data of up to 64 MiB is read and checked whole before the first update. Of more, 1,000 trajectories are looked at, and
+each one is read, held to its digest and checked when an update reaches it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
@@ -16,45 +21,67 @@ from swirl.learning import distributed
 from swirl.model.gemma import GemmaConfig
 from swirl.model.tokenizer import Tokenizer
 from swirl.rollout.rollout import with_ids
+from swirl.trajectories.files import TrajectoryFiles
 from swirl.trajectories.record import Trajectory
 
+WHOLE_BYTES = 64 << 20
+NUM_LOOKED_AT = 1000
 
-def fitted(trajectories: list[Trajectory], model: GemmaConfig, tokenizer: Tokenizer, file: Path) -> list[Trajectory]:
-    """The trajectories with the ids of this tokenizer: kept where they were made with it, made once from text
-    otherwise. Raises InputError where they are another tokenizer's, or too many for the model.
+
+def looked_at(files: TrajectoryFiles) -> dict[int, Trajectory]:
+    """What is known of the data before the first update, by place: all of it where it has at most 64 MiB, else 1,000
+    trajectories, evenly spread. Raises InputError.
     """
-    made = [_with_ids(trajectory, tokenizer, file) for trajectory in trajectories]
-    for trajectory in made:
-        length = len(trajectory.state_ids(len(trajectory.steps)))
-        if length > model.max_position_embeddings:
-            raise InputError(
-                file,
-                f"trajectory '{trajectory.id}' has {length} tokens, expected at most the model's "
-                f"{model.max_position_embeddings}",
-            )
-    return made
+    num = len(files) if files.num_bytes <= WHOLE_BYTES else min(NUM_LOOKED_AT, len(files))
+    return {place: files[place] for place in (len(files) * k // num for k in range(num))}
 
 
-def _with_ids(trajectory: Trajectory, tokenizer: Tokenizer, file: Path) -> Trajectory:
+@dataclass(frozen=True)
+class Fitting:
+    """Gives trajectories of the files the ids of this tokenizer: kept where they were made with it, made once from text
+    otherwise.
+    """
+
+    files: TrajectoryFiles
+    config: TrainConfig
+    model: GemmaConfig
+    tokenizer: Tokenizer
+
+    def __call__(self, place: int, trajectory: Trajectory) -> Trajectory:
+        """Raises InputError, with file and line, where the ids are another tokenizer's or text's, or too many, and
+        where there are no log-probs that a correction needs.
+        """
+        try:
+            if self.config.proximal_every and any(step.log_probs is None for step in trajectory.steps):
+                raise _Unfit("has none, which --proximal-every corrects by: leave that out", field="log_probs")
+            made = _with_ids(trajectory, self.tokenizer)
+            length = len(made.state_ids(len(made.steps)))
+            if length > (most := self.model.max_position_embeddings):
+                raise _Unfit(f"has {length} tokens, expected at most the model's {most}")
+        except _Unfit as unfit:
+            file, line = self.files.where(place)
+            raise InputError(file, f"trajectory '{trajectory.id}' {unfit}", line=line, field=unfit.field) from None
+        return made
+
+
+class _Unfit(Exception):
+    def __init__(self, reason: str, field: str | None = None):
+        super().__init__(reason)
+        self.field = field
+
+
+def _with_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> Trajectory:
     if trajectory.prompt_ids is None:
         return with_ids(trajectory, tokenizer)
     if trajectory.tokenizer not in (None, tokenizer.fingerprint):
-        raise InputError(
-            file,
-            f"expected the tokenizer of the model ({tokenizer.fingerprint[:12]}), trajectory '{trajectory.id}' has ids "
-            "of another",
-            field="tokenizer",
+        raise _Unfit(
+            f"has ids of another tokenizer, expected the model's ({tokenizer.fingerprint[:12]})", field="tokenizer"
         )
     highest = max(max(ids) for step in trajectory.steps for ids in (step.action_ids, step.observation_ids or (0,)))
     if max(highest, *trajectory.prompt_ids) >= tokenizer.vocab_size:
-        raise InputError(
-            file,
-            f"expected token ids below the vocabulary's {tokenizer.vocab_size}, trajectory '{trajectory.id}' has "
-            "others",
-            field="action_ids",
-        )
+        raise _Unfit(f"has token ids beyond the vocabulary's {tokenizer.vocab_size}", field="action_ids")
     if trajectory.tokenizer is not None and (field := _disagreement(trajectory, tokenizer)):
-        raise InputError(file, f"trajectory '{trajectory.id}': expected ids and text of one another", field=field)
+        raise _Unfit("has ids that are not those of its text", field=field)
     return trajectory
 
 
@@ -79,21 +106,16 @@ def _disagreement(trajectory: Trajectory, tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def require_rewards(trajectories: list[Trajectory], config: TrainConfig) -> None:
-    """Raises InputError where recorded actions have nothing to teach, or no log-probs that a correction needs."""
-    if config.proximal_every:
-        for trajectory in trajectories:
-            if any(step.log_probs is None for step in trajectory.steps):
-                why = f"trajectory '{trajectory.id}' has none, which --proximal-every corrects by: leave that out"
-                raise InputError(config.data, why, field="log_probs")
+def require_rewards(trajectories: Iterable[Trajectory], config: TrainConfig, files: TrajectoryFiles) -> None:
+    """Raises InputError where recorded actions have nothing to teach."""
     if config.mode != "recorded":
         return
     steps = [step for trajectory in trajectories for step in trajectory.steps]
     if config.reward == "recorded" and all(graded(step) is None for step in steps):
-        raise InputError(config.data, "no step has a reward or a verdict: filter it, or take --reward outcome")
+        raise InputError(files.name, "no step has a reward or a verdict: filter it, or take --reward outcome")
     scored = (trajectory.outcome is not None or trajectory.question.answer is not None for trajectory in trajectories)
     if config.reward == "outcome" and not any(scored):
-        raise InputError(config.data, "no trajectory has an outcome or a golden answer: take --reward recorded")
+        raise InputError(files.name, "no trajectory has an outcome or a golden answer: take --reward recorded")
 
 
 async def with_rewards(trajectories: list[Trajectory], config: TrainConfig, judge) -> list[Trajectory]:
@@ -111,6 +133,36 @@ async def with_rewards(trajectories: list[Trajectory], config: TrainConfig, judg
     mine = distributed.my_share(trajectories)
     made = await asyncio.gather(*(_asked(trajectory, judge) for trajectory in mine))
     return distributed.gather_shares(made, Trajectory)
+
+
+class Streamed:
+    """Trajectories that are read, checked and rewarded when an update takes them. `tasks` are those they may answer: a
+    reward that knows one task's questions must not be asked about another's.
+    """
+
+    def __init__(self, fit: Fitting, tasks: Collection[str], judge):
+        self._fit, self._tasks, self._judge = fit, tasks, judge
+
+    def __len__(self) -> int:
+        return len(self._fit.files)
+
+    def _read(self, place: int) -> Trajectory:
+        files = self._fit.files
+        trajectory = files[place]
+        if trajectory.question.task not in self._tasks:
+            expected = f"expected {' or '.join(sorted(self._tasks))}, as far as was looked at; name all by --task"
+            file, line = files.where(place)
+            raise InputError(file, expected, line=line, field="question.task")
+        return self._fit(place, trajectory)
+
+    async def take(self, places: Iterable[int]) -> list[Trajectory]:
+        """Same on every rank. Raises InputError."""
+        return await with_rewards([self._read(place) for place in places], self._fit.config, self._judge)
+
+
+async def take(source: Sequence | Streamed, places: Iterable[int]) -> list:
+    """What lies at these places of what updates are made of."""
+    return await source.take(places) if isinstance(source, Streamed) else [source[place] for place in places]
 
 
 async def _asked(trajectory: Trajectory, judge) -> Trajectory:

@@ -40,12 +40,12 @@ class SubTrajectory:
 def shuffled(num_trajectories: int, per_update: int, seed: int) -> Iterator[list[int]]:
     """Indices of the trajectories of each update, forever: shuffled anew each time round, the same on every rank."""
     rng = np.random.default_rng(seed)
-    waiting: list[int] = []
+    waiting = rng.permutation(num_trajectories)
     while True:
         while len(waiting) < per_update:
-            waiting += rng.permutation(num_trajectories).tolist()
-        yield waiting[:per_update]
-        del waiting[:per_update]
+            waiting = np.concatenate([waiting, rng.permutation(num_trajectories)])
+        yield waiting[:per_update].tolist()
+        waiting = waiting[per_update:]
 
 
 def present(actions: Sequence[SubTrajectory]) -> list[SubTrajectory]:

@@ -6,7 +6,8 @@ so far, settings) beside them. `digests.json` holds a digest of each file. Nothi
 adapters the folder is PEFT's, of the adapters alone: the weights are those of the folder it names.
 
 There is no generator's state to keep: every draw's seed is made of `--seed`, the update, the trajectory, the step and
-the draw. World size is no part of it either: weights and optimizer state are written whole.
+the draw, and the place in the data is a function of the update. World size is no part of it either: weights and
+optimizer state are written whole.
 """
 
 from __future__ import annotations

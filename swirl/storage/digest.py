@@ -17,7 +17,7 @@ from swirl.storage.files import replace_file
 FIELD = "swirl_digest"
 MANIFEST = "digests.json"
 _KEY = f'"{FIELD}"'.encode()
-_DIGITS = 16  # 64 bits: against damage, not against somebody who writes digests too
+DIGITS = 16  # 64 bits: against damage, not against somebody who writes digests too
 
 
 class DigestError(ValueError):
@@ -26,13 +26,13 @@ class DigestError(ValueError):
 
 def digest_of(content: bytes) -> str:
     """16 hexadecimal digits of SHA-256."""
-    return hashlib.sha256(content).hexdigest()[:_DIGITS]
+    return hashlib.sha256(content).hexdigest()[:DIGITS]
 
 
 def file_digest(path: str | os.PathLike) -> str:
     """`digest_of` a file's content, read as a stream. Raises OSError."""
     with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 
 
 def seal(text: bytes) -> bytes:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager
+from dataclasses import replace as replace_config
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from msgspec.structs import replace
 from benchmarks.fault_server import FaultServer
 from swirl import train as loop
 from swirl.app import resolve as opening
+from swirl.app import training_data
 from swirl.config import TrainConfig, settled
 from swirl.errors import ConfigError, EndpointUnusable, InputError, NothingToLearn
 from swirl.judging.judges import Judgement
@@ -348,7 +350,7 @@ def test_a_peer_that_dies_leaves_the_weights(tiny_folder, small, tmp_path):
     config = small(told(6), updates=50)
     (tmp_path / "peer_fails.py").write_text(PEER_FAILS)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += [tmp_path / "peer_fails.py", "--out", config.out, "--model", tiny_folder, "--data", config.data]
+    words += [tmp_path / "peer_fails.py", "--out", config.out, "--model", tiny_folder, "--data", *config.data]
     words += ["--mode", "recorded", "--updates", "50", "--evaluate-on"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
@@ -359,7 +361,7 @@ def test_a_peer_that_dies_leaves_the_weights(tiny_folder, small, tmp_path):
 
 def test_sigterm_is_an_exception(tiny_folder, small):
     config = small(told(6), updates=100_000)
-    words = [sys.executable, "-m", "swirl.train", "--out", config.out, "--model", tiny_folder, "--data", config.data]
+    words = [sys.executable, "-m", "swirl.train", "--out", config.out, "--model", tiny_folder, "--data", *config.data]
     words += ["--mode", "recorded", "--updates", "100000", "--evaluate-on"]
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = config.out / "metrics.jsonl"
@@ -407,3 +409,36 @@ def test_actions_are_drawn_by_the_policy_that_is_trained(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and all(line["grad_norm"] > 0 for line in lines)
     assert all(abs(line["ratio"] - 1) < 1e-4 and line["clipped"] == 0 for line in lines), lines
+
+
+@pytest.mark.parametrize("reward", ["recorded", "rule"])
+def test_streamed_data_make_the_same_updates(small, tmp_path, monkeypatch, reward):
+    config = small(told(9), updates=5, reward=reward)
+    train(config)
+    lines = config.data[0].read_bytes().splitlines(keepends=True)
+    (tmp_path / "one.jsonl").write_bytes(b"".join(lines[:4]))
+    (tmp_path / "two.jsonl").write_bytes(b"".join(lines[4:]))
+    monkeypatch.setattr(training_data, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(training_data, "NUM_LOOKED_AT", 2)
+    files = (tmp_path / "one.jsonl", tmp_path / "two.jsonl")
+    streamed = replace_config(config, data=files, out=tmp_path / "streamed")
+    train(streamed)
+    one, other = ((run.out / "checkpoint" / "model.safetensors").read_bytes() for run in (config, streamed))
+    assert one == other
+
+
+def test_what_is_wrong_in_streamed_data_is_told_when_it_is_reached(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_data, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(training_data, "NUM_LOOKED_AT", 1)
+    good, *others = told(6)
+    elsewhere = replace(others[0], question=replace(others[0].question, task="hotpotqa"))
+    config = small([good, elsewhere, *others[1:]], updates=3)
+    with pytest.raises(InputError, match=r"data.jsonl:2: field 'question.task': expected bridge, as far as"):
+        train(config)
+    train(replace_config(config, task=("bridge", "hotpotqa")))
+    with open(config.data[0], "ab") as file:
+        file.write(b'{"id": 7}\n')
+    with pytest.raises(InputError, match=r"data.jsonl:7: field 'id': Expected `str`"):
+        train(config)
+    found = [path.name for path in config.out.glob("checkpoint-*")]
+    assert len(found) <= 1  # the last update before the line, where there was one

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from msgspec.structs import replace
 
 from swirl.app.resolve import ALMANAC_BASE
-from swirl.app.training_data import fitted
+from swirl.app.training_data import Fitting
+from swirl.config import TrainConfig
 from swirl.errors import InputError
 from swirl.model.gemma import GemmaConfig
 from swirl.model.tokenizer import Tokenizer
@@ -28,10 +27,15 @@ def tokenizer():
     return Tokenizer.from_pretrained(ALMANAC_BASE)
 
 
+class Files:
+    def where(self, place):
+        return "t.jsonl", place + 1
+
+
 def fit(trajectory, tokenizer):
     sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), 1)
     sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": tokenizer.vocab_size}
-    return fitted([trajectory], GemmaConfig(**sizes), tokenizer, Path("t.jsonl"))[0]
+    return Fitting(Files(), TrainConfig(), GemmaConfig(**sizes), tokenizer)(0, trajectory)
 
 
 def test_ids_of_their_text_are_kept(tokenizer):
@@ -52,5 +56,5 @@ def test_ids_of_another_text_are_named(tokenizer, field, retokenized):
     else:
         other = replace(made, steps=(replace(made.steps[0], **{field: "other"}), made.steps[1]))
         named = rf"steps\[0\]\.{field}_ids"
-    with pytest.raises(InputError, match=f"field '{named}'.*'q#0'"):
+    with pytest.raises(InputError, match=f"^t.jsonl:1: field '{named}'.*'q#0'"):
         fit(other, tokenizer)

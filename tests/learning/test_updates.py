@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from swirl.app.stages import Setup
 from swirl.config import TrainConfig
 from swirl.errors import NonFiniteError, NothingToLearn
 from swirl.learning import distributed
+from swirl.learning.batches import shuffled
 from swirl.trajectories.record import Question, Step, Trajectory
 from swirl.tree.pack import pack
 from tests.learning.updates import accumulate, gradients, some_actions, some_model
@@ -140,6 +142,14 @@ def test_updates_learn_to_prefer_the_better_action(tmp_path):
     learn(model, [pair] * 30, tmp_path, learning_rate=1e-2)
     scores = model.sub_trajectory_log_probs(pack([(state, good), (state, bad)]))
     assert scores[0] > scores[1] + 5
+
+
+def test_every_trajectory_is_taken_once_a_round():
+    updates = list(islice(shuffled(7, 3, seed=5), 14))
+    places = [place for update in updates for place in update]
+    assert all(len(update) == 3 for update in updates)
+    assert [sorted(places[k : k + 7]) for k in range(0, 42, 7)] == [[*range(7)]] * 6
+    assert places[:7] != places[7:14] and updates == list(islice(shuffled(7, 3, seed=5), 14))
 
 
 def test_trees_are_assigned_whole_and_evenly(monkeypatch):
