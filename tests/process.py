@@ -11,10 +11,12 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -29,7 +31,7 @@ def run_module(
 ) -> subprocess.CompletedProcess:
     """Run it to its end, in the tests' environment `without` some keys and with `environment` on top.
 
-    Raises TimeoutExpired after `timeout` seconds.
+    module: its name, or a script's path. Raises TimeoutExpired after `timeout` seconds.
     """
     words = [str(word) for word in words]
     environment = {key: value for key, value in os.environ.items() if key not in set(without)} | environment
@@ -50,6 +52,16 @@ def run_module(
         return subprocess.CompletedProcess([module, *words], process.exitcode, *said)
 
 
+def run_ranks(num: int, module: str, *words: object, **how) -> list[subprocess.CompletedProcess]:
+    """`run_module` as each of `num` ranks, told what torchrun would tell them."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num}
+    told = [{key: str(value) for key, value in (job | {"RANK": k, "LOCAL_RANK": k}).items()} for k in range(num)]
+    with ThreadPoolExecutor(num) as pool:
+        return list(pool.map(lambda one: run_module(module, *words, **how, **one), told))
+
+
 async def run_module_beside(module: str, *words: object, **how) -> subprocess.CompletedProcess:
     """`run_module` while this event loop goes on, which may be serving it."""
     return await asyncio.to_thread(run_module, module, *words, **how)
@@ -66,6 +78,9 @@ def _as_main(module: str, words: list[str], cwd: str, environment: dict[str, str
     sys.argv = [module, *words]
     sys.path.insert(0, cwd)
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module.endswith(".py"):
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # multiprocessing's own way out skips them

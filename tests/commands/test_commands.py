@@ -18,7 +18,7 @@ from swirl.storage.digest import unseal
 from swirl.trajectories.actions import Call
 from swirl.trajectories.log import iter_trajectories, read_trajectories
 from swirl.trajectories.record import encode_trajectory
-from tests.process import run_module
+from tests.process import run_module, run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -280,17 +280,9 @@ def test_train_on_recorded_actions_alone_and_on_two_ranks(trajectories, tiny_fol
     assert len((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()) == 2
 
     command("train", "--no-packed", "--out", "separate", *flags, cwd=tmp_path, check=0)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    two = subprocess.run(
-        [*words, "swirl.train", "--packed", "--out", "two", *map(str, flags)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert two.returncode == 0, two.stderr[-3000:]
-    assert two.stdout.count("GOOD steps") == 1
+    ranks = run_ranks(2, "swirl.train", "--packed", "--out", "two", *flags, cwd=tmp_path)
+    assert [done.returncode for done in ranks] == [0, 0], ranks[0].stderr[-3000:]
+    assert [done.stdout.count("GOOD steps") for done in ranks] == [1, 0]
     one = load_file(tmp_path / "one" / "checkpoint" / "model.safetensors")
     start = load_file(tiny_folder / "model.safetensors")
     assert any(not torch.equal(one[name], start[name]) for name in one)

@@ -32,6 +32,7 @@ from swirl.tools.search import search_tool
 from swirl.train import train
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Step, Trajectory
+from tests.process import run_ranks
 
 
 def told(num, rewards=lambda number, k: float((number + k) % 2)):
@@ -349,11 +350,10 @@ train.run_command()
 def test_a_peer_that_dies_leaves_the_weights(tiny_folder, small, tmp_path):
     config = small(told(6), updates=50)
     (tmp_path / "peer_fails.py").write_text(PEER_FAILS)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += [tmp_path / "peer_fails.py", "--out", config.out, "--model", tiny_folder, "--data", *config.data]
+    words = ["--out", config.out, "--model", tiny_folder, "--data", *config.data]
     words += ["--mode", "recorded", "--updates", "50", "--evaluate-on"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
+    survivor, failed = run_ranks(2, str(tmp_path / "peer_fails.py"), *words, cwd=tmp_path, timeout=120)
+    assert survivor.returncode == 1 and failed.returncode == 9
     (left,) = config.out.glob("checkpoint-*")
     assert left.name == "checkpoint-2"
     opening.load_model(str(left))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,6 +16,7 @@ from swirl.errors import ConfigError
 from swirl.evaluate import EvaluateConfig
 from swirl.filter import FilterConfig
 from swirl.generate import GenerateConfig
+from tests.process import run_ranks
 
 ROOT = Path(__file__).parents[2]
 HOTPOTQA = ("--task", "hotpotqa", "--questions", ROOT / "tests" / "fixtures" / "hotpotqa.json")
@@ -106,20 +105,12 @@ def test_a_flag_that_is_misspelt_is_answered_with_the_one_that_was_meant(tmp_pat
         command.parse(TrainConfig, "", ["--attention", "fast"])
 
 
-def test_under_torchrun_every_rank_says_the_same_line_and_exits_2(tmp_path):
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = subprocess.run(
-        [*words, "swirl.train", "--task", "hotpotqa"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    errors = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
-    assert done.returncode != 0 and "(exitcode: 2)" in done.stderr, done.stderr
-    assert errors == {"error: --filter process: needs --judge, the URL of a model that says which steps are GOOD"}
-    assert "swirl/train.py" not in done.stderr and done.stdout == ""  # the traceback is the launcher's own
+def test_every_rank_says_the_same_line_and_exits_2(tmp_path):
+    for done in run_ranks(2, "swirl.train", "--task", "hotpotqa", cwd=tmp_path):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            "error: --filter process: needs --judge, the URL of a model that says which steps are GOOD\n"
+        )
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, FilterConfig, GenerateConfig, EvaluateConfig])

@@ -27,6 +27,7 @@ from tests.drills.kill_drill import (
     generate_job,
     kept_answers,
 )
+from tests.process import run_module
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,26 +53,25 @@ def test_generate_and_filter_over_the_wire(tmp_path, monkeypatch):
         assert "aiohttp" in imported and "torch" not in imported
 
 
+@pytest.mark.slow
 def test_generate_in_this_process_one_at_a_time(tmp_path):
     (row,) = drill(tmp_path, "--local", "--trajectories", "5", "--kills", "2")
     assert row["job"] == "generate, almanac" and row["lines"] == 5 and row["requests"] == 0
 
 
 def test_the_same_command_beside_one_at_work_is_refused(tmp_path):
-    words = [sys.executable, "-m", "swirl.filter", "--data", "t.jsonl", "--mode", "none"]
-    settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    words = ["swirl.filter", "--data", "t.jsonl", "--mode", "none"]
     (tmp_path / "t.jsonl").write_bytes(trajectory("q0") + trajectory("q1"))
     with TrajectoryLog(tmp_path / "kept.jsonl"):
-        done = subprocess.run(words, capture_output=True, text=True, **settings)
+        done = run_module(*words, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: kept.jsonl: another command")
-    subprocess.run(words, capture_output=True, check=True, **settings)
+    assert run_module(*words, cwd=tmp_path).returncode == 0
     assert (tmp_path / "kept.jsonl").read_bytes().count(b"\n") == 2
 
 
 @pytest.mark.parametrize("name, log", [("generate", "t.jsonl"), ("filter", "k.jsonl"), ("filter", "d.jsonl")])
 def test_a_command_with_other_settings_beside_one_just_begun_leaves_it_its_own(name, log, tmp_path):
     """A settings file is replaced where its outputs are empty still, and so is theirs who began a moment ago."""
-    settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
     flags = {
         "generate": ["--out", "t.jsonl", "--num-questions", "1", "--samples", "1", "--max-new-tokens", "4", "--seed"],
         "filter": ["--data", "data.jsonl", "--kept", "k.jsonl", "--dropped", "d.jsonl", "--votes"],
@@ -79,15 +79,15 @@ def test_a_command_with_other_settings_beside_one_just_begun_leaves_it_its_own(n
     (tmp_path / "data.jsonl").touch()
     beside = tmp_path / {"generate": "t.jsonl", "filter": "k.jsonl"}[name]
     beside = beside.with_name(f"{beside.name}.settings.json")
-    subprocess.run([sys.executable, "-m", f"swirl.{name}", *flags, "1"], **settings)
+    run_module(f"swirl.{name}", *flags, "1", cwd=tmp_path)
     began = beside.read_bytes()
     for path in tmp_path.glob("?.jsonl"):
         path.write_bytes(b"")
     with TrajectoryLog(tmp_path / log):
-        done = subprocess.run([sys.executable, "-m", f"swirl.{name}", *flags, "2"], **settings)
+        done = run_module(f"swirl.{name}", *flags, "2", cwd=tmp_path)
         assert done.returncode == 1 and f"error: {log}: another command is writing to it" in done.stderr
     assert beside.read_bytes() == began
-    subprocess.run([sys.executable, "-m", f"swirl.{name}", *flags, "2"], **settings)
+    run_module(f"swirl.{name}", *flags, "2", cwd=tmp_path)
     assert beside.read_bytes() != began
 
 

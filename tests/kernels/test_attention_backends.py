@@ -440,7 +440,9 @@ def sampled_gsm8k(path, source, limit):
 SOURCES = [ROOT / "tests" / "fixtures" / "gsm8k.jsonl", ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=["fixture", "train"])
+@pytest.mark.parametrize(
+    "source", [SOURCES[0], pytest.param(SOURCES[1], marks=pytest.mark.slow)], ids=["fixture", "train"]
+)
 def test_training_on_several_trajectories_a_question_is_what_it_is_on_the_tree(source, calls, tmp_path):
     if not source.exists():
         pytest.skip("the data is not here")
@@ -448,9 +450,8 @@ def test_training_on_several_trajectories_a_question_is_what_it_is_on_the_tree(s
     history = {}
     for attention in ("tree", "flash"):
         config = TrainConfig(
-            out=(out := tmp_path / attention), data=data, mode="recorded", updates=2, evaluate_num_questions=2,
-            evaluate_on=("bridge",), trajectories_per_update=6, tokens_per_micro_batch=700, dtype="bfloat16",
-            attention=attention,
+            out=(out := tmp_path / attention), data=data, mode="recorded", updates=2, evaluate_on=(),
+            trajectories_per_update=6, tokens_per_micro_batch=700, dtype="bfloat16", attention=attention,
         )  # fmt: skip
         train(config)
         assert json.loads((out / "config.json").read_text())["attention"] == attention

@@ -1,9 +1,6 @@
 """Updates: packed or not, on one rank or two, and what moves the weights."""
 
 import asyncio
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +20,7 @@ from swirl.learning.batches import shuffled
 from swirl.trajectories.record import Question, Step, Trajectory
 from swirl.tree.pack import pack
 from tests.learning.updates import accumulate, gradients, some_actions, some_model
+from tests.process import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -203,10 +201,8 @@ def test_two_ranks_make_the_update_of_one(tmp_path):
         folder = tmp_path / f"{processes}"
         script = tmp_path / f"worker{processes}.py"
         script.write_text(WORKER.format(folder=str(folder)))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
+        for done in run_ranks(processes, str(script), cwd=tmp_path):
+            assert done.returncode == 0, done.stderr[-2000:]
         results.append(torch.load(folder / "done.pt", weights_only=True))
     (one, one_metrics, one_half), (two, two_metrics, two_half) = results
     for name, weight in one.items():
