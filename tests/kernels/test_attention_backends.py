@@ -446,7 +446,7 @@ SOURCES = [ROOT / "tests" / "fixtures" / "gsm8k.jsonl", ROOT.parent / "shared" /
 def test_training_on_several_trajectories_a_question_is_what_it_is_on_the_tree(source, calls, tmp_path):
     if not source.exists():
         pytest.skip("the data is not here")
-    data = sampled_gsm8k(tmp_path / "g.jsonl", source, limit=6)
+    data = sampled_gsm8k(tmp_path / "g.jsonl", source, limit=3)
     history = {}
     for attention in ("tree", "flash"):
         config = TrainConfig(

@@ -187,7 +187,7 @@ with distributed.process_group(torch.device("cpu")):
     half, config = some_model(torch.bfloat16), TrainConfig(mode="recorded", packed=False)
     make_optimizer(half, learning_rate=1.0)
     objective = Objective(config, half)
-    for batch, members in micro_batches(assigned_here(some_actions()), config):
+    for batch, members in micro_batches(assigned_here(some_actions(), half.config), config):
         (objective(half, batch, members)[0] / 7).backward()
     distributed.sum_gradients(half)
     if distributed.is_main():
