@@ -30,13 +30,14 @@ CHAT_TEMPLATE = (
     "{{ '<start_of_turn>' + role + '\\n' + message['content'] + '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
-_FILES = (
+FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -95,7 +96,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         try:
-            files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+            files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
             check_digests(folder, files)
         except OSError as error:
             raise CheckpointError(folder, f"cannot be read ({error.strerror})") from None

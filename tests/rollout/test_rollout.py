@@ -229,3 +229,24 @@ def test_a_state_that_comes_as_text_is_the_state_that_comes_as_ids(tiny_folder):
         return asyncio.run(policy.act(state))
 
     assert act(None) == act(tuple(ids))
+
+
+def test_the_judged_accuracy_of_answers_without_a_verdict_is_none_and_never_0():
+    task = tasks.open_task("bridge")
+
+    def scored(*answers):
+        made = [
+            Trajectory(
+                id=str(n), question=Question(id=str(n), task="bridge", question="?", answer="a"), prompt="?",
+                steps=(Step(action="x"),), stop="answer", prediction=prediction, outcome=outcome,
+            )
+            for n, (prediction, outcome) in enumerate(answers)
+        ]  # fmt: skip
+        score = score_trajectories(task, made, answers_judged=True)
+        return score.judged_accuracy, score.judged_interval and tuple(score.judged_interval), score.unjudged_answers
+
+    # No answer is wrong unasked; the two that were given have no verdict that could be read.
+    assert scored(("a", None), ("b", None), (None, False)) == (None, None, 2)
+    assert scored(("a", None)) == (None, None, 1)
+    assert scored(("a", True), ("b", None), (None, False))[::2] == (0.5, 1)
+    assert scored((None, False))[0] == 0.0  # nothing was given, so nothing is missing
