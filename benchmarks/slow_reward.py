@@ -104,8 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
         if given.json:
             print(json.dumps(row), flush=True)
         else:
-            print(f"staleness {row['staleness']}, {row['concurrency']:3} at a time, {row['latency_ms']:3.0f} ms: "
-                  f"{row['median_s']:.2f} s, {row['times_instant']:.2f} times an instant one's", flush=True)  # fmt: skip
+            who = f"staleness {row['staleness']}, {row['concurrency']:3} at a time, {row['latency_ms']:3.0f} ms"
+            print(f"{who}: {row['median_s']:.2f} s, {row['times_instant']:.2f} times an instant one's", flush=True)
 
 
 if __name__ == "__main__":
