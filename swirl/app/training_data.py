@@ -20,7 +20,7 @@ from swirl.judging.rewards import ask_rewards, graded, with_one_reward, with_rec
 from swirl.learning import distributed
 from swirl.model.gemma import GemmaConfig
 from swirl.model.tokenizer import Tokenizer
-from swirl.rollout.rollout import with_ids
+from swirl.rollout.rollout import observation_ids, with_ids
 from swirl.trajectories.files import TrajectoryFiles
 from swirl.trajectories.record import Trajectory
 
@@ -100,8 +100,7 @@ def _disagreement(trajectory: Trajectory, tokenizer: Tokenizer) -> str | None:
             same = tokenizer.decode(step.action_ids[:-1] if ended else step.action_ids) == step.action
         if not same:
             return f"steps[{k}].action_ids"
-        observation = tokenizer.observation_ids(step.observation or "")
-        if step.observation_ids is not None and step.observation_ids != tuple(observation):
+        if step.observation_ids is not None and step.observation_ids != observation_ids(step, tokenizer):
             return f"steps[{k}].observation_ids"
     return None
 

@@ -62,6 +62,7 @@ def _parquet_schema(pa, kind: Format):
         call = pa.struct({"tool": text, "argument": text}.items())
         step = {"action": text, "observation": text, "action_ids": ids, "observation_ids": ids}
         step |= {"log_probs": pa.list_(pa.float64()), "truncated": pa.bool_(), "call": call, "invalid": text}
+        step |= {"stop_text": text}
         step |= {"verdict": text, "judged": text, "reason": text, "reward": pa.float64()}
         fields = {"id": text, "question": pa.struct(question.items()), "prompt": text}
         fields |= {
