@@ -27,11 +27,10 @@ LATENCY_SLACK_S = 0.0005  # the loop's timers end up to 1 ms late: half of it ke
 
 def verdict_answer(path: str, payload: dict) -> Any:
     """A chat answer whose verdict is drawn by the prompt's digest, so that it can be checked: 4 of 5 are
-    GOOD. Where a score is asked for, so is that.
+    GOOD.
     """
     prompt = payload["messages"][0]["content"]
-    said = f"SCORE: {hashlib.sha256(prompt.encode()).digest()[0] % 10}" if "SCORE" in prompt else verdict_of(prompt)
-    content = f"The step is judged by its digest.\n{said}"
+    content = f"The step is judged by its digest.\n{verdict_of(prompt)}"
     return {
         "object": "chat.completion",
         "choices": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -103,8 +103,6 @@ class TaskFlags:
     after which the model is asked again (as the paper's pseudo-code does)."""
     max_new_tokens: int = 48
     """Tokens in an action at most."""
-    stop_at_tag: bool = False
-    """End an action at its closing tag: nothing can follow it, and the end of turn is context, not drawn or learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +189,9 @@ class ComputeFlags:
     """Who computes attention in an update: tree (swirl's own), or flash-attn or xformers (extras `flash`, `xformers`),
     on CUDA in bfloat16, for chains alone: recorded actions, nothing shared between trajectories. xformers has no
     softcap, so no Gemma 2 as published. Never chosen by itself: nothing is measured that would choose."""
-    activation_checkpointing: bool = False
-    """Activations are computed again in the backward pass, for less memory and about a third more time."""
+    activation_checkpointing: Literal["none", "cheap", "layers"] = "none"
+    """What the backward pass computes again, for less memory: nothing; what is cheap, which is a quarter of what is
+    kept for next to no time; or whole layers, all but what lies between them, for about a third more time."""
     rank_timeout_s: float = 600.0
     """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
 
@@ -225,9 +224,6 @@ class TrainConfig(
 ):
     """All flags of `train`, in the groups that it inherits."""
 
-    RENAMED: ClassVar = {"recompute": "activation_checkpointing"}
-    SEVERAL: ClassVar = ("data",)
-
     endpoint: EndpointLimits = EndpointLimits()
 
     def __post_init__(self):
@@ -258,6 +254,17 @@ class TrainConfig(
                     "--mode recorded (or --no-packed) beside it, as it computes chains alone and sampled actions "
                     "fork at every state")  # fmt: skip
         self._require_sense(require)
+
+    @staticmethod
+    def in_todays_words(values: dict) -> dict:
+        """The config.json of an earlier run: names and values as they are today."""
+        renamed = {"recompute": "activation_checkpointing"}
+        values = {renamed.get(key, key): value for key, value in values.items()}
+        if isinstance(values.get("activation_checkpointing"), bool):
+            values["activation_checkpointing"] = "layers" if values["activation_checkpointing"] else "none"
+        if isinstance(values.get("data", ()), str | None):  # one file, or none
+            values["data"] = [values["data"]] if values["data"] else []
+        return values
 
     @property
     def items_per_update(self) -> int:

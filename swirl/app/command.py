@@ -28,11 +28,7 @@ Config = TypeVar("Config")
 
 def config_from_json(path: str, kind: type[Config]) -> Config:
     """A config dataclass from a JSON object; absent keys keep their defaults. Raises ConfigError naming the key."""
-    renamed = getattr(kind, "RENAMED", {})
-    values = {renamed.get(key, key): value for key, value in read_object(path).items()}
-    for key in getattr(kind, "SEVERAL", ()):  # a config of an earlier swirl has one, or null
-        if isinstance(values.get(key, ()), str | None):
-            values[key] = [values[key]] if values[key] else []
+    values = getattr(kind, "in_todays_words", dict)(read_object(path))
     known = asdict(kind())
     for key, value in values.items():
         if key not in known:

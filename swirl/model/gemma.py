@@ -12,8 +12,9 @@ Source: Gemma 2 (arXiv:2408.00118), Gemma 3 (arXiv:2503.19786); numerics as in g
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,14 @@ from swirl.kernels.rope import rope
 from swirl.kernels.tree_attention import tree_attention
 from swirl.model import checkpoint
 from swirl.model.config import GemmaConfig
+from swirl.model.remade import kept_as
 from swirl.tree.batch import PackedBatch
 
 if TYPE_CHECKING:
     from swirl.model.lora import LoRA
 
 EMBEDDING = "model.embed_tokens.weight"
+ActivationCheckpointing = Literal["none", "cheap", "layers"]
 
 
 def _require_attention(backend, config: GemmaConfig, dtype, device):
@@ -96,10 +99,12 @@ class Attention(nn.Module):
             return rope(x, position_ids, **angles)
         return norm_rope(x, norm.weight, position_ids, eps=norm.eps, **angles)
 
-    def forward(self, x, position_ids, subtree_end, cache=None, chains=None):
-        q = self.normed_and_rotated(self.q_proj(x), self.q_norm, position_ids)
-        k = self.normed_and_rotated(self.k_proj(x), self.k_norm, position_ids)
-        v = self.v_proj(x).view(k.shape)
+    def forward(self, x, position_ids, subtree_end, cache=None, chains=None, make_x=None):
+        with kept_as(make_x, x):
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = self.normed_and_rotated(q, self.q_norm, position_ids)
+        k = self.normed_and_rotated(k, self.k_norm, position_ids)
+        v = v.view(k.shape)
         options = {"scale": self.scale, "softcap": self.softcap, "window": self.window}
         if cache is not None:  # sampling: keys and values are kept there, and attended to
             mixed = cache(q, k, v, **options)
@@ -117,8 +122,12 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x, make_x=None):
+        with kept_as(make_x, x):
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        mixed = geglu(gate, up)
+        with kept_as(make_x and partial(geglu, gate.detach(), up.detach()), mixed):
+            return self.down_proj(mixed)
 
 
 class Layer(nn.Module):
@@ -132,10 +141,13 @@ class Layer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(d, eps)
         self.post_feedforward_layernorm = RMSNorm(d, eps)
 
-    def forward(self, x, position_ids, subtree_end, cache=None, chains=None):
-        mixed = self.self_attn(self.input_layernorm(x), position_ids, subtree_end, cache, chains)
+    def forward(self, x, position_ids, subtree_end, cache=None, chains=None, cheap=False):
+        """With `cheap`, what the linear layers read is not kept for the backward pass, but made again in it."""
+        make = partial(self.input_layernorm, x.detach()) if cheap else None
+        mixed = self.self_attn(self.input_layernorm(x), position_ids, subtree_end, cache, chains, make)
         x = x + self.post_attention_layernorm(mixed)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        make = partial(self.pre_feedforward_layernorm, x.detach()) if cheap else None
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), make))
 
 
 class Decoder(nn.Module):
@@ -153,13 +165,16 @@ class Decoder(nn.Module):
         scale = torch.tensor(weight.shape[1] ** 0.5, dtype=weight.dtype, device="cpu").item()
         return self.embed_tokens(input_ids) * scale
 
-    def forward(self, input_ids, position_ids, subtree_end, *, activation_checkpointing=False, cache=None, chains=None):
+    def forward(
+        self, input_ids, position_ids, subtree_end, *, activation_checkpointing="none", cache=None, chains=None
+    ):
         x = self.embed(input_ids)
+        mode = activation_checkpointing if torch.is_grad_enabled() else "none"
         for layer in self.layers:
-            if activation_checkpointing and torch.is_grad_enabled():
+            if mode == "layers":
                 x = recomputed(layer, x, position_ids, subtree_end, None, chains, use_reentrant=False)
             else:
-                x = layer(x, position_ids, subtree_end, cache, chains)
+                x = layer(x, position_ids, subtree_end, cache, chains, cheap=mode == "cheap")
         return self.norm(x)
 
 
@@ -167,11 +182,12 @@ class Gemma(nn.Module):
     """A Gemma 2 or Gemma 3 language model with a tied head.
 
     New weights are drawn by `init_weights(seed)`; `from_pretrained` reads them from a Hugging Face folder.
-    `activation_checkpointing` trades a second forward of every layer, in the backward pass, for its activations.
+    `activation_checkpointing` says what the backward pass computes again rather than keep: `none`, what is `cheap` (the
+    inputs of linear layers that norms and the GeGLU make), or whole `layers`. Log-probs and gradients are the same.
     `attention` says who computes the attention of a batch: see `use_attention`.
     """
 
-    def __init__(self, config: GemmaConfig, *, activation_checkpointing: bool = False):
+    def __init__(self, config: GemmaConfig, *, activation_checkpointing: ActivationCheckpointing = "none"):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
@@ -287,7 +303,7 @@ class Gemma(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         *,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
         attention: str = "tree",
     ) -> Gemma:
         """Read a Hugging Face folder (config.json, safetensors), never holding the weights twice.
@@ -308,19 +324,16 @@ class Gemma(nn.Module):
         prefix, others = checkpoint.load_weights(
             model, path, dtype=dtype, device=device, tied={"lm_head.weight": EMBEDDING}
         )
-        generation = os.path.join(path, "generation_config.json")
-        generation = checkpoint.read_json(generation) if os.path.isfile(generation) else {}
-        model.origin = checkpoint.Origin(Path(path).resolve(), content, prefix, others, generation)
+        model.origin = checkpoint.Origin(Path(path).resolve(), content, prefix, others)
         return model
 
     def save_pretrained(self, path: str | os.PathLike, tokenizer=None) -> None:
         """Write a Hugging Face folder, with the tokenizer's files if given; aside, then renamed into place.
 
-        What the folder it was read from held besides the text model is kept: fields of its config.json and of its
-        generation_config.json that are unknown here, its tokenizer unless another is given, and a vision tower's
-        weights. Adapters are merged into what is written. Raises CheckpointError where it cannot be written, where
-        `path` holds something that is no checkpoint, where the tokenizer does not fit the model, or where such weights
-        are no longer to be found.
+        What the folder it was read from held besides the text model is kept: fields of its config.json that are
+        unknown here, and a vision tower's weights. Adapters are merged into what is written. Raises CheckpointError
+        where it cannot be written, where `path` holds something that is no checkpoint, where the tokenizer does not fit
+        the model, or where such weights are no longer to be found.
         """
         if tokenizer is not None:
             checkpoint.check_tokenizer_fits(tokenizer, self.config.vocab_size, path)

@@ -72,7 +72,7 @@ class LoRALinear(Linear):
         if not self.on:
             return y
         thin = linear(x, self.lora_A.to(x.dtype))
-        return torch.addmm(y, thin, self.lora_B.to(x.dtype).T, alpha=self.scale)
+        return torch.add(y, linear(thin, self.lora_B.to(x.dtype)), alpha=self.scale)
 
     def merged(self) -> torch.Tensor:
         wide = self.weight.to(self.lora_A.dtype)

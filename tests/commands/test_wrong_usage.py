@@ -132,4 +132,4 @@ def test_flags_come_in_groups_with_a_sentence_and_stay_flat_in_files(kind, tmp_p
 def test_the_config_of_an_earlier_run_still_serves(tmp_path):
     (tmp_path / "config.json").write_text('{"updates": 3, "recompute": true, "task": ["deep"]}')
     made = command.parse(TrainConfig, "", ["--config", str(tmp_path / "config.json")])
-    assert made == TrainConfig(updates=3, activation_checkpointing=True, task=("deep",))
+    assert made == TrainConfig(updates=3, activation_checkpointing="layers", task=("deep",))

@@ -12,8 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swirl.kernels import cpu
+from swirl.kernels import linear as linear_op
 from swirl.kernels import linear_log_prob as head_op
 from swirl.kernels.geglu import geglu, geglu_reference
+from swirl.kernels.linear import linear, linear_reference
 from swirl.kernels.linear_kl import linear_kl
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
 from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
@@ -59,6 +61,27 @@ def assert_as_near_as_the_reference(op, reference, inputs, dtype, *rest, **optio
         assert result.shape == truth.shape and result.dtype == theirs.dtype
         allowed = (theirs - truth).abs().max() + 4 * torch.finfo(result.dtype).eps * truth.abs().max()
         assert (result - truth).abs().max() <= allowed
+
+
+# linear
+
+
+@pytest.mark.parametrize("shape", [(32,), (63,), (5, 13)])
+def test_bfloat16_products_go_through_float32_where_a_cpu_has_no_instructions_for_them(shape, monkeypatch):
+    monkeypatch.setattr(linear_op, "_computes_bfloat16", lambda: False)
+    monkeypatch.setattr(linear_op, "WIDE_ROWS", 20)  # the last piece is ragged
+    x, weight = normal(*shape, 17), normal(11, 17)
+    assert_as_near_as_the_reference(linear, linear_reference, [x, weight], torch.bfloat16)
+    assert "WideLinear" in str(linear(x.bfloat16().requires_grad_(), weight.bfloat16()).grad_fn.next_functions)
+
+
+def test_a_frozen_weight_keeps_no_input_for_its_gradient(monkeypatch):
+    monkeypatch.setattr(linear_op, "_computes_bfloat16", lambda: False)
+    x, weight = normal(40, 6).bfloat16().requires_grad_(), normal(8, 6).bfloat16()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        linear(x, weight).sum().backward()
+    assert kept == [weight.shape] and x.grad is not None
 
 
 # rms_norm

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from swirl import Gemma, GemmaConfig, pack
@@ -189,13 +190,44 @@ def test_float64_parity(changes):
     torch.testing.assert_close(ours, their_log_probs(theirs, IDS), rtol=1e-6, atol=1e-6)
 
 
-def test_recomputation_changes_no_gradient():
-    plain, thrifty = loud_gemma(), loud_gemma()
-    thrifty.activation_checkpointing = True
-    for model in (plain, thrifty):
-        model(whole(IDS)).sum().backward()
-    for (name, a), b in zip(plain.named_parameters(), thrifty.parameters()):
-        assert torch.equal(a.grad, b.grad), name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, IS_THIRD | dict(num_hidden_layers=7)])
+def test_what_is_kept_for_the_backward_pass_changes_no_log_prob_and_no_gradient(changes, dtype):
+    found = {}
+    for mode in ("none", "cheap", "layers"):
+        model = loud_gemma(**changes).to(dtype)
+        model.activation_checkpointing = mode
+        log_probs = model(whole(IDS))
+        log_probs.sum().backward()
+        found[mode] = [log_probs.detach(), *(weight.grad for weight in model.parameters())]
+    for mode in ("cheap", "layers"):
+        assert all(torch.equal(a, b) for a, b in zip(found["none"], found[mode], strict=True)), mode
+
+
+@pytest.mark.parametrize(("mode", "left"), [("none", 1.0), ("cheap", 0.0), ("layers", 0.0)])
+def test_of_what_is_cheap_to_make_again_nothing_is_kept(mode, left, monkeypatch):
+    made = []
+
+    def watched(op):
+        def run(*args, **kwargs):
+            y = op(*args, **kwargs)
+            made.append((StorageWeakRef(y.untyped_storage()), op))
+            return y
+
+        return run
+
+    monkeypatch.setattr("swirl.model.gemma.rms_norm", watched(rms_norm))
+    monkeypatch.setattr("swirl.model.gemma.geglu", watched(geglu))
+    model = loud_gemma()
+    model.activation_checkpointing = mode
+    out = model(whole(IDS))
+    layers = model.config.num_hidden_layers
+    num_kept = {op: sum(op is one and not y.expired() for y, one in made) for op in (geglu, rms_norm)}
+    assert num_kept == {geglu: left * layers, rms_norm: left * 2 * layers}  # norms before attention and before the MLP
+    num_made = len(made)
+    out.sum().backward()
+    again = {"none": 0, "cheap": 3 * layers, "layers": 4 * layers}[mode]  # once, and not what nothing reads
+    assert len(made) - num_made == again
 
 
 def test_embedding_scale_is_rounded_to_the_models_type():
