@@ -27,10 +27,11 @@ LATENCY_SLACK_S = 0.0005  # the loop's timers end up to 1 ms late: half of it ke
 
 def verdict_answer(path: str, payload: dict) -> Any:
     """A chat answer whose verdict is drawn by the prompt's digest, so that it can be checked: 4 of 5 are
-    GOOD.
+    GOOD. Where a score is asked for, so is that.
     """
     prompt = payload["messages"][0]["content"]
-    content = f"The step is judged by its digest.\n{verdict_of(prompt)}"
+    said = f"SCORE: {hashlib.sha256(prompt.encode()).digest()[0] % 10}" if "SCORE" in prompt else verdict_of(prompt)
+    content = f"The step is judged by its digest.\n{said}"
     return {
         "object": "chat.completion",
         "choices": [

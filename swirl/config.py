@@ -103,6 +103,8 @@ class TaskFlags:
     after which the model is asked again (as the paper's pseudo-code does)."""
     max_new_tokens: int = 48
     """Tokens in an action at most."""
+    stop_at_tag: bool = False
+    """End an action at its closing tag: nothing can follow it, and the end of turn is context, not drawn or learned."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,13 @@ from typing import Annotated
 import tyro
 
 from swirl.app import command, resolve
+from swirl.app.model_card import CARD, model_card
+from swirl.config import TrainConfig
 from swirl.errors import CheckpointError, ConfigError
 from swirl.learning.checkpoints import Checkpoint, checkpoints_in, export_model, newest_checkpoint, open_checkpoint
 from swirl.model.lora import base_of, is_adapter
 from swirl.storage.digest import checkpoint_digest
+from swirl.storage.files import replace_file
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,21 @@ def export(config: ExportConfig) -> Path:
         _export_merged(found, config.out)
     else:
         export_model(found.folder, config.out)
+    _write_card(config, found)
     return found.folder
+
+
+def _write_card(config: ExportConfig, found: Checkpoint) -> None:
+    """The run's model card, with its results where they are this update's."""
+    run = config.run
+    try:
+        made_with = command.config_from_json(str(run / "config.json"), TrainConfig)
+    except ConfigError as error:
+        return command.warn(f"no model card: {error}")
+    summary = command.read_object(run / "summary.json") if (run / "summary.json").is_file() else {}
+    of_this = summary if summary.get("updates") == found.update else None
+    card = model_card(made_with, update=found.update, commit=summary.get("commit"), summary=of_this, kept=None)
+    replace_file(config.out / CARD, card.encode())
 
 
 def _export_merged(found: Checkpoint, out: Path) -> None:

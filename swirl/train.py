@@ -25,6 +25,7 @@ import torch
 from swirl import config as configs
 from swirl.app import attempts, command, resolve, stages, training_data
 from swirl.app.background import BackgroundLoop
+from swirl.app.model_card import CARD, model_card
 from swirl.app.other_log_probs import other_log_probs
 from swirl.app.progress import progress
 from swirl.app.report_page import write_report
@@ -48,6 +49,7 @@ from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_opti
 from swirl.model.lora import LoRA, add_lora, is_adapter, merge_lora
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import checkpoint_digest
+from swirl.storage.files import replace_file
 from swirl.trajectories.files import TrajectoryFiles
 from swirl.trajectories.log import read_trajectories, write_trajectories
 
@@ -259,7 +261,8 @@ def train(config: TrainConfig) -> dict | None:
             save_merged(setup, run)
         after = evaluate_and_write(setup, run, loop, "after")
         compare_policies(setup, run)
-        return _finish(config, run, before, after, history, started) if distributed.is_main() else None
+        trained_on = None if config.mode == "outcome-rl" else len(source)
+        return _finish(config, run, before, after, history, started, trained_on) if distributed.is_main() else None
 
 
 def save_merged(setup: Setup, run: RunFolder) -> None:
@@ -273,10 +276,14 @@ def save_merged(setup: Setup, run: RunFolder) -> None:
             model.save_pretrained(run.path / "checkpoint", setup.tokenizer)
 
 
-def _finish(config: TrainConfig, run: RunFolder, before: list[Score], after: list[Score], history, started) -> dict:
-    """Write the summary and the report, and show both."""
+def _finish(
+    config: TrainConfig, run: RunFolder, before: list[Score], after: list[Score], history, started, num_trajectories
+) -> dict:
+    """Write the summary, the model card and the report, and show both."""
     summary = _summary(config, before, after, history, started)
     run.write("summary.json", summary)
+    card = model_card(config, update=len(history), commit=summary["commit"], summary=summary, kept=num_trajectories)
+    replace_file(run.path / "checkpoint" / CARD, card.encode())
     write_report(config.out)
     masked, actions = (sum(metrics[name] for metrics in history) for name in ("masked", "actions"))
     if masked:

@@ -22,7 +22,7 @@ from swirl.learning.batches import SubTrajectory
 from swirl.rollout.rollout import Unanswered, draw_seed
 from swirl.sampling.draw import SamplingParams
 from swirl.sampling.local_policy import completion_action
-from swirl.trajectories.actions import TAGS
+from swirl.trajectories.actions import TAGS, closing_tags
 from swirl.trajectories.record import Step, Trajectory, with_call
 
 
@@ -63,18 +63,20 @@ class Draws:
 
     def __init__(self, setup: Setup, judge, loop, chosen: Callable[[int], Sequence[Trajectory]]):
         """`chosen` gives the trajectories of an update; `loop` runs coroutines, and keeps what they leave behind."""
-        self._setup, self._judge, self._loop, self._chosen = setup, judge, loop, chosen
+        self._setup, self._judge, self._loop, self._choose = setup, judge, loop, chosen
+        self._chosen: dict[int, Sequence[Trajectory]] = {}  # by update
         self._drawn: dict[int, list[list[Step]]] = {}  # by update: of each trajectory, on all ranks
         self._judging: dict[int, asyncio.Future] = {}  # by update: all steps of this rank's trajectories
 
     def groups(self, update: int) -> Groups:
         """A group for each state of the update's trajectories: its draws. Raises EndpointUnusable, NonFiniteError."""
         config, G = self._setup.config, self._setup.config.samples_per_state
-        self._drawn.pop(update - 1, None)
+        for past in (self._chosen, self._drawn):
+            past.pop(update - 1, None)
         for number in range(update, min(update + 1 + config.staleness, config.updates)):
             if number not in self._judging:
                 self._draw(number)
-        chosen = self._chosen(update)
+        chosen = self._chosen[update]
         rewarded = self._loop.run(_awaited(self._judging.pop(update)))
         rewarded = distributed.gather_shares(self._by_trajectory(distributed.my_share(chosen), rewarded), list[Step])
         flat = list(chain.from_iterable(rewarded))
@@ -90,17 +92,19 @@ class Draws:
         """Go on with what `state` gave."""
         if state is None:
             return
+        self._chosen[update] = self._choose(update)
         self._drawn[update] = msgspec.convert(state, list[list[Step]])
         steps = chain.from_iterable(distributed.my_share(self._drawn[update]))
 
         async def known(state: State, g: int) -> Step:
             return next(steps)  # they were asked for in this order
 
-        mine = distributed.my_share(self._chosen(update))
+        mine = distributed.my_share(self._chosen[update])
         _, self._judging[update] = self._loop.run(self._begin(mine, known))
 
     def _draw(self, update: int) -> None:
-        mine = distributed.my_share(self._chosen(update))  # whole trajectories, so that no trunk is prefilled twice
+        self._chosen[update] = self._choose(update)
+        mine = distributed.my_share(self._chosen[update])  # whole trajectories, so that no trunk is prefilled twice
         drawn, self._judging[update] = self._loop.run(
             self._begin(mine, lambda state, g: draw(self._setup, state, update, g))
         )
@@ -128,12 +132,14 @@ class Draws:
 async def draw(setup: Setup, state: State, update: int, g: int) -> Step:
     """Draw g of the current policy at a state, with what it does; another in every update."""
     config, trajectory = setup.config, state.trajectory
+    tools = trajectory.tools or TAGS
+    stop_texts = closing_tags(tools) if config.stop_at_tag else ()
     completion = await setup.policy.engine.generate(
         state.ids(),
         seed=draw_seed(config.seed, "update", update, trajectory.id, state.k, g),
-        params=SamplingParams(config.max_new_tokens, config.temperature, setup.policy.stop_ids),
+        params=SamplingParams(config.max_new_tokens, config.temperature, setup.policy.stop_ids, stop_texts),
     )
-    return with_call(completion_action(completion, setup.tokenizer), trajectory.tools or TAGS)
+    return with_call(completion_action(completion, setup.tokenizer), tools)
 
 
 async def _awaited(future: asyncio.Future):

@@ -34,6 +34,8 @@ class PolicyFlags:
     malformed: Literal["end", "continue"] = "end"
     """What an action that is neither a call nor an answer does: end the trajectory (ours), or count as a thought, after
     which the model is asked again (as the paper's pseudo-code does)."""
+    stop_at_tag: bool = False
+    """End an action at its closing tag: nothing can follow it, and the end of turn is context, not drawn or learned."""
     in_flight: int = 1024
     """Trajectories in flight at a time. Ours."""
     seed: int = 0
@@ -63,6 +65,7 @@ class PolicyFlags:
             max_new_tokens=tokens_in_an_action(self.max_new_tokens, self.policy),
             temperature=self.temperature,
             malformed=self.malformed,
+            stop_at_tag=self.stop_at_tag,
             seed=self.seed,
             in_flight=self.in_flight,
         )

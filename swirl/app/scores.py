@@ -85,7 +85,7 @@ def score_trajectories(
     right = {t.id: bool(task.is_correct(t.question, t.prediction)) for t in answered}
     asked = [[right[t.id] for t in made] for made in of_question.values()]
     shares = [float(np.mean(made)) for made in asked if made]
-    judged = [t.outcome for t in answered if t.outcome is not None] if answers_judged else []
+    judged = _outcomes(answered) if answers_judged else []
     by_hops: dict[str, list[bool]] = defaultdict(list)
     for t in answered:
         by_hops[str(t.question.hops)].append(right[t.id])
@@ -103,13 +103,23 @@ def score_trajectories(
         unanswered=len(trajectories) - len(answered),
         judged_accuracy=float(np.mean(judged)) if judged else None,
         judged_interval=bootstrap_interval(judged) if judged else None,
-        unjudged_answers=len(answered) - len(judged) if answers_judged else 0,
+        unjudged_answers=sum(t.outcome is None for t in answered) if answers_judged else 0,
         accuracy_by_hops={hops: float(np.mean(of_hops)) for hops, of_hops in sorted(by_hops.items())},
         correct=tuple(None if not made else made[0] if samples == 1 else float(np.mean(made)) for made in asked),
         samples=samples,
         pass_at={} if samples == 1 else _pass_at([rights for _, rights in several]),
         majority=None if samples == 1 else float(np.mean([_majority(*pair) for pair in several])),
     )
+
+
+def _outcomes(trajectories: Sequence[Trajectory]) -> list[bool]:
+    """The outcomes that a judge has found. A trajectory that gives no answer is wrong unasked; where no answer that was
+    given has a readable verdict, these say nothing of the policy, and there are none.
+    """
+    given = [t for t in trajectories if (t.prediction or "").strip()]
+    if given and all(t.outcome is None for t in given):
+        return []
+    return [t.outcome for t in trajectories if t.outcome is not None]
 
 
 def _pass_at(asked: list[list[bool]]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """OpenAI's protocol over the sampling engine: /v1/models, /v1/completions and /v1/chat/completions.
 
 Token ids travel too: a prompt may be ids, and `return_token_ids` gives those of the answer, the stop id included, each
-with its log-prob where `logprobs` asks for them. An unknown or unsupported field that would change the answer is
+with its log-prob where `logprobs` asks for them. `stop` ends an answer at a text, which `include_stop_str_in_output`
+leaves in it; a choice's `stop_reason` then names it. An unknown or unsupported field that would change the answer is
 refused by name (400), never ignored.
 """
 
@@ -42,6 +43,7 @@ class _Request(msgspec.Struct):
     n: Count = 1
     seed: int | None = None
     stop: str | list[str] | None = None
+    include_stop_str_in_output: bool = False
     stream: bool = False
     return_token_ids: bool = False
 
@@ -146,13 +148,13 @@ class Server:
             raise Refused(400, "prompt: expected a text or token ids, or a list of either")
         states = [prompt if isinstance(prompt, list) else self._ids_of(prompt) for prompt in prompts]
         wants = asked.logprobs is not None and asked.logprobs is not False
-        return await self._answer(request, asked, states, asked.max_tokens, _Text(self._tokenizer, wants))
+        return await self._answer(request, asked, states, asked.max_tokens, _Text(self._tokenizer, asked, wants))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         asked = await self._read(request, ChatRequest)
         state = self._ids_of_messages(asked.messages)
         most = asked.max_completion_tokens or asked.max_tokens or max(1, min(1024, self._context - len(state)))
-        return await self._answer(request, asked, [state], most, _Chat(self._tokenizer, bool(asked.logprobs)))
+        return await self._answer(request, asked, [state], most, _Chat(self._tokenizer, asked, bool(asked.logprobs)))
 
     async def _read(self, request: web.Request, kind: type):
         body = await request.read()
@@ -271,7 +273,7 @@ class Server:
 
             try:
                 completion = await self._engine.generate(one.state, seed=one.seed, params=one.params, on_tokens=took)
-                text = drawn.rest_of(completion)
+                text = drawn.rest_of(form.text_of(completion))
                 pieces.put_nowait(form.last_piece(one, completion, text, with_ids))
             except Exception as error:
                 pieces.put_nowait({"error": {"message": str(error), "type": "server_error"}})
@@ -312,24 +314,27 @@ class Piecewise:
         piece, self._sent = text[self._sent :], max(self._sent, len(text))
         return piece
 
-    def rest_of(self, completion: Completion) -> str:
-        return text_of(completion, self._tokenizer)[self._sent :]
-
-
-def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
-    """The text, without the stop token or the stop text."""
-    text = tokenizer.decode(completion.ids)
-    return text if completion.stop_text is None else text[: text.index(completion.stop_text)]
+    def rest_of(self, text: str) -> str:
+        return text[self._sent :]
 
 
 class _Form:
     """How an answer of one protocol is written."""
 
-    def __init__(self, tokenizer: Tokenizer, with_log_probs: bool):
+    def __init__(self, tokenizer: Tokenizer, asked: _Request, with_log_probs: bool):
         self._tokenizer, self._with_log_probs = tokenizer, with_log_probs
+        self._with_stop_text = asked.include_stop_str_in_output
+
+    def text_of(self, completion: Completion) -> str:
+        """Without the stop token, and up to the stop text, which is part of it where that was asked for."""
+        text, stop = self._tokenizer.decode(completion.ids), completion.stop_text
+        if stop is None:
+            return text
+        return text[: text.index(stop) + (len(stop) if self._with_stop_text else 0)]
 
     def _ending(self, one: _Asked, completion: Completion, with_ids: bool) -> dict:
         ending: dict[str, Any] = {"index": one.index, "finish_reason": "stop" if completion.stopped else "length"}
+        ending["stop_reason"] = completion.stop_text
         ending["logprobs"] = self._log_probs(completion) if self._with_log_probs else None
         return ending | ({"token_ids": list(completion.ids)} if with_ids else {})
 
@@ -344,7 +349,7 @@ class _Text(_Form):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def choice(self, one: _Asked, completion: Completion, with_ids: bool) -> dict:
-        return {"text": text_of(completion, self._tokenizer), **self._ending(one, completion, with_ids)}
+        return {"text": self.text_of(completion), **self._ending(one, completion, with_ids)}
 
     def piece(self, index: int, text: str) -> dict:
         return {"index": index, "text": text, "finish_reason": None, "logprobs": None}
@@ -361,7 +366,7 @@ class _Chat(_Form):
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, one: _Asked, completion: Completion, with_ids: bool) -> dict:
-        message = {"role": "assistant", "content": text_of(completion, self._tokenizer)}
+        message = {"role": "assistant", "content": self.text_of(completion)}
         return {"message": message, **self._ending(one, completion, with_ids)}
 
     def opening(self, index: int) -> dict:

@@ -52,6 +52,7 @@ class Setup:
             max_new_tokens=self.config.max_new_tokens,
             temperature=temperature,
             malformed=self.config.malformed,
+            stop_at_tag=self.config.stop_at_tag,
             seed=seed,
             in_flight=self.config.in_flight,
         )

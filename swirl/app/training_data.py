@@ -20,7 +20,7 @@ from swirl.judging.rewards import ask_rewards, graded, with_one_reward, with_rec
 from swirl.learning import distributed
 from swirl.model.gemma import GemmaConfig
 from swirl.model.tokenizer import Tokenizer
-from swirl.rollout.rollout import with_ids
+from swirl.rollout.rollout import observation_ids, with_ids
 from swirl.trajectories.files import TrajectoryFiles
 from swirl.trajectories.record import Trajectory
 
@@ -54,7 +54,7 @@ class Fitting:
         try:
             if self.config.proximal_every and any(step.log_probs is None for step in trajectory.steps):
                 raise _Unfit("has none, which --proximal-every corrects by: leave that out", field="log_probs")
-            made = _with_ids(trajectory, self.tokenizer)
+            made = _with_ids(trajectory, self.tokenizer, self.model.vocab_size)
             length = len(made.state_ids(len(made.steps)))
             if length > (most := self.model.max_position_embeddings):
                 raise _Unfit(f"has {length} tokens, expected at most the model's {most}")
@@ -70,7 +70,7 @@ class _Unfit(Exception):
         self.field = field
 
 
-def _with_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> Trajectory:
+def _with_ids(trajectory: Trajectory, tokenizer: Tokenizer, vocab_size: int) -> Trajectory:
     if trajectory.prompt_ids is None:
         return with_ids(trajectory, tokenizer)
     if trajectory.tokenizer not in (None, tokenizer.fingerprint):
@@ -78,8 +78,8 @@ def _with_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> Trajectory:
             f"has ids of another tokenizer, expected the model's ({tokenizer.fingerprint[:12]})", field="tokenizer"
         )
     highest = max(max(ids) for step in trajectory.steps for ids in (step.action_ids, step.observation_ids or (0,)))
-    if max(highest, *trajectory.prompt_ids) >= tokenizer.vocab_size:
-        raise _Unfit(f"has token ids beyond the vocabulary's {tokenizer.vocab_size}", field="action_ids")
+    if max(highest, *trajectory.prompt_ids) >= vocab_size:
+        raise _Unfit(f"has token ids beyond the model's {vocab_size}", field="action_ids")
     if trajectory.tokenizer is not None and (field := _disagreement(trajectory, tokenizer)):
         raise _Unfit("has ids that are not those of its text", field=field)
     return trajectory
@@ -100,8 +100,7 @@ def _disagreement(trajectory: Trajectory, tokenizer: Tokenizer) -> str | None:
             same = tokenizer.decode(step.action_ids[:-1] if ended else step.action_ids) == step.action
         if not same:
             return f"steps[{k}].action_ids"
-        observation = tokenizer.observation_ids(step.observation or "")
-        if step.observation_ids is not None and step.observation_ids != tuple(observation):
+        if step.observation_ids is not None and step.observation_ids != observation_ids(step, tokenizer):
             return f"steps[{k}].observation_ids"
     return None
 

@@ -8,6 +8,7 @@ from swirl.endpoints.client import Client
 from swirl.endpoints.endpoint import Endpoint
 from swirl.endpoints.turns import chat_messages
 from swirl.endpoints.wire import (
+    KEEP_STOP_TEXT,
     TRUNCATED,
     Wire,
     as_dict,
@@ -53,8 +54,12 @@ class ChatPolicy(Wire):
             optional["return_token_ids"] = True
         if state.top_log_probs:
             optional["top_logprobs"] = state.top_log_probs
+        if state.stop_texts:
+            optional |= {"stop": list(state.stop_texts), KEEP_STOP_TEXT: True}
 
         def ask(payload, draw, optional):
+            if KEEP_STOP_TEXT not in payload:
+                payload.pop("stop", None)
             return self.client.post(
                 self.endpoint,
                 "/chat/completions",
@@ -74,13 +79,10 @@ class ChatPolicy(Wire):
             log_prob=lambda token: token["logprob"],
             top=lambda token: [(other["token"], other["logprob"]) for other in token.get("top_logprobs") or ()],
         )
-        return self._action(
-            text,
-            read_ids(choice.get("token_ids")) or ids,
-            log_probs,
-            top,
-            stopped=choice.get("finish_reason") not in TRUNCATED,
-        )
+        ids = read_ids(choice.get("token_ids")) or ids
+        text, stop_text = self._stopped_at(text, choice, state, ids)
+        stopped = choice.get("finish_reason") not in TRUNCATED
+        return self._action(text, ids, log_probs, top, stopped=stopped, stop_text=stop_text)
 
     def _read(self, answer: Any) -> tuple[dict, str]:
         """(the choice, its text)"""

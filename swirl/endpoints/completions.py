@@ -10,7 +10,17 @@ import msgspec
 from swirl.endpoints.batcher import Batcher
 from swirl.endpoints.response import UNREADABLE
 from swirl.endpoints.turns import gemma_turns
-from swirl.endpoints.wire import TRUNCATED, Wire, as_dict, as_list, id_of_name, read_ids, seed_32, token_details
+from swirl.endpoints.wire import (
+    KEEP_STOP_TEXT,
+    TRUNCATED,
+    Wire,
+    as_dict,
+    as_list,
+    id_of_name,
+    read_ids,
+    seed_32,
+    token_details,
+)
 from swirl.rollout.policy import PolicyState
 from swirl.trajectories.record import Step
 
@@ -31,13 +41,17 @@ class CompletionsPolicy(Wire):
         needed = {
             "max_tokens": state.max_new_tokens,
             "temperature": state.temperature,
-            "stop": ["<end_of_turn>"],
+            "stop": ["<end_of_turn>", *state.stop_texts],
         }
         optional: dict[str, Any] = {"logprobs": max(1, state.top_log_probs), "return_token_ids": True}
         if state.temperature > 0:
             optional["seed"] = seed_32(state.seed)
+        if state.stop_texts:
+            optional[KEEP_STOP_TEXT] = True
 
         async def ask(payload, draw, optional):
+            if KEEP_STOP_TEXT not in payload:
+                payload["stop"] = ["<end_of_turn>"]
             group = msgspec.json.encode(payload)
             if not draw:
                 return await self._batcher.ask(prompt, group, optional)
@@ -63,13 +77,10 @@ class CompletionsPolicy(Wire):
             log_prob=lambda token: token[1],
             top=lambda token: list(as_dict(token[2]).items()),
         )
-        return self._action(
-            choice["text"],
-            read_ids(choice.get("token_ids")) or ids,
-            log_probs,
-            top,
-            stopped=choice.get("finish_reason") not in TRUNCATED,
-        )
+        ids = read_ids(choice.get("token_ids")) or ids
+        text, stop_text = self._stopped_at(choice["text"], choice, state, ids)
+        stopped = choice.get("finish_reason") not in TRUNCATED
+        return self._action(text, ids, log_probs, top, stopped=stopped, stop_text=stop_text)
 
     def _read(self, choice: Any) -> dict:
         if not isinstance(choice, dict) or not isinstance(choice.get("text"), str):

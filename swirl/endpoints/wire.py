@@ -23,6 +23,9 @@ from swirl.trajectories.record import Step
 
 # finish_reason of an action that is truncated; any other, or none, is the model's own end.
 TRUNCATED = ("length", "content_filter")
+# vLLM's name for leaving a stop text in the answer. Where a server refuses it no stop text is sent: its answers would
+# lack the closing tag, and no one could tell them from a turn that ended without.
+KEEP_STOP_TEXT = "include_stop_str_in_output"
 _SERVER_FAILED = ("abort", "error")  # a server that shuts down, say: no answer, and none to be kept
 
 _LONGEST_WAIT_FOR_FIRST_S = 5.0
@@ -90,13 +93,42 @@ class Wire:
                     log.warning("%s: refuses '%s', going on without", self.endpoint.url, name)
                 self._refused |= named
 
-    def _action(self, text: str, ids, log_probs, top, *, stopped: bool) -> Step:
+    def _action(self, text: str, ids, log_probs, top, *, stopped: bool, stop_text: str | None = None) -> Step:
         """Log-probs without an id each are of no use to training, and dropped."""
         if ids is None or log_probs is None or len(ids) != len(log_probs):
             log_probs = None
         if ids is not None and self.tokenizer is not None:
-            ids, log_probs = _in_our_form(ids, log_probs, text, self.tokenizer, stopped=stopped)
-        return Step(action=text, action_ids=ids, log_probs=log_probs, truncated=not stopped, top_log_probs=top)
+            ended = stopped and stop_text is None
+            ids, log_probs = _in_our_form(ids, log_probs, text, self.tokenizer, stopped=ended)
+        return Step(
+            action=text,
+            action_ids=ids,
+            log_probs=log_probs,
+            truncated=not stopped,
+            stop_text=stop_text,
+            top_log_probs=top,
+        )
+
+    def _stopped_at(self, text: str, choice: dict, state: PolicyState, ids) -> tuple[str, str | None]:
+        """(the text, the stop text that ended it or None). A server that leaves a stop text out of the text and says
+        which one it was gets it back: the model wrote it. What the last token has beyond the stop text is part of
+        the action where ids and tokenizer show it.
+        """
+        if not state.stop_texts or choice.get("finish_reason") in TRUNCATED:
+            return text, None
+        named = choice.get("stop_reason", choice.get("matched_stop"))
+        if named in state.stop_texts and named not in text:
+            text += named
+        stop_text = next((stop for stop in state.stop_texts if text.endswith(stop)), None)
+        if ids is None or self.tokenizer is None or stop_text is None:
+            return text, stop_text
+        if ids[-1] in (self.tokenizer.end_of_turn_id, self.tokenizer.eos_id):
+            return text, None  # the model ended its turn by itself
+        try:
+            whole = self.tokenizer.decode(ids)
+        except ValueError:  # ids of another vocabulary
+            return text, stop_text
+        return whole if whole.startswith(text) and stop_text not in self.tokenizer.decode(ids[:-1]) else text, stop_text
 
     def _unreadable(self, expected: str) -> EndpointError:
         return EndpointError(self.endpoint.url, f"expected {expected} in the answer", status=200)

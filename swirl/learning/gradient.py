@@ -20,8 +20,9 @@ def accumulate(
     """Add the gradient of the update's loss to that of the weights: of the sum over `live`, the actions of all ranks
     that must be computed, divided by `num_action_tokens`, those of the whole update.
 
-    Returns sums over all ranks of what the objective measures; of `tokens` that separate passes would compute, of
-    `computed_tokens` and of `flops`; and the `balance` of the ranks, their mean FLOPs over the largest.
+    Returns sums over all ranks of what the objective measures (of a `_max` the largest); of `tokens` that separate
+    passes would compute, of `computed_tokens` and of `flops`; and the `balance` of the ranks, their mean FLOPs over the
+    largest.
     """
     sums = dict.fromkeys((*objective.measures, "tokens", "computed_tokens", "flops"), 0.0)
     for batch, members, weight in rank_micro_batches(assigned_here(live, model.config), live, config):
@@ -30,8 +31,10 @@ def accumulate(
         measured |= {"tokens": batch.num_separate_tokens, "computed_tokens": batch.num_tokens}
         measured["flops"] = usage.update_flops(model.config, batch, lora_rank=model.lora.rank if model.lora else 0)
         for name, value in measured.items():
-            sums[name] += weight * value
-    flops = distributed.gather_shares([sums["flops"]], float)
-    sums = dict(zip(sums, distributed.sum_scalars(list(sums.values()), model.device), strict=True))
+            sums[name] = max(sums[name], weight * value) if name.endswith("_max") else sums[name] + weight * value
+    of_ranks = distributed.gather_shares([sums], dict[str, float])
     distributed.sum_gradients(model)
-    return {**sums, "balance": sum(flops) / (len(flops) * max(flops)) if max(flops) else 1.0}
+    flops = [of_rank["flops"] for of_rank in of_ranks]
+    balance = sum(flops) / (len(flops) * max(flops)) if max(flops) else 1.0
+    joined = {name: (max if name.endswith("_max") else sum)(one[name] for one in of_ranks) for name in sums}
+    return {**joined, "balance": balance}

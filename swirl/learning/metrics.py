@@ -51,7 +51,9 @@ def loss_metrics(
     num_action_tokens, num_computed = max(1, num_tokens(present(actions))), num_tokens(computed)
     means = {"loss": sums["loss"] / num_action_tokens}
     if num_computed:
-        means |= {name: sums[name] / num_computed for name in ("entropy", "ratio", "clipped") if name in sums}
+        averaged = ("entropy", "ratio", "clipped", "sampler_gap")
+        means |= {name: sums[name] / num_computed for name in averaged if name in sums}
+        means |= {name: sums[name] for name in ("sampler_gap_max",) if name in sums}
         means |= {name: sums[name] / num_action_tokens for name in ("kl",) if name in sums}
     counts = {"tokens": sums["tokens"], "computed_tokens": sums["computed_tokens"], "action_tokens": num_action_tokens}
     return {**means, **counts}
@@ -84,6 +86,8 @@ def log_line(metrics: dict) -> str:
         words.append(f"kl {metrics['kl']:.3f}")
     if "entropy" in metrics:
         words.append(f"entropy {metrics['entropy']:.2f}")
+    if "sampler_gap" in metrics:
+        words.append(f"sampler gap {metrics['sampler_gap']:.0e}")
     if "no_variance" in metrics:
         words.append(f"no variance {metrics['no_variance']:.0%}")
     if metrics["truncated"]:

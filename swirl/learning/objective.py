@@ -98,6 +98,7 @@ class Objective:
         self.proximal: torch.nn.Module | None = None
         has_ratio = self.on_policy or self.proximal_every
         self.measures = ("loss", "entropy", *(("ratio", "clipped") if has_ratio else ()))
+        self.measures += ("sampler_gap", "sampler_gap_max") if self.on_policy else ()
         self.measures += ("kl",) if self.reference is not None else ()
 
     def refresh(self, model: torch.nn.Module, update: int) -> None:
@@ -126,7 +127,9 @@ class Objective:
     def __call__(
         self, model: torch.nn.Module, batch: PackedBatch, actions: Sequence[SubTrajectory]
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """(loss, differentiable, a sum over the batch's M action tokens; such sums of all that `measures` names)."""
+        """(loss, differentiable, a sum over the batch's M action tokens; such sums of all that `measures` names, of a
+        name that ends in `_max` the largest).
+        """
         hidden = model.action_hidden(batch)
         log_probs, entropy = model.head_log_probs(
             hidden, batch.target_ids, temperature=self.temperature, return_entropy=True
@@ -135,6 +138,9 @@ class Objective:
         loss, measured = policy_loss(
             log_probs, token_advantages(batch, actions, like=log_probs), old, weights=weights, clip=self.clip
         )
+        if self.on_policy:  # the sampler's log-probs of the same ids, apart by rounding, or by a step where drawn ahead
+            gap = (log_probs.detach() - old).abs()
+            measured |= {"sampler_gap": gap.sum(), "sampler_gap_max": gap.max()}
         if self.reference is not None:
             kl = self._kl(model, batch, hidden)
             within = batch.sub_trajectory if self.on_policy else None

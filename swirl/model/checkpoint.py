@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from swirl.errors import CheckpointError
+from swirl.model.tokenizer import FILES as TOKENIZER_FILES
 from swirl.storage.digest import DigestError, check_digests, digests_of, write_manifest
 from swirl.storage.files import sync_files, sync_folder
 
@@ -35,13 +36,14 @@ class Origin:
     """The folder that a model was read from, and what a save has to keep of it.
 
     config: the content of its config.json. prefix: what stands there for `model.` before the text model's names.
-    others: the names of tensors that are not the text model's.
+    others: the names of tensors that are not the text model's. generation: its generation_config.json, {} without one.
     """
 
     folder: Path
     config: dict
     prefix: str = PREFIXES[0]
     others: tuple[str, ...] = ()
+    generation: dict = field(default_factory=dict)
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -263,14 +265,11 @@ def write(
 ) -> None:
     """The files of a model folder into an empty one, without digests or fsync. Raises OSError, SafetensorError."""
     text = config.get("text_config", config)
-    generation = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        eos = generation["eos_token_id"]
-        ends = [*(eos if isinstance(eos, list | tuple) else [eos]), *tokenizer.stop_ids]
-        generation["eos_token_id"] = sorted({end for end in ends if end is not None})
-    # transformers' server draws only where this file says so, and then from 50 words unless told otherwise.
-    generation |= {"do_sample": True, "top_k": text["vocab_size"]}
+    elif origin is not None:
+        _copy_files(TOKENIZER_FILES, origin.folder, folder)
+    generation = _generation(text, tokenizer, origin.generation if origin is not None else {})
     if origin is not None:
         state = {origin.prefix + name.removeprefix(PREFIXES[0]): tensor for name, tensor in state.items()}
     shards = [{name: state[name] for name in names} for names in _shards(state)]
@@ -287,11 +286,29 @@ def write(
         total += sum(tensor.nbytes for tensor in tensors.values())
     if num_shards > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for name in VISION_FILES if others else ():
-        if (origin.folder / name).is_file():
-            shutil.copyfile(origin.folder / name, folder / name)
+    if others:
+        _copy_files(VISION_FILES, origin.folder, folder)
     _write_json(folder / "generation_config.json", generation)
     _write_json(folder / "config.json", config)
+
+
+def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Those of them that are there."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _generation(text: dict, tokenizer, base: dict) -> dict:
+    """The content of generation_config.json: what the base's says, and every id that ends an action."""
+    # transformers' server draws only where this file says so, and then from 50 words unless told otherwise.
+    ours = {"do_sample": True, "top_k": text["vocab_size"]} if base.get("do_sample") is not False else {}
+    ids = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    content = ours | ids | base
+    ends = [ids["eos_token_id"], base.get("eos_token_id"), tokenizer and tokenizer.stop_ids]
+    found = {end for one in ends for end in (one if isinstance(one, list | tuple) else [one]) if end is not None}
+    content["eos_token_id"] = sorted(found) if tokenizer is not None or len(found) > 1 else ids["eos_token_id"]
+    return content
 
 
 def _shards(state) -> list[list[str]]:

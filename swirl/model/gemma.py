@@ -324,16 +324,19 @@ class Gemma(nn.Module):
         prefix, others = checkpoint.load_weights(
             model, path, dtype=dtype, device=device, tied={"lm_head.weight": EMBEDDING}
         )
-        model.origin = checkpoint.Origin(Path(path).resolve(), content, prefix, others)
+        generation = os.path.join(path, "generation_config.json")
+        generation = checkpoint.read_json(generation) if os.path.isfile(generation) else {}
+        model.origin = checkpoint.Origin(Path(path).resolve(), content, prefix, others, generation)
         return model
 
     def save_pretrained(self, path: str | os.PathLike, tokenizer=None) -> None:
         """Write a Hugging Face folder, with the tokenizer's files if given; aside, then renamed into place.
 
-        What the folder it was read from held besides the text model is kept: fields of its config.json that are
-        unknown here, and a vision tower's weights. Adapters are merged into what is written. Raises CheckpointError
-        where it cannot be written, where `path` holds something that is no checkpoint, where the tokenizer does not fit
-        the model, or where such weights are no longer to be found.
+        What the folder it was read from held besides the text model is kept: fields of its config.json and of its
+        generation_config.json that are unknown here, its tokenizer unless another is given, and a vision tower's
+        weights. Adapters are merged into what is written. Raises CheckpointError where it cannot be written, where
+        `path` holds something that is no checkpoint, where the tokenizer does not fit the model, or where such weights
+        are no longer to be found.
         """
         if tokenizer is not None:
             checkpoint.check_tokenizer_fits(tokenizer, self.config.vocab_size, path)

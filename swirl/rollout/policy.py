@@ -14,7 +14,8 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     """State s_k: the prompt and the steps before k, each with its observation.
 
     `ids` are the state's token ids where they are known. `seed` makes the draw repeatable; `temperature` 0 is
-    greedy; `max_new_tokens` bounds the action. `top_log_probs` asks for that many alternatives at each token.
+    greedy; `max_new_tokens` bounds the action, which also ends where it completes one of `stop_texts`.
+    `top_log_probs` asks for that many alternatives at each token.
     """
 
     prompt: str
@@ -23,6 +24,7 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     temperature: float = 1.0
     max_new_tokens: int = 256
+    stop_texts: tuple[str, ...] = ()
     top_log_probs: int = 0
 
 

@@ -18,7 +18,7 @@ from swirl.errors import EndpointError, EndpointUnusable
 from swirl.rollout.concurrency import as_done
 from swirl.rollout.policy import Policy, PolicyState, TurnTokenizer
 from swirl.rollout.task import Task
-from swirl.trajectories.actions import ANSWER, observation_text
+from swirl.trajectories.actions import ANSWER, closing_tags, observation_text
 from swirl.trajectories.record import Question, Step, Trajectory, with_call
 
 
@@ -28,7 +28,8 @@ class RolloutSpec:
 
     With a `tokenizer` token ids travel along with the text. `max_steps` ends a trajectory, `max_new_tokens` an action;
     a draw depends on `seed`, the question, the sample and the step alone. A `malformed` action, neither a call nor an
-    answer, ends the trajectory, or the model is told so and asked again. `in_flight` trajectories run at a time.
+    answer, ends the trajectory, or the model is told so and asked again. With `stop_at_tag` an action ends where it
+    completes a closing tag. `in_flight` trajectories run at a time.
     """
 
     task: Task
@@ -38,6 +39,7 @@ class RolloutSpec:
     max_new_tokens: int = 48
     temperature: float = 1.0
     malformed: Literal["end", "continue"] = "end"
+    stop_at_tag: bool = False
     seed: int = 0
     in_flight: int = 1024
 
@@ -95,6 +97,7 @@ async def rollout(question: Question, sample: int, spec: RolloutSpec) -> Traject
                 seed=draw_seed(spec.seed, question.id, sample, len(steps)),
                 temperature=spec.temperature,
                 max_new_tokens=spec.max_new_tokens,
+                stop_texts=closing_tags(tags) if spec.stop_at_tag else (),
             )
         )
         if not tokenizer:
@@ -135,16 +138,16 @@ async def rollout(question: Question, sample: int, spec: RolloutSpec) -> Traject
 
 
 def action_ids(step: Step, tokenizer: TurnTokenizer) -> tuple[int, ...]:
-    """Ids of an action's text. One that was truncated has no end of turn, which the model did not write; it stands
-    alone where there is no text at all.
+    """Ids of an action's text, with its end of turn where the model wrote it; that stands alone where there is no text
+    at all.
     """
     ids = tokenizer.action_ids(step.action)
-    return tuple(ids[:-1] if step.truncated and len(ids) > 1 else ids)
+    return tuple(ids[:-1] if step.leaves_turn_open and len(ids) > 1 else ids)
 
 
 def observation_ids(step: Step, tokenizer: TurnTokenizer) -> tuple[int, ...]:
     """Ids of what follows an action. Where the model did not end its turn, that is done here, as context."""
-    ended = (tokenizer.end_of_turn_id,) if step.truncated else ()
+    ended = (tokenizer.end_of_turn_id,) if step.leaves_turn_open else ()
     return (*ended, *tokenizer.observation_ids(step.observation or ""))
 
 

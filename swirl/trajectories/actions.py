@@ -36,6 +36,11 @@ def observation_text(argument: str, result: str) -> str:
     return f"{argument} -> {result}"
 
 
+def closing_tags(tools: Mapping[str, str]) -> tuple[str, ...]:
+    """`</search_query>`, `</answer>`: what ends an action where `tools` are on offer, each with its tag."""
+    return tuple(dict.fromkeys(f"</{tag}>" for tag in (*tools.values(), TAGS[ANSWER])))
+
+
 @lru_cache(maxsize=256)
 def _any_tag(tags: tuple[str, ...]) -> re.Pattern:
     return re.compile(rf"<(/?)({'|'.join(map(re.escape, tags))})>")

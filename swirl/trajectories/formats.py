@@ -4,7 +4,8 @@
 
 - messages: {"id", "messages", "tools", "swirl"}, OpenAI's chat form; the thought is the content, the call a tool call
 
-- trl: {"prompt", "completions", "labels", "swirl"}; a completion is the result before it and the action
+- trl: {"prompt", "completions", "labels", "swirl"}; a completion is the result before it and the action. Read only:
+  {"prompt", "completion"}, each a text or messages
 
 A name that ends in .parquet is read and written as Parquet (needs pyarrow), any other as JSONL. `swirl` is a string
 of JSON with what the other format has no place for, so that a way there and back loses nothing but token ids and
@@ -51,6 +52,13 @@ class _MessagesRow(msgspec.Struct):
     id: str | None = None
     tools: str | list[Any] | None = None
     swirl: str | None = None
+
+
+class _PromptRow(msgspec.Struct):
+    prompt: str | list[_Message]
+    completion: str | list[_Message]
+    id: str | None = None
+    tools: str | list[Any] | None = None
 
 
 class _TrlRow(msgspec.Struct):
@@ -144,10 +152,14 @@ def _tools_of(row: _MessagesRow, rest: _Rest | None, file, line) -> dict[str, st
 
 def from_messages(row: dict, file: str | os.PathLike = "<memory>", line: int | None = None) -> Trajectory:
     """A trajectory without token ids. Raises InputError naming file, row and field."""
-    made = _convert(row, _MessagesRow, file, line)
+    return _from_messages(_convert(row, _MessagesRow, file, line), file, line, lambda k: f"messages[{k}]")
+
+
+def _from_messages(made: _MessagesRow, file, line: int | None, field_of: Callable[[int], str]) -> Trajectory:
+    """`field_of(k)` is what message k is called in the row that was read."""
 
     def refuse(k: int, expected: str):
-        raise InputError(file, expected, line=line, field=f"messages[{k}]")
+        raise InputError(file, expected, line=line, field=field_of(k))
 
     opening = 1 if made.messages and made.messages[0].role == "user" else 2
     roles = [message.role for message in made.messages[:opening]]
@@ -239,8 +251,27 @@ def to_trl(trajectory: Trajectory) -> dict | None:
     return row | {"swirl": _rest(trajectory, steps)}
 
 
+def _from_prompt(made: _PromptRow, file, line: int | None) -> Trajectory:
+    """What is learned is the completion: the assistant's messages in it are the actions."""
+    as_messages = {"user": made.prompt, "assistant": made.completion}
+    prompt, completion = (
+        [_Message(role=role, content=given)] if isinstance(given, str) else given for role, given in as_messages.items()
+    )
+    if any(message.role == "assistant" for message in prompt):
+        expected = "expected no assistant message, since actions are what the completion holds"
+        raise InputError(file, expected, line=line, field="prompt")
+    count = len(prompt)
+    row = _MessagesRow(messages=[*prompt, *completion], id=made.id, tools=made.tools)
+    return _from_messages(row, file, line, lambda k: f"prompt[{k}]" if k < count else f"completion[{k - count}]")
+
+
 def from_trl(row: dict, file: str | os.PathLike = "<memory>", line: int | None = None) -> Trajectory:
-    """A trajectory without token ids; a label is a verdict, and the reward 1 or 0 where none is given."""
+    """A trajectory without token ids; a label is a verdict, and the reward 1 or 0 where none is given.
+
+    A row of {"prompt", "completion"} has neither.
+    """
+    if "completion" in row:
+        return _from_prompt(_convert(row, _PromptRow, file, line), file, line)
     made = _convert(row, _TrlRow, file, line)
     if len(made.labels) != len(made.completions):
         expected = f"expected {len(made.completions)} labels, one a completion, got {len(made.labels)}"

@@ -49,7 +49,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `call` is what the action does, None where the environment refuses it; `invalid` then says why. `truncated`: the
     action hit its token limit (or a server's filter) before its end: its text and ids end where it was truncated, and
-    no end of turn is added. `judged` is None where no judge was asked.
+    no end of turn is added. `stop_text` is the closing tag at which generation was stopped, where it was: the last id
+    completes it, and no end of turn is added either. `judged` is None where no judge was asked.
 
     `log_probs` are the behaviour policy's, one natural log per action id, under the distribution the action was drawn
     from (its temperature within); greedy actions have those of temperature 1. A server's are kept as it gives them:
@@ -64,6 +65,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     observation_ids: tuple[int, ...] | None = None
     log_probs: tuple[float, ...] | None = None
     truncated: bool = False
+    stop_text: str | None = None
     call: Call | None = None
     invalid: str | None = None
     verdict: Verdict | None = None
@@ -71,6 +73,11 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str | None = None
     reward: float | None = None
     top_log_probs: TopLogProbs | None = None
+
+    @property
+    def leaves_turn_open(self) -> bool:
+        """Whether the model did not write the end of its turn: the next state has it as context, not the action."""
+        return self.truncated or self.stop_text is not None
 
 
 def with_call(step: Step, tools: Mapping[str, str] = TAGS) -> Step:

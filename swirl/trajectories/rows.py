@@ -62,6 +62,7 @@ def _parquet_schema(pa, kind: Format):
         call = pa.struct({"tool": text, "argument": text}.items())
         step = {"action": text, "observation": text, "action_ids": ids, "observation_ids": ids}
         step |= {"log_probs": pa.list_(pa.float64()), "truncated": pa.bool_(), "call": call, "invalid": text}
+        step |= {"stop_text": text}
         step |= {"verdict": text, "judged": text, "reason": text, "reward": pa.float64()}
         fields = {"id": text, "question": pa.struct(question.items()), "prompt": text}
         fields |= {
@@ -104,15 +105,35 @@ def _parquet_rows(path: str | os.PathLike) -> Iterator[dict]:
     try:
         with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             claimed = (file.metadata.metadata or {}).get(FIELD.encode())
+            decode = _json_decoder(pa, pa.struct(list(file.schema_arrow))) or (lambda row: row)
             for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP):
                 for row in map(_without_none, batch.to_pylist(maps_as_pydicts="strict")):
                     if claimed is not None:
                         rows_digest.update(msgspec.json.encode(row))
-                    yield row
+                    yield decode(row)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(path, f"cannot be read as Parquet ({str(error).splitlines()[0]})") from None
     if claimed not in (None, rows_digest.hexdigest().encode()):
         raise InputError(path, "its rows do not match their digest: the file is damaged")
+
+
+def _json_decoder(pa, kind):
+    """What decodes the values of a column that are JSON as text by Arrow's extension type, at any depth; None where
+    there are none. So `datasets` writes messages whose tool calls have arguments of different names.
+    """
+    if isinstance(kind, pa.JsonType):
+        return lambda text: None if text is None else msgspec.json.decode(text)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = _json_decoder(pa, kind.value_type)
+        return inner and (lambda values: None if values is None else [inner(value) for value in values])
+    if pa.types.is_struct(kind):
+        inside = {field.name: decode for field in kind if (decode := _json_decoder(pa, field.type))}
+
+        def decode_struct(row):
+            return None if row is None else row | {name: inside[name](row[name]) for name in inside if name in row}
+
+        return decode_struct if inside else None
+    return None
 
 
 def write_rows(path: str | os.PathLike, rows: Iterable[dict], kind: Format) -> int:

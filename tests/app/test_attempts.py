@@ -12,7 +12,7 @@ from swirl import train as loop
 from swirl.app import attempts, resolve
 from swirl.app.background import BackgroundLoop
 from swirl.app.stages import Setup
-from swirl.app.training_data import fitted
+from swirl.app.training_data import Fitting
 from swirl.config import TrainConfig
 from swirl.errors import ConfigError
 from swirl.judging.judges import Judgement
@@ -43,11 +43,11 @@ class SlowJudge:
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
+def setup():
     model, tokenizer = resolve.load_model("almanac")
-    trajectories = fitted(list(told(6)), model.config, tokenizer, folder / "t.jsonl")
     config = TrainConfig(mode="sampled", reward="rule", updates=2, samples_per_state=3)
+    fitting = Fitting(None, config, model.config, tokenizer)
+    trajectories = [fitting(place, trajectory) for place, trajectory in enumerate(told(6))]
     policy = LocalPolicy(model, tokenizer)
     return Setup(config, policy, tokenizer, {}), trajectories
 
@@ -143,6 +143,12 @@ def test_the_next_updates_actions_are_judged_while_this_one_is_computed(tmp_path
             patch.setattr(loop, "clip_grad_norm", clipped)
             run(tmp_path, f"run-{staleness}", staleness=staleness, updates=3)
     assert waiting[1][0] > waiting[0][0] and waiting[1][-1] == waiting[1][-2]
+
+
+def test_actions_that_end_at_their_tag_are_learned_from(tmp_path):
+    out = run(tmp_path, "tags", stop_at_tag=True, max_new_tokens=40)
+    metrics = metrics_of(out)
+    assert all(abs(line["ratio"] - 1) < 1e-4 for line in metrics if "ratio" in line) and "ratio" in metrics[0]
 
 
 def test_only_drawn_actions_can_be_drawn_ahead():

@@ -270,6 +270,7 @@ def test_train_on_recorded_actions_alone_and_on_two_ranks(trajectories, tiny_fol
     updates = [line.split()[:2] for line in done.stderr.splitlines() if line.startswith("train ")]
     assert updates == [["train", "1/2"], ["train", "2/2"]]  # off a terminal one line an update
     assert any((tmp_path / "one" / "tensorboard").iterdir())
+    assert "| updates | 2 of 2 |" in (tmp_path / "one" / "checkpoint" / "README.md").read_text()
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     wanted = (
         "accuracy_before accuracy_after relative_gain good_steps_before good_steps_after updates tokens_per_s wall_s "

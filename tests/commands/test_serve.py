@@ -83,6 +83,29 @@ def test_swirls_own_client_gets_what_the_policy_gives_here(server, here):
             assert step.log_probs == pytest.approx(truth.log_probs)
 
 
+def test_an_action_ends_at_its_tag_over_the_wire_as_it_does_here(server, here):
+    policy, tokenizer = here
+    ids = tuple(tokenizer.prompt_ids(PROMPT))
+    states = [
+        PolicyState(prompt=PROMPT, ids=ids, seed=seed, max_new_tokens=40, stop_texts=("</search_query>", "</answer>"))
+        for seed in range(6)
+    ]
+
+    async def act(policy):
+        return [await policy.act(state) for state in states]
+
+    async def over_the_wire(protocol):
+        async with Client() as client:
+            return await act(open_wire_policy(f"{protocol}+{server}#almanac", client=client, tokenizer=tokenizer))
+
+    mine = asyncio.run(act(policy))
+    assert any(step.stop_text for step in mine)
+    for protocol in ("completions", "chat"):
+        for step, truth in zip(asyncio.run(over_the_wire(protocol)), mine, strict=True):
+            assert (step.action, step.action_ids, step.stop_text) == (truth.action, truth.action_ids, truth.stop_text)
+            assert step.log_probs == pytest.approx(truth.log_probs)
+
+
 def test_openai_chat(client, here):
     messages = [{"role": "user", "content": PROMPT}]
     answer = client.chat.completions.create(

@@ -409,6 +409,7 @@ def test_actions_are_drawn_by_the_policy_that_is_trained(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and all(line["grad_norm"] > 0 for line in lines)
     assert all(abs(line["ratio"] - 1) < 1e-4 and line["clipped"] == 0 for line in lines), lines
+    assert all(0 < line["sampler_gap"] <= line["sampler_gap_max"] < 1e-4 for line in lines), lines
 
 
 @pytest.mark.parametrize("reward", ["recorded", "rule"])

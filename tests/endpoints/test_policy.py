@@ -217,6 +217,53 @@ def test_a_refused_field_is_asked_for_once_and_is_no_failure(kind, answer, statu
     assert len(steps) == progress.done == 40 and (len(refused), progress.failed, progress.retried) == (1, 0, 0)
 
 
+TAGGED = PolicyState(prompt="Who?", max_new_tokens=33, stop_texts=("</search_query>", "</answer>"))
+
+
+def test_a_server_that_keeps_stop_texts_is_asked_to_stop_at_them(tokenizer):
+    ids = tokenizer.encode("so <answer>y</answer>")
+    choice = {"token_ids": ids, "stop_reason": "</answer>", "finish_reason": "stop"}
+    text = "so <answer>y</answer>"
+    completion = {"index": 0, "text": text, **choice}
+    answers = {ChatPolicy: chat_answer(text, **choice), CompletionsPolicy: lambda *_: {"choices": [completion]}}
+    for kind, answer in answers.items():
+        (action,), server = act(kind, answer, TAGGED, tokenizer=tokenizer)
+        assert (action.action, action.stop_text, action.truncated) == ("so <answer>y</answer>", "</answer>", False)
+        assert action.action_ids == tuple(ids), "no end of turn is made up"
+        assert set(TAGGED.stop_texts) <= set(server.bodies[0]["stop"])
+        assert server.bodies[0]["include_stop_str_in_output"] is True
+
+
+def test_what_ended_an_action_is_read_off_the_answer(tokenizer):
+    def said(text, state=TAGGED, **choice):
+        (action,), _ = act(ChatPolicy, chat_answer(text, **choice), state, tokenizer=tokenizer)
+        return action.action, action.stop_text, action.action_ids
+
+    ids = tuple(tokenizer.encode("<answer>y</answer>"))
+    ended = (*ids, tokenizer.end_of_turn_id)
+    assert said("<answer>y", stop_reason="</answer>")[:2] == ("<answer>y</answer>", "</answer>")  # left out, and named
+    assert said("<answer>y") == ("<answer>y", None, None)  # nobody says what ended it: as it is
+    assert said("<answer>y</answer>", token_ids=list(ended)) == ("<answer>y</answer>", None, ended)
+    assert said("<answer>y</answer>", finish_reason="length")[1] is None
+    assert said("<answer>y</answer>", STATE)[1] is None
+    more = tokenizer.encode("<answer>y</answer>\n")
+    if len(more) == len(ids):  # the last token goes beyond the tag: the ids are what was drawn
+        assert said("<answer>y</answer>", token_ids=more)[0] == "<answer>y</answer>\n"
+
+
+@pytest.mark.parametrize("kind", [ChatPolicy, CompletionsPolicy])
+def test_a_server_that_cannot_keep_stop_texts_is_not_asked_to_stop_at_them(kind):
+    def strict(path, payload):
+        if "include_stop_str_in_output" in payload:
+            return web.Response(status=400, text="include_stop_str_in_output: not supported here")
+        assert "</answer>" not in payload.get("stop", [])
+        said = "<answer>y</answer> and"
+        return {"choices": [{"index": 0, "text": said, "message": {"content": said}, "finish_reason": "stop"}]}
+
+    (action,), server = act(kind, strict, TAGGED)
+    assert (action.action, action.stop_text) == ("<answer>y</answer> and", None) and len(server.bodies) == 2
+
+
 def without_seed(answer):
     """A server that refuses `seed`, and answers each request with a number of its own."""
     numbers = iter(range(1000))

@@ -298,3 +298,37 @@ def test_the_tokenizer_travels_and_must_fit(folder, tokenizer):
     with pytest.raises(CheckpointError, match="vocabulary is 200"):
         small.save_pretrained(folder, tokenizer)
     assert same(Gemma.from_pretrained(folder), gemma())
+
+
+def test_what_the_base_says_beside_its_weights_is_kept(folder, tokenizer, tmp_path):
+    """Fields that swirl does not know, the chat template, SentencePiece's file, how the base is sampled from."""
+    gemma().save_pretrained(folder, tokenizer)
+    (folder / "digests.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"unknown_field": {"a": [1]}, "cache_implementation": "x"}))
+    said = {"top_k": 64, "top_p": 0.95, "eos_token_id": [1, 9], "unheard_of": True, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    texts = {
+        "tokenizer.model": b"\x00sentencepiece", "chat_template.jinja": b"{{ messages | trim }}",
+        "special_tokens_map.json": b'{"bos_token": "<bos>"}', "added_tokens.json": b"{}",
+    }  # fmt: skip
+    for name, content in texts.items():
+        (folder / name).write_bytes(content)
+    model, given = Gemma.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    for target, with_tokenizer in ((tmp_path / "with", given), (tmp_path / "without", None)):
+        model.save_pretrained(target, with_tokenizer)
+        for name in (*texts, "tokenizer.json", "tokenizer_config.json"):
+            assert (target / name).read_bytes() == (folder / name).read_bytes(), name
+        config = json.loads((target / "config.json").read_text())
+        assert config["unknown_field"] == {"a": [1]} and config["cache_implementation"] == "x"
+        generation = json.loads((target / "generation_config.json").read_text())
+        ends = {1, 9} | (set(given.stop_ids) if with_tokenizer else set())
+        assert set(generation.pop("eos_token_id")) == ends
+        assert {name: value for name, value in said.items() if name != "eos_token_id"}.items() <= generation.items()
+
+
+def test_a_base_that_is_greedy_stays_so(folder, tmp_path):
+    (folder / "generation_config.json").write_text('{"do_sample": false}')
+    Gemma.from_pretrained(folder).save_pretrained(tmp_path / "out")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["do_sample"] is False and "top_k" not in generation

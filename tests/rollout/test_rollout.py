@@ -1,11 +1,15 @@
 import asyncio
+from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as replace_in
 
 from swirl import tasks
 from swirl.app.evaluation import answer
 from swirl.app.resolve import load_model
 from swirl.app.scores import bootstrap_interval, good_step_share, score_trajectories
+from swirl.app.training_data import Fitting
+from swirl.config import TrainConfig
 from swirl.rollout.concurrency import as_done
 from swirl.rollout.rollout import RolloutSpec, draw_seed, rollout, rollouts, with_ids
 from swirl.rollout.task import Task
@@ -120,6 +124,35 @@ def replace_ids(made):
     return Trajectory(id=made.id, question=made.question, prompt=made.prompt, steps=steps, stop=made.stop)
 
 
+def test_an_action_that_ends_at_its_tag_has_its_end_of_turn_in_the_next_state():
+    model, tokenizer = load_model("almanac")
+    (question,) = almanac.questions("bridge", "test", 1)
+    task = Task(name="bridge", questions={"test": [question]}, tools=(search_tool(),), score=exact)
+    spec = RolloutSpec(
+        task=task, policy=LocalPolicy(model, tokenizer), tokenizer=tokenizer, max_steps=5, temperature=0.0
+    )
+    whole, cut = (asyncio.run(rollout(question, 0, replace(spec, stop_at_tag=at_tag))) for at_tag in (False, True))
+    assert [step.action for step in cut.steps] == [step.action for step in whole.steps] and len(whole.steps) > 1
+    for k, (step, of_whole) in enumerate(zip(cut.steps, whole.steps)):
+        assert step.stop_text in ("</search_query>", "</answer>") and of_whole.stop_text is None
+        assert (*step.action_ids, tokenizer.end_of_turn_id) == of_whole.action_ids
+        assert len(step.log_probs) == len(step.action_ids)
+        assert cut.state_ids(k) == whole.state_ids(k)  # the same states, but the end of turn is context
+    assert decode_trajectory(encode_trajectory(cut)) == cut
+    again = with_ids(cut, tokenizer)
+    assert [step.action_ids[-1] for step in again.steps].count(tokenizer.end_of_turn_id) == 0
+    assert again.state_ids(1) == cut.state_ids(1)
+    assert Fitting(None, TrainConfig(), model.config, tokenizer)(0, cut) == cut
+
+
+def test_a_truncated_thought_that_is_gone_on_from_can_be_trained_on():
+    model, tokenizer = load_model("almanac")
+    made = play(Script("well", truncated=True), tokenizer=tokenizer, malformed="continue", max_steps=2)
+    made = replace_in(made, retokenized=False)
+    assert made.steps[0].observation_ids[0] == tokenizer.end_of_turn_id
+    assert Fitting(None, TrainConfig(), model.config, tokenizer)(0, made) == made
+
+
 def test_seeds_are_the_same_everywhere_and_differ_by_name():
     assert draw_seed(0, "bridge/train/1", 2, 3) == draw_seed(0, "bridge/train/1", 2, 3) < 2**63
     assert len({draw_seed(0, "q", s, k) for s in range(50) for k in range(50)}) == 2500
@@ -229,3 +262,24 @@ def test_a_state_that_comes_as_text_is_the_state_that_comes_as_ids(tiny_folder):
         return asyncio.run(policy.act(state))
 
     assert act(None) == act(tuple(ids))
+
+
+def test_the_judged_accuracy_of_answers_without_a_verdict_is_none_and_never_0():
+    task = tasks.open_task("bridge")
+
+    def scored(*answers):
+        made = [
+            Trajectory(
+                id=str(n), question=Question(id=str(n), task="bridge", question="?", answer="a"), prompt="?",
+                steps=(Step(action="x"),), stop="answer", prediction=prediction, outcome=outcome,
+            )
+            for n, (prediction, outcome) in enumerate(answers)
+        ]  # fmt: skip
+        score = score_trajectories(task, made, answers_judged=True)
+        return score.judged_accuracy, score.judged_interval and tuple(score.judged_interval), score.unjudged_answers
+
+    # No answer is wrong unasked; the two that were given have no verdict that could be read.
+    assert scored(("a", None), ("b", None), (None, False)) == (None, None, 2)
+    assert scored(("a", None)) == (None, None, 1)
+    assert scored(("a", True), ("b", None), (None, False))[::2] == (0.5, 1)
+    assert scored((None, False))[0] == 0.0  # nothing was given, so nothing is missing

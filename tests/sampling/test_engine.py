@@ -11,6 +11,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from swirl import Gemma, GemmaConfig, pack
+from swirl.app.resolve import load_model
 from swirl.errors import NonFiniteError
 from swirl.model.config import GEMMA3
 from swirl.sampling import draw as draw_module
@@ -215,6 +216,18 @@ def test_bfloat16_is_near_its_own_log_probs():
     model, states = loud_gemma(std=0.05).bfloat16(), forest()
     completions = sample(model, states)
     assert_log_probs_are_the_models(model, states, completions, 0.05)
+
+
+@pytest.mark.parametrize("dtype, mean, largest", [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 0.01, 0.2)])
+def test_sampler_and_trainer_are_as_near_as_the_docs_say(dtype, mean, largest):
+    model, tokenizer = load_model("almanac", dtype=dtype)
+    asked = "Question: Who is the founder of Gorvale?", "Question: What is the capital of the country of Melisk?"
+    states = [tokenizer.prompt_ids(question) for question in asked] * 4
+    completions = sample(model, states, max_new_tokens=24, stop_ids=tokenizer.stop_ids)
+    with torch.no_grad():
+        trained = model.token_log_probs(pack([(state, one.ids) for state, one in zip(states, completions)]))
+    gap = (trained - torch.tensor([p for one in completions for p in one.log_probs])).abs()
+    assert 0 < gap.mean() < mean and gap.max() < largest
 
 
 def test_first_token_may_stop_and_limit_may_be_one():

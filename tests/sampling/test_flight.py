@@ -223,19 +223,23 @@ def test_truncated_draws_follow_their_distribution(limits):
 def test_an_action_ends_with_the_token_that_completes_a_stop_text():
     model, tokenizer = load_model("almanac")
     state = tokenizer.prompt_ids("Question: Who is the founder of Gorvale?")
-    whole = LocalPolicy(model, tokenizer)
-    ends = LocalPolicy(model, tokenizer, stop_texts=("</search_query>", "</answer>"))
-    asked = [PolicyState(prompt="", ids=tuple(state), seed=seed, max_new_tokens=40) for seed in range(20)]
+    policy, tags = LocalPolicy(model, tokenizer), ("</search_query>", "</answer>")
 
-    async def act(policy):
-        return await asyncio.gather(*(policy.act(one) for one in asked))
+    async def act(stop_texts):
+        asked = (
+            PolicyState(prompt="", ids=tuple(state), seed=seed, max_new_tokens=40, stop_texts=stop_texts)
+            for seed in range(20)
+        )
+        return await asyncio.gather(*map(policy.act, asked))
 
     num_ended = 0
-    for step, truth in zip(asyncio.run(act(ends)), asyncio.run(act(whole)), strict=True):
+    for step, truth in zip(asyncio.run(act(tags)), asyncio.run(act(())), strict=True):
         assert truth.action_ids[: len(step.action_ids)] == step.action_ids
         assert len(step.log_probs) == len(step.action_ids)
-        if step.action.endswith(("</search_query>", "</answer>")):
+        assert (step.stop_text is not None) == step.action.endswith(tags)
+        if step.stop_text is not None:
             num_ended += 1
+            assert step.action.endswith(step.stop_text) and step.action_ids[-1] not in tokenizer.stop_ids
             assert not step.truncated and tokenizer.decode(step.action_ids) == step.action
     assert num_ended > 10
     with pytest.raises(ValueError, match="no tokenizer"):

@@ -304,3 +304,85 @@ def test_no_flipped_bit_changes_a_row_unseen(tmp_path, kind, end):
             assert list(read_any(path, kind)) == wanted
         except InputError as error:
             assert "\n" not in str(error)
+
+
+CALLS = [("search", {"query": "Ada"}), ("calculator", {"expression": "1+1"})]
+
+
+def rows_of_others():
+    """Two rows whose calls have arguments of different names, which no one struct of columns holds."""
+    for number, (name, arguments) in enumerate(CALLS):
+        call = {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+        yield {
+            "id": f"r{number}",
+            "messages": [
+                {"role": "user", "content": "Where?"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "There."},
+                {"role": "assistant", "content": "There"},
+            ],
+        }
+
+
+def calls(trajectories):
+    return [(t.steps[0].call.tool, t.steps[0].call.argument, t.prediction) for t in trajectories]
+
+
+EXPECTED = [("search", "Ada", "There"), ("calculator", "1+1", "There")]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["each message", "the whole column"])
+def test_messages_as_json_in_parquet(tmp_path, whole):
+    """Arrow's own extension type, by pyarrow alone."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    messages = [row["messages"] for row in rows_of_others()]
+    texts = [json.dumps(one if whole else message) for one in messages for message in ([one] if whole else one)]
+    column = pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts))
+    if not whole:
+        column = pa.ListArray.from_arrays(pa.array([0, 4, 8], pa.int32()), column)
+    pa.parquet.write_table(pa.table({"id": ["r0", "r1"], "messages": column}), tmp_path / "rows.parquet")
+    assert calls(read_any(tmp_path / "rows.parquet", "messages")) == EXPECTED
+
+
+def test_json_that_is_none_is_one_line(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    storage = pa.array(['{"role": "user"'])
+    column = pa.ExtensionArray.from_storage(pa.json_(), storage)
+    pa.parquet.write_table(pa.table({"messages": column}), tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        list(read_any(tmp_path / "rows.parquet", "messages"))
+
+
+@pytest.mark.parametrize("how", [{}, {"on_mixed_types": "use_json"}], ids=["columns", "json"])
+def test_messages_that_datasets_wrote(tmp_path, how):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(list(rows_of_others()), **how).to_parquet(tmp_path / "rows.parquet")
+    assert calls(read_any(tmp_path / "rows.parquet", "messages")) == EXPECTED
+
+
+def test_prompts_and_completions_of_trl_are_read():
+    row = next(rows_of_others())
+    made = from_trl({"prompt": row["messages"][:1], "completion": row["messages"][1:]})
+    assert made == from_messages({"messages": row["messages"]})
+    plain = from_trl({"prompt": "Where?", "completion": "<answer>There</answer>"})
+    assert plain.prompt == "Where?" and plain.prediction == "There" and plain.steps[0].verdict is None
+
+
+@pytest.mark.parametrize(
+    "row, field",
+    [
+        ({"prompt": "Where?", "completion": []}, "completion[0]"),
+        ({"prompt": "Where?", "completion": 3}, "completion"),
+        ({"prompt": [{"role": "tool", "content": "x"}], "completion": "y"}, "prompt[0]"),
+        ({"prompt": [{"role": "user"}, {"role": "assistant"}, {"role": "user"}], "completion": "y"}, "prompt"),
+        ({"prompt": "x", "completion": [{"role": "assistant"}, {"role": "assistant"}]}, "completion[1]"),
+    ],
+)
+def test_bad_prompts_and_completions_are_refused_by_row_and_field(row, field):
+    with pytest.raises(InputError) as caught:
+        from_trl(row, "rows.jsonl", 7)
+    assert (caught.value.line, caught.value.field) == (7, field)
