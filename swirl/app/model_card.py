@@ -65,8 +65,9 @@ def model_card(
 
 def _facts(config: TrainConfig, update: int, kept: int | None) -> dict[str, str]:
     filtered = f"{config.filter} filter, judge `{config.judge}`" if config.generates else "as given"
+    data = " ".join(map(str, config.data)) or f"its own trajectories on {', '.join(config.task)}"
     return {
-        "data": f"{config.data or 'its own trajectories on ' + ', '.join(config.task)} ({filtered})",
+        "data": f"{data} ({filtered})",
         "trajectories trained on": "–" if kept is None else f"{kept:,}",
         "reward": f"`{config.reward}`",
         "updates": f"{update} of {config.updates}",

@@ -40,7 +40,8 @@ def test_what_is_not_known_is_said_to_be_so():
 
 def test_the_flags_of_a_card_are_read_back(monkeypatch):
     config = TrainConfig(
-        mode="recorded", data=Path("my data.jsonl"), packed=False, updates=7, task=("bridge", "deep"), evaluate_on=(),
+        mode="recorded", data=(Path("my data.jsonl"), Path("more.jsonl")),
+        packed=False, updates=7, task=("bridge", "deep"), evaluate_on=(),
         learning_rate=3e-5,
     )  # fmt: skip
     words = shlex.split(shlex.join(flags_of(config)))
