@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard cpp/*)
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 
-.PHONY: train smoke test test-all drills lint bench clean
+.PHONY: train smoke test test-all test-lowest drills lint bench docs audit dist clean
 
 train: $(VENV)/.ready
 	$(RUN) -m swirl.train --packed $(ARGS)
@@ -26,6 +26,28 @@ test: lint
 
 test-all: lint
 	$(PYTEST) $(ARGS)
+
+# Dependencies at the lowest versions that pyproject.toml allows, all but torch: those of LOWEST come first, and what
+# tests need besides is that of VENV.
+LOWEST := build/lowest
+test-lowest: $(VENV)/.ready-release
+	$(RUN) -m uv venv --quiet --clear --python $(RUN) $(LOWEST)
+	$(RUN) tests/requirements.py --without torch >$(LOWEST)/requirements.txt
+	$(RUN) -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -r $(LOWEST)/requirements.txt
+	$(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$(echo $(LOWEST)/lib/python3*/site-packages)/rest.pth
+	PYTHONPATH=. $(LOWEST)/bin/python -m pytest tests -m "not slow" $(ARGS)
+
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo build/site/index.html
+
+# What swirl needs at run time, against known vulnerabilities. It asks PyPI about each package.
+audit: $(VENV)/.ready-release
+	$(RUN) tests/requirements.py --installed >build/requirements.txt
+	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r build/requirements.txt
+
+dist: $(VENV)/.ready-release
+	$(RUN) -m build
 
 drills: $(VENV)/.ready-tests
 	$(RUN) -m tests.drills $(ARGS)
@@ -52,6 +74,12 @@ $(VENV)/.ready: $(BUILD_INPUTS)
 $(VENV)/.ready-tests: $(BUILD_INPUTS)
 	$(call install,.[test])
 	touch $(VENV)/.ready $@
+
+# Extras that no test needs.
+$(VENV)/.ready-%: $(VENV)/.ready-tests
+	$(RUN) -m pip install --quiet --disable-pip-version-check $$($(RUN) tests/requirements.py --extra $*)
+	mkdir -p build
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/_cpu*

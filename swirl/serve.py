@@ -34,6 +34,7 @@ class ServeConfig:
     key_env: str = "SWIRL_SERVE_KEY"
     """Environment variable that holds the key; where it is set, every request must bear it."""
     device: str = "auto"
+    """Where it computes: auto, cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on CPUs."""
     max_cache_tokens: int = 1 << 18

@@ -220,10 +220,12 @@ class Gemma(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights lie; batches go there before they are computed."""
         return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights and of what is computed between layers; log-probs are float32 whatever it is."""
         return self.model.embed_tokens.weight.dtype
 
     def hidden(

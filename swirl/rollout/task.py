@@ -48,11 +48,13 @@ class Task:
         return list(questions[:num])
 
     def prompt_for(self, question: Question) -> str:
+        """The first user turn: the task's own where it has one, else swirl's, with the rules of its tools."""
         if self.prompt is not None:
             return self.prompt(question)
         return question_prompt(question.question, self.tools, self.max_queries)
 
     def scores(self, question: Question, answer: str) -> dict[str, float]:
+        """Each of the task's scores of an answer by name, from 0 to 1, such as `em` and `f1`."""
         given = self.score(question, answer)
         return given if isinstance(given, dict) else {self.accuracy: float(given)}
 

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """S sub-trajectories as one packed forest of T tokens, with M action tokens to predict.
+    """S sub-trajectories as one packed forest of T tokens, with M action tokens to predict: (T,) fields, then (M,).
 
     Query i sees key j  <=>  j <= i < subtree_end[j]  and  position_ids[i] - position_ids[j] < window.
     M runs pair by pair in the order given to `pack`, each in token order; at a fork one source row serves
