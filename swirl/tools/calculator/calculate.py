@@ -27,7 +27,8 @@ from typing import NamedTuple
 from swirl.errors import CalculatorError
 from swirl.rollout.tool import Tool
 from swirl.tools.calculator.polynomials import Ratio, real_roots
-from swirl.tools.calculator.surds import DECIMAL, EXACT, MAX_DIGITS, PI, Arithmetic, Number, number, show
+from swirl.tools.calculator.show import show
+from swirl.tools.calculator.surds import DECIMAL, EXACT, MAX_DIGITS, PI, Arithmetic, Number, number
 from swirl.trajectories.actions import TAGS
 
 MAX_CHARACTERS = 500

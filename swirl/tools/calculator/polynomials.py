@@ -180,6 +180,7 @@ def _higher_roots(coefficients: list[Fraction], exact: bool, ops: Arithmetic) ->
     """Degree 3 and above over the rationals: exact rational roots, then what is left."""
     scale = lcm(*(c.denominator for c in coefficients))
     whole = _square_free([c * scale for c in coefficients])
+    ops.spend(500 * len(coefficients))
     found = []
     for near in _numeric_roots(whole):
         lead = abs(int(whole[-1] * lcm(*(c.denominator for c in whole))))
@@ -188,7 +189,6 @@ def _higher_roots(coefficients: list[Fraction], exact: bool, ops: Arithmetic) ->
             found.append(number(guess))
         else:
             found.append(number(Fraction(near), APPROXIMATE))
-    ops.work += 500 * len(coefficients)
     left = whole
     for root in found:
         if root.kind != APPROXIMATE:

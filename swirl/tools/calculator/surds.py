@@ -30,7 +30,6 @@ MAX_ROOT = 10**6  # the degree of a root that is kept exact
 MAX_WORK = 4_000
 _MAX_BITS = int(MAX_DIGITS * 3.3219281)
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803482534211706798")
-_SIGNIFICANT = 15  # digits of a decimal result, as SymPy shows a Float
 
 Key = tuple[tuple[int, Fraction], ...]
 
@@ -77,15 +76,22 @@ class Arithmetic:
 
     def __init__(self):
         self.work = 0
+        self._keys: list[Key] = []
+        self._places: dict[Key, int] = {}
+        self._products: dict[tuple[int, int], tuple[int, Fraction | int]] = {}
 
-    def _made(self, terms: dict[Key, Fraction], kind: int) -> Number:
-        self.work += 1 + len(terms)
+    def spend(self, work: int) -> None:
+        """Called before the work is done; a unit takes about 5 microseconds."""
+        self.work += work
         if self.work > MAX_WORK:
             raise CalculatorError("too much work for one calculation")
+
+    def _made(self, terms: dict[Key, Fraction], kind: int) -> Number:
+        self.spend(1 + len(terms))
         if len(terms) > MAX_TERMS:
             raise CalculatorError(f"a sum of more than {MAX_TERMS} different roots")
         if kind == APPROXIMATE:
-            self.work += 4 * len(terms)
+            self.spend(4 * len(terms))
             with decimal.localcontext(prec=50, Emax=10**6, Emin=-(10**6)):
                 value = +value_of(Number(terms))
             terms = {(): Fraction(value)} if value else {}
@@ -93,7 +99,7 @@ class Arithmetic:
             bits = value.numerator.bit_length(), value.denominator.bit_length()
             if max(bits) > _MAX_BITS:
                 _refuse_digits()
-            self.work += sum(bits) // 500
+            self.spend(sum(bits) // 500)
         return Number(terms, kind)
 
     def add(self, a: Number, b: Number) -> Number:
@@ -113,17 +119,33 @@ class Arithmetic:
         return self.add(a, self.negate(b))
 
     def multiply(self, a: Number, b: Number) -> Number:
-        self.work += 2 * len(a.terms) * len(b.terms)
-        terms: dict[Key, Fraction] = {}
-        for key_a, value_a in a.terms.items():
-            for key_b, value_b in b.terms.items():
-                key, factor = _join(key_a, key_b) if key_a and key_b else (key_a or key_b, 1)
-                total = terms.get(key, 0) + value_a * value_b * factor
-                if total:
-                    terms[key] = total
-                else:
-                    del terms[key]
-        return self._made(terms, max(a.kind, b.kind))
+        pairs = len(a.terms) * len(b.terms)
+        self.spend(2 * pairs + pairs * (_bits(a) + _bits(b)) // 1000)
+        left = [(self._place(key), value) for key, value in a.terms.items()]
+        right = [(self._place(key), value) for key, value in b.terms.items()]
+        sums: dict[int, Fraction] = {}
+        for i, x in left:
+            for j, y in right:
+                place, factor = self._product(i, j)
+                value = x * y if factor == 1 else x * y * factor
+                sums[place] = sums[place] + value if place in sums else value
+        return self._made({self._keys[at]: value for at, value in sums.items() if value}, max(a.kind, b.kind))
+
+    def _place(self, key: Key) -> int:
+        """The key's number in this calculation: to hash fractions takes longer than to multiply them."""
+        if key not in self._places:
+            self._places[key] = len(self._keys)
+            self._keys.append(key)
+        return self._places[key]
+
+    def _product(self, i: int, j: int) -> tuple[int, Fraction | int]:
+        """The place of the product of two keys, and the factor that goes into the coefficient."""
+        if (i, j) not in self._products:
+            a, b = self._keys[i], self._keys[j]
+            self.spend(3 if a and b else 0)
+            key, factor = _join(a, b) if a and b else (a or b, 1)
+            self._products[i, j] = self._place(key), factor
+        return self._products[i, j]
 
     def divide(self, a: Number, b: Number) -> Number:
         if b.is_zero:
@@ -165,7 +187,7 @@ class Arithmetic:
                 if left:
                     square = self.multiply(square, square)
             return self.divide(number(1, kind), result) if exponent < 0 else self._made(result.terms, kind)
-        self.work += 100
+        self.spend(100)
         with decimal.localcontext(prec=60, Emax=10**6, Emin=-(10**6)):
             base = value_of(a)
             if abs(exponent) * (abs(base.adjusted()) + 1) > 2 * MAX_DIGITS:
@@ -177,7 +199,7 @@ class Arithmetic:
         if exponent.denominator == 1:
             key, factor = _normal({base: power * exponent for base, power in key})
             return self._made({key: value**exponent.numerator * factor}, kind)
-        self.work += 100 + _bits(number(value)) // 8
+        self.spend(100 + _bits(number(value)) // 8)
         exponents = {base: power * exponent for base, power in key}
         sides = ((value.numerator, 1), (value.denominator, -1))
         for base, power in [(b, p * side) for n, side in sides for b, p in _factors(n)]:
@@ -192,13 +214,13 @@ class Arithmetic:
     def sign(self, a: Number) -> int:
         if a.is_zero:
             return 0
-        self.work += 20 * len(a.terms)
+        self.spend(20 * len(a.terms))
         return 1 if value_of(a) > 0 else -1
 
 
 def _bits(a: Number) -> int:
     """About log2 of the largest or smallest number in it, at least 0."""
-    return max(max(v.numerator.bit_length(), v.denominator.bit_length()) - 1 for v in a.terms.values())
+    return max((max(v.numerator.bit_length(), v.denominator.bit_length()) - 1 for v in a.terms.values()), default=0)
 
 
 def _normal(exponents: dict[int, Fraction]) -> tuple[Key, Fraction]:
@@ -302,59 +324,3 @@ def _value_of_term(key: Key, value: Fraction) -> Decimal:
     for base, exponent in key:
         term *= (Decimal(base) if base else _PI) ** _decimal(exponent)
     return term
-
-
-def show(a: Number) -> str:
-    """As SymPy prints it: 24, 1/3, 3*sqrt(2)/4, 1 + pi; plain decimals where the input had some.
-
-    A decimal is exact where 15 significant digits (or a whole number) say it all, else rounded to 15.
-    """
-    if a.kind != EXACT:
-        return _show_decimal(a)
-    if not a.terms:
-        return "0"
-    text = ""
-    for key, value in sorted(a.terms.items(), key=lambda item: (len(item[0]), item[0])):
-        term = _show_term(key, abs(value))
-        text += (" - " if value < 0 else " + ") + term if text else ("-" if value < 0 else "") + term
-    return text
-
-
-def _show_term(key: Key, value: Fraction) -> str:
-    over: dict[Fraction, int] = {}
-    powers, under = [], []
-    for base, exponent in key:
-        if base:
-            over[exponent] = over.get(exponent, 1) * base
-        elif exponent > 0:
-            powers.append(_show_power("pi", exponent))
-        else:
-            under.append(_show_power("pi", -exponent))
-    powers = [_show_power(str(base), exponent) for exponent, base in sorted(over.items())] + powers
-    if value.numerator != 1 or not powers:
-        powers.insert(0, str(value.numerator))
-    if value.denominator != 1:
-        under.insert(0, str(value.denominator))
-    if not under:
-        return "*".join(powers)
-    return "*".join(powers) + "/" + (under[0] if len(under) == 1 else f"({'*'.join(under)})")
-
-
-def _show_power(base: str, exponent: Fraction) -> str:
-    if exponent == 1:
-        return base
-    if exponent == Fraction(1, 2):
-        return f"sqrt({base})"
-    return f"{base}**{exponent}" if exponent.denominator == 1 else f"{base}**({exponent})"
-
-
-def _show_decimal(a: Number) -> str:
-    exact = a.rational
-    if exact is not None and exact.denominator == 1 and abs(exact) < 10**30:
-        return str(exact.numerator)
-    with decimal.localcontext(prec=_SIGNIFICANT, Emax=10**6, Emin=-(10**6)):
-        rounded = (+value_of(a)).normalize()
-    if rounded == rounded.to_integral_value() and abs(rounded) < 10**30:
-        return str(int(rounded))
-    text = format(rounded, "f") if -10 < rounded.adjusted() < 30 else format(rounded, "e")
-    return text.replace("e+", "e")
