@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
+from safetensors import SafetensorError
 
 from swirl.app import command
 from swirl.app.run_records import DROPPED, EVALUATED, GENERATED, LOG_PROBS, SAMPLES, STOPPED
@@ -37,7 +38,7 @@ from swirl.storage.lock import folder_lock
 LOGS = {"metrics.jsonl": "train", "validation.jsonl": "validation"}  # what trackers call them
 # Flags that change no weight: a run may go on with others. Of `model` and `data` the content counts, not the path.
 _FREE = {"out", "resume", "save_every", "save_minutes", "keep", "rank_timeout_s", "device", "model", "data", "smoke",
-         "evaluate_every", "track"}  # fmt: skip
+         "evaluate_every", "track", "endpoint"}  # fmt: skip
 
 
 class RunFolder:
@@ -61,8 +62,7 @@ class RunFolder:
         """One line of JSON more in the file of that name, and at the run's trackers."""
         if distributed.is_main():
             self.logs.setdefault(name, []).append(line)
-            with open(self.path / name, "ab") as file:
-                file.write(_line(line))
+            _append(self.path / name, _line(line))
             if self._track is not None and name in LOGS:
                 self._track(LOGS[name], line)
 
@@ -74,8 +74,7 @@ class RunFolder:
     def append_records(self, name: str, records: Iterable[msgspec.Struct]) -> None:
         """Lines more in a file that no checkpoint carries along."""
         if distributed.is_main():
-            with open(self.path / name, "ab") as file:
-                file.write(b"".join(seal(msgspec.json.encode(record) + b"\n") for record in records))
+            _append(self.path / name, b"".join(seal(msgspec.json.encode(record) + b"\n") for record in records))
 
     def rewrite_logs(self, logs: dict[str, list[dict]]) -> None:
         """Back to the lines that a checkpoint knows: what came after will come again."""
@@ -143,7 +142,7 @@ class RunFolder:
             folder = self.path / f"checkpoint-{snapshot.update}"
             try:
                 write_checkpoint(folder, snapshot)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise CheckpointError(folder, f"cannot be written ({error})") from None
             self._writer.last = snapshot.update
             self._writer.prune()
@@ -186,6 +185,14 @@ def _why_stopped(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "stopped by a signal"
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _append(path: Path, content: bytes) -> None:
+    try:
+        with open(path, "ab") as file:
+            file.write(content)
+    except OSError as error:  # of a full disk it names no file
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def _line(value: dict) -> bytes:
@@ -288,7 +295,7 @@ def settings_of(config: TrainConfig, **contents: str) -> dict[str, str]:
 
 def _refuse_other_settings(found: Checkpoint, settings: dict[str, str]) -> None:
     made_with = found.state["settings"]
-    for name in sorted(made_with.keys() | settings.keys()):
+    for name in sorted(settings.keys() | made_with.keys() - _FREE):
         if made_with.get(name) != settings.get(name):
             was, now = made_with.get(name, "not known"), settings.get(name, "not known")
             raise ConfigError(

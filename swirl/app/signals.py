@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as exceptions, so that what is under way is left in order."""
+"""SIGTERM, SIGUSR1 and Ctrl-C as exceptions, so that what is under way is left in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: as SLURM warns of its time limit
 
 
 class _State:
@@ -18,8 +18,9 @@ class _State:
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """In the body the first SIGTERM (a scheduler's, torchrun's) raises SystemExit in the main thread, and the first
-    Ctrl-C KeyboardInterrupt. A second one, and one after the body, ends the process at once, except within `saving`.
+    """In the body the first SIGTERM or SIGUSR1 (a scheduler's, torchrun's) raises SystemExit in the main thread, and
+    the first Ctrl-C KeyboardInterrupt. A second one, and one after the body, ends the process at once, except within
+    `saving`.
     """
     for number in _SIGNALS:
         signal.signal(number, _stop)

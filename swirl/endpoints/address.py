@@ -22,6 +22,8 @@ class EndpointLimits:
     """Requests in flight at each server; as many as it runs at a time, for vLLM some hundreds."""
     timeout_s: float = 300.0
     """Seconds to wait for an answer; a request without one by then has failed, and is not asked again in this run."""
+    outage_s: float = 7200.0
+    """Seconds that a server which has answered before may be gone: the job waits, says so, and goes on."""
     requests_per_minute: float | None = None
     """At most so many requests to each server; default: no limit but its own (429 is waited out)."""
     tokens_per_minute: float | None = None
@@ -71,6 +73,7 @@ def endpoint_for(
         tokens_per_minute=limits.tokens_per_minute,
         read_s=limits.timeout_s,
         total_s=2 * limits.timeout_s,
+        retry_deadline_s=limits.outage_s,
     )
     key_env = key_env or _key_variable(endpoint.host, role)
     return replace(endpoint, key_env=key_env)

@@ -150,12 +150,13 @@ class Limiter:
             self._tokens.correct(units)
 
     def stayed_silent(self, since: float, reason: str) -> None:
-        """A request begun at `since` (loop's time) had no answer in time. One is its own fault; when all are, for as
-        long as `retry_deadline_s`, it is the endpoint's: a hung server must not use up the job's requests one by one.
+        """A request begun at `since` (loop's time) had no answer in time. One is its own fault; when all are, for three
+        times `read_s` or as long as `retry_deadline_s`, it is the endpoint's: a hung server must not use up the job's
+        requests one by one.
         """
         self._silent_since = since if self._silent_since is None else min(since, self._silent_since)
         silent_s = asyncio.get_running_loop().time() - self._silent_since
-        if silent_s > self.endpoint.retry_deadline_s and not self.unusable:
+        if silent_s > min(self.endpoint.retry_deadline_s, 3 * self.endpoint.read_s) and not self.unusable:
             self.give_up(f"no answer to any request for {silent_s:.0f} s ({reason})")
 
     def succeeded(self) -> None:
@@ -191,8 +192,13 @@ class Limiter:
         backoff = min(_LONGEST_PAUSE_S, self.endpoint.backoff_s * 2**self._pauses)
         pause_s = max(wait_s, backoff * random.uniform(0.5, 1.0))
         self._pauses += 1
-        if self._pauses > 1:  # a lone streak is no news
-            log.warning("%s: %s; pausing %.1f s", self.endpoint.url, reason, pause_s)
+        if (
+            self._pauses > 1 and self._pauses & (self._pauses - 1) == 0
+        ):  # a lone streak is no news, nor each of a hundred
+            gone_s = now - self._outage_since
+            log.warning(
+                "%s: %s, for %.0f s; waiting, asked again in %.1f s", self.endpoint.url, reason, gone_s, pause_s
+            )
         self._probe = False
         self._gate.clear()
         self._resume = loop.call_later(pause_s, self._half_open)

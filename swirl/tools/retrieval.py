@@ -23,6 +23,7 @@ from swirl.endpoints.batcher import Batcher
 from swirl.endpoints.client import Client, encode_payload
 from swirl.endpoints.endpoint import Endpoint
 from swirl.errors import ConfigError, EndpointError, InputError
+from swirl.storage.digest import DigestError, check_digests, digests_of, write_manifest
 from swirl.tools.search import Page, read_pages, show_pages
 
 Embed = Callable[[list[str]], Awaitable[list[list[float]]]]
@@ -85,6 +86,7 @@ async def build_dense_index(
         if index is None:
             raise ConfigError("search needs at least one page")
         index.save(str(aside / "vectors.usearch"))
+        write_manifest(aside, digests_of(aside.iterdir()))
         os.rename(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -114,6 +116,10 @@ class DenseSearchTool:
     def __init__(self, folder: str | os.PathLike, embed: Embed, top_k: int = 1):
         Index = _index_class()
         self.embed, self.top_k = embed, top_k
+        try:
+            check_digests(Path(folder))
+        except (OSError, DigestError) as error:
+            raise InputError(folder, f"expected an index made by build_dense_index ({error})") from None
         self.pages = list(read_pages(Path(folder) / "pages.jsonl"))
         try:
             self.index = Index.restore(str(Path(folder) / "vectors.usearch"), view=True)

@@ -29,6 +29,7 @@ import numpy as np
 
 from swirl.errors import ConfigError, InputError, SwirlError
 from swirl.rollout.tool import Tool
+from swirl.storage.digest import check_digests, digests_of, write_manifest
 from swirl.trajectories.actions import TAGS
 from swirl.trajectories.log import read_lines
 
@@ -196,6 +197,7 @@ def build_index(pages: Iterable[Page], folder: str | os.PathLike) -> None:
         for name, array in (arrays | {"offsets": np.array(offsets, dtype=np.int64)}).items():
             np.save(aside / f"{name}.npy", array)
         (aside / "index.json").write_text(f'{{"version": {INDEX_VERSION}, "pages": {len(offsets) - 1}}}\n')
+        write_manifest(aside, digests_of(aside.iterdir()))
         os.rename(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -203,12 +205,14 @@ def build_index(pages: Iterable[Page], folder: str | os.PathLike) -> None:
 
 
 def open_index(folder: str | os.PathLike) -> Bm25Index:
-    """Map an index that `build_index` wrote: opening is instant, and all processes share the memory.
+    """Map an index that `build_index` wrote: all processes share the memory. Opening reads it once, about a second a
+    GB and core, to hold it to its digests.
 
     Raises InputError where the folder is no index, of another version, or damaged.
     """
     folder = Path(folder)
     try:
+        check_digests(folder)
         about = msgspec.json.decode((folder / "index.json").read_bytes(), type=dict[str, int])
         if about.get("version") != INDEX_VERSION:
             raise InputError(folder, f"expected an index of version {INDEX_VERSION}, got {about.get('version')}")

@@ -25,6 +25,7 @@ except BaseException as error:
 
 CASES = {
     "the first is an exception": ("send('SIGTERM'); print('no')", ["SystemExit 143"], 0),
+    "so is SLURM's warning": ("send('SIGUSR1'); print('no')", ["SystemExit 138"], 0),
     "so is Ctrl-C": ("send('SIGINT'); print('no')", ["KeyboardInterrupt "], 0),
     "what is deferred is whole": (
         """

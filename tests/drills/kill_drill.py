@@ -1,6 +1,6 @@
 """Does `kill -9` at random moments lose, double or change a line, or ask again what is kept already?
 
-    python -m benchmarks.kill_drill [--trajectories 2000] [--kills 50] [--seed 0] [--local] [--json] [--out FILE]
+    python -m tests.drills.kill_drill [--trajectories 2000] [--kills 50] [--seed 0] [--local] [--json] [--out FILE]
 
 generate and filter run as a user runs them, against a policy and a judge on loopback: once undisturbed, and once
 killed and called again, the same command each time, until all kills have hit a living process. A fifth of the kills
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ import numpy as np
 
 from benchmarks.fault_server import FaultServer, verdict_answer
 from swirl.tasks import almanac
+from tests.drills.table import Row
 
 FAMILY = "deep"  # chains of three and four hops: the longest trajectories
 SAMPLES = 5
@@ -409,6 +410,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.trajectories < SAMPLES or options.trajectories % SAMPLES or options.kills < 1:
         parser.error(f"expected a multiple of {SAMPLES} trajectories, {SAMPLES} for each question, and a kill or more")
     return options
+
+
+def drill(seed: int, kills: int = 25, trajectories: int = 500) -> Iterator[Row]:
+    """Generate and filter over the wire, then generate in this process, with a fifth of the kills."""
+    wire = ["--trajectories", str(trajectories), "--kills", str(kills)]
+    local = ["--trajectories", "20", "--kills", str(max(1, kills // 5)), "--local"]
+    for flags in (wire, local):
+        options, rows = parse([*flags, "--seed", str(seed)]), []
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                asyncio.run(drill_all(options, Path(folder), rows.append))
+        except KillDrillError as error:
+            yield Row(f"kill -9, {options.trajectories} trajectories", options.kills, 1, str(error))
+        for row in rows:
+            broken = broken_promises(row, options.kills)
+            note = "; ".join([f"{row['lines']} lines, {row['requests']} requests", *broken])
+            yield Row(f"kill -9, {row['job']}", row["hits"], len(broken), note)
 
 
 def show(row: dict) -> None:

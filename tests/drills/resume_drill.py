@@ -3,9 +3,11 @@
     python -m tests.drills resume_drill
 
 Runs train in processes forked from this one, since most of a start is imports. `kill -9` falls on one process, or on
-one of two ranks, at any moment of its life; `--resume auto` goes on, until it ends. SIGTERM, and Ctrl-C twice within
-50 ms, fall at any moment, the final save included: the newest checkpoint must be that of metrics.jsonl's last line.
-Flips and cuts fall on the files of a run's newest checkpoint: the one before it is taken, or what is read is the same.
+one of two ranks, at any moment of its life; `--resume auto` goes on, until it ends: with recorded actions, and with
+sampled ones and a reward model on loopback, of which nothing may be asked again that lay in answers.sqlite at a kill.
+SIGTERM, and Ctrl-C twice within 50 ms, fall at any moment, the final save included: the newest checkpoint must be that
+of metrics.jsonl's last line. Flips and cuts fall on the files of a run's newest checkpoint: the one before it is taken,
+or what is read is the same.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,8 @@ from swirl.errors import SwirlError
 from swirl.learning.checkpoints import newest_checkpoint
 from swirl.storage.digest import file_digest, unseal
 from swirl.trajectories.log import write_trajectories
+from tests.drills.kill_drill import kept_answers
+from tests.drills.reward_server import RewardServer
 from tests.drills.table import Row
 
 LONGEST_S = 120.0
@@ -56,16 +60,16 @@ def make_inputs(folder: Path, model: Path, trajectories: list) -> None:
     write_trajectories(folder / "data.jsonl", trajectories)
 
 
-def started(config: TrainConfig, ranks: int = 1) -> list[int]:
-    """Process ids of a run, one a rank."""
+def started(config: TrainConfig, ranks: int = 1, prepare: Callable[[], object] = lambda: None) -> list[int]:
+    """Process ids of a run, one a rank; `prepare` is called first in each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sys.stdout.flush()
-    return [_forked(config, rank, ranks, port) for rank in range(ranks)]
+    return [_forked(config, rank, ranks, port, prepare) for rank in range(ranks)]
 
 
-def _forked(config: TrainConfig, rank: int, ranks: int, port: int) -> int:
+def _forked(config: TrainConfig, rank: int, ranks: int, port: int, prepare: Callable[[], object]) -> int:
     process = os.fork()
     if process:
         return process
@@ -75,11 +79,13 @@ def _forked(config: TrainConfig, rank: int, ranks: int, port: int) -> int:
         said = os.open(config.out.parent / f"stderr-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # a test's is somewhere else
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in where.items()}
+        prepare()
         train.main(config)
         code = 0
-    except SwirlError as error:
+    except (SwirlError, OSError) as error:  # as command.run does
         os.write(2, f"error: {error}\n".encode())
     except (KeyboardInterrupt, SystemExit) as error:
         code = error.code if isinstance(error, SystemExit) else 130
@@ -115,27 +121,59 @@ def result(run: Path) -> tuple[str, list[dict]]:
     return file_digest(run / "checkpoint" / "model.safetensors"), metrics
 
 
-def drill_kills(folder: Path, config: TrainConfig, kills: int, rng: random.Random, ranks: int = 1) -> Row:
+class Asked:
+    """What a reward model was asked again although its answer lay in the cache of the run at an earlier kill."""
+
+    def __init__(self, server: RewardServer | None):
+        self._server, self._kept, self._seen = server, set(), 0
+        self.again = self.total = 0
+
+    def new_run(self) -> None:
+        self._kept = set()
+
+    def look(self, run: Path) -> None:
+        """After the processes of a run have ended, and before the next begin."""
+        if self._server is None:
+            return
+        asked = self._server.asked()
+        self.again += sum(name in self._kept for name in asked[self._seen :])
+        self.total, self._seen = len(asked), len(asked)
+        self._kept = kept_answers(run / "answers.sqlite")
+
+
+def drill_kills(
+    folder: Path,
+    config: TrainConfig,
+    kills: int,
+    rng: random.Random,
+    ranks: int = 1,
+    server: RewardServer | None = None,
+) -> Row:
     """A run killed again and again, half of the times in one rank alone, until `kills` kills hit living processes."""
-    failures, hits, lives = [], 0, 0
+    failures, hits, lives, asked = [], 0, 0, Asked(server)
+    name = f"kill -9, {config.mode}, {ranks} rank{'s' * (ranks > 1)}"
     began = time.monotonic()
     if any(ended(started(replace(config, out=folder / "undisturbed"), ranks))):
-        return row(f"kill -9, {ranks} ranks", 0, ["the undisturbed run failed"])
+        return row(name, 0, ["the undisturbed run failed"])
     life_s = time.monotonic() - began
+    asked.look(folder / "undisturbed")
     wanted = result(folder / "undisturbed")
     while hits < kills:
         out = folder / f"killed-{lives}"
         hits_before = hits
-        for _ in range(5):
+        asked.new_run()
+        for _ in range(min(5, kills)):
             processes = started(replace(config, out=out), ranks)
             time.sleep(rng.random() * life_s)
             for process in rng.sample(processes, rng.randint(1, ranks)):
                 os.kill(process, signal.SIGKILL)
             codes = ended(processes)
             hits += -signal.SIGKILL in codes
+            asked.look(out)
             if 99 in codes:
                 failures.append(f"run {lives}: a traceback")
         codes = ended(started(replace(config, out=out), ranks))
+        asked.look(out)
         if any(codes):
             failures.append(f"run {lives}: exit codes {codes} of the last call")
         elif result(out) != wanted:
@@ -145,7 +183,9 @@ def drill_kills(folder: Path, config: TrainConfig, kills: int, rng: random.Rando
             failures.append(f"run {lives}: no kill hit")
             break
         shutil.rmtree(out)
-    return row(f"kill -9, {ranks} ranks", hits, failures, f"{lives} runs of {config.updates} updates")
+    failures += [f"{asked.again} kept answers asked again"] if asked.again else []
+    note = f"{lives} runs of {config.updates} updates" + (f", {asked.total} requests" if server else "")
+    return row(name, hits, failures, note)
 
 
 def drill_world_sizes(folder: Path, config: TrainConfig) -> Row:
@@ -247,8 +287,14 @@ def tiny_model(folder: Path) -> Path:
     return folder
 
 
+def sampled(folder: Path, server: RewardServer, updates: int = 6, **changed) -> TrainConfig:
+    """A small run on actions that the policy that ships draws, each rewarded by the server's model."""
+    drawn = {"model": "almanac", "mode": "sampled", "reward": server.url, "votes": 1, "samples_per_state": 2}
+    return config_in(folder, updates, **drawn | {"trajectories_per_update": 2, "learning_rate": 1e-3} | changed)
+
+
 def drill(seed: int, kills: int = 25, signals: int = 50, flips: int = 1000) -> Iterator[Row]:
-    """All of it, in a temporary folder."""
+    """All of it, in a temporary folder; a third of the kills again with sampled actions."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
@@ -260,6 +306,10 @@ def drill(seed: int, kills: int = 25, signals: int = 50, flips: int = 1000) -> I
         yield drill_kills(folder, config, kills, rng)
         yield drill_kills(_fresh(folder), config, kills, rng, ranks=2)
         yield drill_world_sizes(folder, config)
+        with RewardServer(folder) as server:
+            for ranks in (1, 2):
+                drawn = sampled(folder, server)
+                yield drill_kills(_fresh(folder), drawn, max(1, kills // 3), rng, ranks, server)
         yield drill_signals(_fresh(folder), config, signals, rng, "SIGTERM")
         yield drill_signals(_fresh(folder), config, signals, rng, "double Ctrl-C")
 

@@ -293,7 +293,7 @@ def test_an_outage_costs_time_and_no_request(caplog):
 
     with caplog.at_level(logging.WARNING, "swirl.client"):
         assert len(asyncio.run(run())) == 30
-    assert "pausing" in caplog.text and "answers again" in caplog.text
+    assert "; waiting, asked again in" in caplog.text and "answers again" in caplog.text
 
 
 def test_an_outage_beyond_the_retry_deadline_ends_the_job():
