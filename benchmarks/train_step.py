@@ -25,7 +25,7 @@ import torch
 from benchmarks.harness import append
 from benchmarks.workloads import Workload
 from swirl.app.resolve import load_model
-from swirl.config import TrainConfig
+from swirl.config import TrainConfig, sized
 from swirl.learning.batches import SubTrajectory, micro_batches, num_tokens
 from swirl.learning.objective import Objective
 from swirl.learning.usage import commit
@@ -127,7 +127,7 @@ class Peer:
 def compare(name: str, model_name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | None) -> dict:
     """All sides in one run, in turn, so that a drift of the machine's speed meets all."""
     actions = workload(name, num_trees, model.config.vocab_size)
-    sides = {name: Swirl(model, TrainConfig(packed=name == "packed")) for name in ("packed", "separate")}
+    sides = {name: Swirl(model, sized(TrainConfig(packed=name == "packed"), 0)) for name in ("packed", "separate")}
     if peer is not None:
         sides["transformers"] = peer
     times, found = {side: [] for side in sides}, {}

@@ -101,8 +101,8 @@ class TaskFlags:
     malformed: Literal["end", "continue"] = "end"
     """What an action that is neither a call nor an answer does to a trajectory: end it (ours), or count as a thought,
     after which the model is asked again (as the paper's pseudo-code does)."""
-    max_new_tokens: int = 48
-    """Tokens in an action at most."""
+    max_new_tokens: int | None = None
+    """Tokens in an action at most; default: 48 for a model of up to 10M weights, 512 for a larger one."""
     stop_at_tag: bool = False
     """End an action at its closing tag: nothing can follow it, and the end of turn is context, not drawn or learned."""
 
@@ -162,8 +162,12 @@ class UpdateFlags:
     staleness: Literal[0, 1] = 0
     """Updates that drawn actions may be behind. 1: the next update's are drawn while this one's are judged, so that a
     slow reward model is not waited for; the clipped ratio corrects for it."""
-    learning_rate: float = 1e-4
-    """The peak. Three times as much learns no better and forgets far more."""
+    learning_rate: float | None = None
+    """The peak; default: 1e-4 for a model of up to 2M weights, and less by the square root of how many times as many a
+    larger one has (2.8e-6 for 2b); ten times that for --lora. For the 1M model three times as much learns no better and
+    forgets far more; the rest is a rule of thumb that nothing here has measured."""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """AdamW with float32 moments, 8 bytes a weight, or with moments in blocks of 8 bits, 2 bytes (bitsandbytes)."""
     warmup: int = 5
     """Updates in which the learning rate rises to its peak."""
     final_learning_rate: float = 0.1
@@ -185,8 +189,8 @@ class ComputeFlags:
     CPUs."""
     packed: bool = True
     """All sub-trajectories of a micro-batch as one packed tree; --no-packed runs each alone (the baseline)."""
-    tokens_per_micro_batch: int = 8192
-    """Packed tokens in one backward pass at most."""
+    tokens_per_micro_batch: int | None = None
+    """Packed tokens in one backward pass at most; default: 8192, and 4096 for a model of more than 4B weights."""
     attention: Literal["tree", "flash", "xformers"] = "tree"
     """Who computes attention in an update: tree (swirl's own), or flash-attn or xformers (extras `flash`, `xformers`),
     on CUDA in bfloat16, for chains alone: recorded actions, nothing shared between trajectories. xformers has no
@@ -194,6 +198,9 @@ class ComputeFlags:
     activation_checkpointing: Literal["none", "cheap", "layers"] = "none"
     """What the backward pass computes again, for less memory: nothing; what is cheap, which is a quarter of what is
     kept for next to no time; or whole layers, all but what lies between them, for about a third more time."""
+    offload_optimizer: bool = False
+    """The optimizer's state, and the float32 copies of bfloat16 weights, in the host's memory, where steps are then
+    made: a GPU holds weights, gradients and activations alone. On a CPU it changes nothing."""
     rank_timeout_s: float = 600.0
     """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
 
@@ -238,16 +245,19 @@ class TrainConfig(
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise ConfigError(f"--{flag.replace('_', '-')} {shown}: expected {expected}")
 
-        for flag in ("updates", "trajectories_per_update", "samples_per_state", "max_new_tokens", "num_questions",
-                     "tokens_per_micro_batch", "samples", "evaluate_num_questions", "votes", "top_k",
-                     "in_flight", "keep"):  # fmt: skip
-            require(getattr(self, flag) >= 1, flag, "at least 1")
-        for flag in ("save_minutes", "save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient",
-                     "proximal_every", "generate_temperature"):  # fmt: skip
-            require(getattr(self, flag) >= 0, flag, "0 or more")
-        require(self.lora >= 0, "lora", "0 or more")
+        def at_least(least: float, *flags: str):
+            for flag in flags:
+                value = getattr(self, flag)
+                require(value is None or value >= least, flag, f"at least {least}" if least else "0 or more")
+
+        at_least(1, "updates", "trajectories_per_update", "samples_per_state", "max_new_tokens", "num_questions",
+                 "tokens_per_micro_batch", "samples", "evaluate_num_questions", "votes", "top_k", "in_flight",
+                 "keep")  # fmt: skip
+        at_least(0, "save_minutes", "save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient",
+                 "proximal_every", "generate_temperature", "lora")  # fmt: skip
         for flag in ("learning_rate", "lora_alpha", "max_grad_norm", "clip", "temperature", "rank_timeout_s"):
-            require(0 < getattr(self, flag) < float("inf"), flag, "more than 0, and finite")
+            value = getattr(self, flag)
+            require(value is None or 0 < value < float("inf"), flag, "more than 0, and finite")
         require(0 <= self.final_learning_rate <= 1, "final_learning_rate", "a share between 0 and 1")
         if self.attention != "tree":
             require(self.device != "cpu", "attention", "tree on a CPU")
@@ -351,6 +361,27 @@ def settled(config: TrainConfig, tasks_of_data: set[str] | None, device: str = "
             raise ConfigError(f"task '{name}' needs --questions or --evaluate-questions, files of the data set")
     settings = {"mode": mode, "reward": reward, "judge": judge, "baseline": baseline, "dtype": dtype}
     return replace(config, **settings, task=task, evaluate_on=evaluate_on)
+
+
+SMALL = 10_000_000  # weights of a model that thinks in a line
+
+
+def sized(config: TrainConfig, num_weights: int) -> TrainConfig:
+    """Defaults that follow the model's size, where the config has none of its own: learning rate, tokens of an action,
+    tokens of a micro-batch.
+    """
+    rate = 1e-4 * min(1.0, (2e6 / max(1, num_weights)) ** 0.5) * (10 if config.lora else 1)
+    return replace(
+        config,
+        learning_rate=config.learning_rate or float(f"{rate:.1e}"),
+        max_new_tokens=config.max_new_tokens or tokens_of_an_action(num_weights),
+        tokens_per_micro_batch=config.tokens_per_micro_batch or (8192 if num_weights <= 4_000_000_000 else 4096),
+    )
+
+
+def tokens_of_an_action(num_weights: int) -> int:
+    """At most, by default: larger models think aloud."""
+    return 48 if num_weights <= SMALL else 512
 
 
 def smoke(config: TrainConfig) -> TrainConfig:

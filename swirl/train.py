@@ -64,7 +64,13 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
     along, and where it goes on from one, that one's. Raises SwirlError; whatever stops it, the last update is saved.
     """
     config, tokenizer, model = setup.config, setup.tokenizer, setup.policy.engine.model
-    optimizer = make_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(
+        model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        kind=config.optimizer,
+        offload=config.offload_optimizer,
+    )
     objective = Objective(config, model)
     (peak_flops,) = distributed.sum_scalars([usage.measured_peak_flops(model.device, model.dtype)], model.device)
     history: list[dict] = list(so_far["logs"].get("metrics.jsonl", ()))
@@ -201,10 +207,13 @@ def train(config: TrainConfig) -> dict | None:
     streamed = files is not None and len(seen) < len(files)
     tasks_of_data = {t.question.task for t in seen.values()} | set(config.task if streamed else ())
     config = configs.settled(config, None if files is None else tasks_of_data, device.type)
+    config = configs.sized(config, resolve.num_weights(config.model))
     if config.lora and is_adapter(resolve.model_folder(config.model)):
         raise ConfigError(
             f"--lora {config.lora}: --model {config.model} holds adapters already; merge them (export) first"
         )
+    if config.offload_optimizer and device.type == "cpu":
+        command.warn("--offload-optimizer changes nothing on a CPU, whose memory is where it would go")
     require_trackers(config.track)
     require_named(config.evaluate_on if config.data else (*config.task, *config.evaluate_on), config.tool)
     with (

@@ -30,7 +30,8 @@ class PolicyFlags:
     """Steps in a trajectory at most; default: as many as the task allows queries (the paper's 5 with search, 10 with
     the calculator), and to evaluate one more, for the answer."""
     max_new_tokens: int | None = None
-    """Tokens in an action at most; default: 48, enough for `almanac`, or 512 for a model behind a URL. Ours."""
+    """Tokens in an action at most; default: 48, enough for `almanac`, or 512 for a model of more than 10M weights or
+    behind a URL. Ours."""
     malformed: Literal["end", "continue"] = "end"
     """What an action that is neither a call nor an answer does: end the trajectory (ours), or count as a thought, after
     which the model is asked again (as the paper's pseudo-code does)."""

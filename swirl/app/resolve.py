@@ -8,6 +8,7 @@ from pathlib import Path
 from swirl import tasks
 from swirl.app.hub import hub_folder, is_hub_name
 from swirl.app.loader import is_reference, load_object, name_of
+from swirl.config import tokens_of_an_action
 from swirl.endpoints.address import EndpointLimits, open_wire_policy
 from swirl.endpoints.client import Client
 from swirl.errors import CheckpointError, ConfigError
@@ -168,9 +169,18 @@ def require_judge_knows(spec: str | None, task: str, flag: str = "--judge") -> N
         raise ConfigError(f"{flag} {spec}: knows the steps of Almanac's tasks alone, not those of '{task}'")
 
 
+def num_weights(spec: str) -> int:
+    """Of a model, by its config.json. Raises CheckpointError."""
+    from swirl.model.checkpoint import read_config
+    from swirl.model.lora import base_of, is_adapter
+
+    folder = model_folder(spec)
+    return read_config(base_of(folder) if is_adapter(folder) else folder)[1].num_weights
+
+
 def tokens_in_an_action(asked: int | None, policy: str) -> int:
-    """What was asked for, else what suits the policy: a model behind a URL is taken to think aloud."""
-    return asked or (512 if is_url(policy) else 48)
+    """What was asked for, else what suits the policy: a model behind a URL is taken to think aloud, as a large one."""
+    return asked or (512 if is_url(policy) else tokens_of_an_action(num_weights(policy)))
 
 
 def answers_beside(out: Path) -> Path:

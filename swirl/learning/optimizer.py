@@ -1,11 +1,18 @@
-"""AdamW for fine-tuning, Muon for training from nothing, both on float32 weights; schedule, and clipping."""
+"""AdamW for fine-tuning, Muon for training from nothing, both on float32 weights; schedule, and clipping.
+
+AdamW's moments are float32, or 8 bits each in blocks of 256 (bitsandbytes; arXiv:2110.02861). With the float32 copies
+of the weights they may live on the host.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
+
+from swirl.errors import ConfigError
 
 
 class Optimizer:
@@ -15,28 +22,40 @@ class Optimizer:
     gradient would lose small micro-batches in the same way, so from here on backward passes sum it in float32
     (`grad_dtype`): those sums are reduced over ranks, clipped, and stepped on as they are.
     A bfloat16 weight costs 4 bytes for its copy, 4 for its gradient and 8 for AdamW's moments. Float32 and float64
-    weights have no copy. Narrow weights are this object's to write: what others write to one after it was made is
-    undone by the next step.
+    weights have no copy, unless it lives on another device, `copies_on`: the host, say, with the moments. A weight
+    with a copy is this object's to write: what others write to one after it was made is undone by the next step.
     """
 
-    def __init__(self, make: Callable[[list[dict]], torch.optim.Optimizer], groups: list[dict]):
+    def __init__(
+        self,
+        make: Callable[[list[dict]], torch.optim.Optimizer],
+        groups: list[dict],
+        *,
+        copies_on: torch.device | None = None,
+    ):
         """`make` builds the torch optimizer of `groups`, as torch takes them: {"params": weights, ...}."""
+        self._copies_on = copies_on
         self._weights = [weight for group in groups for weight in group["params"]]
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._torch = make([{**group, "params": [self._wide(p) for p in group["params"]]} for group in groups])
         self.param_groups = self._torch.param_groups
 
     def _wide(self, weight):
-        if weight.dtype not in (torch.float16, torch.bfloat16):
+        narrow = weight.dtype in (torch.float16, torch.bfloat16)
+        if not narrow and self._copies_on is None:
             return weight
-        weight.grad_dtype = torch.float32
-        self._copies.append((weight, weight.detach().float()))
-        return self._copies[-1][1]
+        if narrow:
+            weight.grad_dtype = torch.float32
+        copy = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        if self._copies_on is not None:
+            copy = _on(self._copies_on, copy)
+        self._copies.append((weight, copy))
+        return copy
 
     @torch.no_grad()
     def step(self) -> None:
         for weight, copy in self._copies:
-            copy.grad = weight.grad
+            copy.grad = weight.grad if weight.grad is None or self._copies_on is None else weight.grad.to(copy.device)
         self._torch.step()
         for weight, copy in self._copies:
             weight.copy_(copy)
@@ -55,7 +74,8 @@ class Optimizer:
         for number, weight in enumerate(self._weights):
             copy = copies.get(id(weight))
             stepped = weight if copy is None else copy
-            tensors |= {f"{number}.{name}": value for name, value in self._torch.state.get(stepped, {}).items()}
+            state = self._torch.state.get(stepped, {})
+            tensors |= {f"{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
             if copy is not None:
                 tensors[f"{number}.copy"] = copy
         return tensors
@@ -67,23 +87,59 @@ class Optimizer:
         for number, weight in enumerate(self._weights):
             copy = copies.get(id(weight))
             mine = {name: value for name, value in tensors.items() if name.partition(".")[0] == str(number)}
-            mine = {name.partition(".")[2]: value.to(weight.device) for name, value in mine.items()}
+            stepped = weight if copy is None else copy
+            mine = {name.partition(".")[2]: value.to(stepped.device) for name, value in mine.items()}
             shapes = {tuple(value.shape) for value in mine.values() if value.ndim}
-            if (copy is not None) != ("copy" in mine) or not shapes <= {tuple(weight.shape)}:
+            if (copy is not None) != ("copy" in mine) or (shapes and tuple(weight.shape) not in shapes):
                 raise ValueError(f"expected the optimizer state of weight {number}, of shape {tuple(weight.shape)}")
             if copy is not None:
                 copy.copy_(mine.pop("copy"))
-            self._torch.state[weight if copy is None else copy] = mine
+            # bitsandbytes counts its steps in an int
+            counts = {name: int(value) for name, value in mine.items() if value.dtype == torch.int64 and not value.ndim}
+            self._torch.state[stepped] = mine | counts
 
 
-def make_optimizer(model: torch.nn.Module, *, learning_rate: float, weight_decay: float = 0.0) -> Optimizer:
-    """AdamW with betas (0.9, 0.95); norms (1-d weights) are never decayed."""
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor there; on the host, of a tensor on a GPU, in pinned memory."""
+    pinned = tensor.is_cuda and device.type == "cpu"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pinned).copy_(tensor)
+
+
+def make_optimizer(
+    model: torch.nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    kind: Literal["adamw", "adamw-8bit"] = "adamw",
+    offload: bool = False,
+) -> Optimizer:
+    """AdamW with betas (0.9, 0.95); norms (1-d weights) are never decayed.
+
+    adamw-8bit keeps its moments in 8 bits each, but those of weights of fewer than 4,096 elements. `offload` keeps
+    moments and float32 copies of the weights on the host, where the steps are then made; on a CPU it changes nothing.
+    Raises ConfigError where bitsandbytes is not installed, or the weights are sharded, which it cannot step on.
+    """
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return Optimizer(partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True), groups)
+    settings = {"lr": learning_rate, "betas": (0.9, 0.95), "eps": 1e-8}
+    make = partial(torch.optim.AdamW, fused=True, **settings)
+    if kind == "adamw-8bit":
+        if any(hasattr(weight, "device_mesh") for weight in weights):
+            raise ConfigError("--optimizer adamw-8bit: steps on whole weights alone; take adamw with sharded ones")
+        make = partial(_adamw_8bit(), **settings)
+    on_gpu = any(weight.is_cuda for weight in weights)
+    return Optimizer(make, groups, copies_on=torch.device("cpu") if offload and on_gpu else None)
+
+
+def _adamw_8bit():
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError("--optimizer adamw-8bit: needs bitsandbytes: pip install 'swirl[adamw-8bit]'") from None
+    return AdamW8bit
 
 
 def make_optimizers_from_nothing(

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from swirl.errors import CheckpointError
+from swirl.errors import CheckpointError, ConfigError
+from swirl.model.config import GemmaConfig
 from swirl.model.tokenizer import FILES as TOKENIZER_FILES
 from swirl.storage.digest import DigestError, check_digests, digests_of, write_manifest
 from swirl.storage.files import sync_files, sync_folder
@@ -65,6 +66,16 @@ def read_json(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(path, "expected a JSON object")
     return content
+
+
+def read_config(folder: str | os.PathLike) -> tuple[dict, GemmaConfig]:
+    """(the content of a folder's config.json, the shape it says). Raises CheckpointError."""
+    path = os.path.join(folder, "config.json")
+    content = read_json(path)
+    try:
+        return content, GemmaConfig.from_json(content)
+    except ConfigError as error:
+        raise CheckpointError(path, str(error)) from None
 
 
 def require_digests(folder: Path, *names: str) -> None:

@@ -95,6 +95,13 @@ class GemmaConfig:
             says = "has both" if third else "has neither"
             raise ConfigError(f"field 'model_type': '{self.model_type}' {says} qk_norm and rope_local_base_freq")
 
+    @property
+    def num_weights(self) -> int:
+        """Of the whole text model; the embedding, which is the head, counted once."""
+        d, D, heads = self.hidden_size, self.head_dim, self.num_attention_heads + self.num_key_value_heads
+        layer = 2 * d * D * heads + 3 * d * self.intermediate_size + 4 * d + (2 * D if self.qk_norm else 0)
+        return self.vocab_size * d + self.num_hidden_layers * layer + d
+
     def window(self, layer: int) -> int | None:
         """How far back this layer sees, itself included; None is everything."""
         return self.sliding_window if self.layer_types[layer] == SLIDING else None

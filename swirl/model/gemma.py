@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from swirl.errors import CheckpointError, ConfigError
+from swirl.errors import ConfigError
 from swirl.kernels.chain_attention import Chains, ForkError, chain_attention, chain_lengths, refusal
 from swirl.kernels.geglu import geglu
 from swirl.kernels.linear import linear
@@ -314,11 +314,7 @@ class Gemma(nn.Module):
         Raises CheckpointError where the folder is missing, truncated, or holds another architecture, and ConfigError,
         before any weight is read, where `attention` cannot compute it (`use_attention`).
         """
-        content = checkpoint.read_json(os.path.join(path, "config.json"))
-        try:
-            config = GemmaConfig.from_json(content)
-        except ConfigError as error:
-            raise CheckpointError(os.path.join(path, "config.json"), str(error)) from None
+        content, config = checkpoint.read_config(path)
         _require_attention(attention, config, dtype, torch.device(device))
         with torch.device("meta"):
             model = cls(config, activation_checkpointing=activation_checkpointing)

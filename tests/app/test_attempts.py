@@ -13,7 +13,7 @@ from swirl.app import attempts, resolve
 from swirl.app.background import BackgroundLoop
 from swirl.app.stages import Setup
 from swirl.app.training_data import Fitting
-from swirl.config import TrainConfig
+from swirl.config import TrainConfig, sized
 from swirl.errors import ConfigError
 from swirl.judging.judges import Judgement
 from swirl.learning import distributed
@@ -45,7 +45,7 @@ class SlowJudge:
 @pytest.fixture(scope="module")
 def setup():
     model, tokenizer = resolve.load_model("almanac")
-    config = TrainConfig(mode="sampled", reward="rule", updates=2, samples_per_state=3)
+    config = sized(TrainConfig(mode="sampled", reward="rule", updates=2, samples_per_state=3), 0)
     fitting = Fitting(None, config, model.config, tokenizer)
     trajectories = [fitting(place, trajectory) for place, trajectory in enumerate(told(6))]
     policy = LocalPolicy(model, tokenizer)

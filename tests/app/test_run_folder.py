@@ -12,7 +12,7 @@ import pytest
 
 from swirl.app import run_folder
 from swirl.app.run_folder import RunFolder, open_run, settings_of
-from swirl.config import TrainConfig
+from swirl.config import TrainConfig, sized
 from swirl.errors import CheckpointError, ConfigError
 from swirl.export import ExportConfig, export
 from swirl.learning.checkpoints import open_checkpoint, snapshot_of
@@ -29,7 +29,7 @@ def opened(config):
 
 @pytest.fixture
 def config(tmp_path):
-    return TrainConfig(out=tmp_path / "run", updates=9)
+    return sized(TrainConfig(out=tmp_path / "run", updates=9), 0)
 
 
 def save(config, run, updates):

@@ -22,9 +22,10 @@ from benchmarks.fault_server import FaultServer
 from swirl import train as loop
 from swirl.app import resolve as opening
 from swirl.app import training_data
-from swirl.config import TrainConfig, settled
+from swirl.config import TrainConfig, settled, sized
 from swirl.errors import ConfigError, EndpointUnusable, InputError, NothingToLearn
 from swirl.judging.judges import Judgement
+from swirl.model.config import PRESETS
 from swirl.rollout.prompts import question_prompt
 from swirl.storage.lock import folder_lock
 from swirl.tasks import almanac
@@ -443,3 +444,20 @@ def test_what_is_wrong_in_streamed_data_is_told_when_it_is_reached(small, tmp_pa
         train(config)
     found = [path.name for path in config.out.glob("checkpoint-*")]
     assert len(found) <= 1  # the last update before the line, where there was one
+
+
+def test_defaults_follow_the_size_of_the_model_and_are_written_down(small):
+    """Those of the model that ships with swirl are what they were; a flag that is given stays."""
+    base = sized(TrainConfig(), opening.num_weights("almanac"))
+    assert (base.learning_rate, base.max_new_tokens, base.tokens_per_micro_batch) == (1e-4, 48, 8192)
+    large = {name: sized(TrainConfig(), PRESETS[name].num_weights) for name in ("gemma-2-2b", "gemma-2-27b")}
+    assert [config.learning_rate for config in large.values()] == [2.8e-6, 8.6e-7]
+    assert [config.max_new_tokens for config in large.values()] == [512, 512]
+    assert [config.tokens_per_micro_batch for config in large.values()] == [8192, 4096]
+    assert sized(TrainConfig(lora=16), PRESETS["gemma-2-2b"].num_weights).learning_rate == 2.8e-5
+    given = TrainConfig(learning_rate=3.0, max_new_tokens=7, tokens_per_micro_batch=9)
+    assert sized(given, 10**9) == given
+    config = small(told(4), max_new_tokens=None, updates=1)
+    train(config)
+    written = json.loads((config.out / "config.json").read_text())
+    assert (written["learning_rate"], written["max_new_tokens"], written["tokens_per_micro_batch"]) == (1e-4, 48, 8192)

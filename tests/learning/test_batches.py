@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.workloads import STATISTICS, _pairs
-from swirl.config import TrainConfig
+from swirl.config import TrainConfig, sized
 from swirl.learning import distributed
 from swirl.learning.batches import assigned_here, rank_micro_batches
 from swirl.learning.usage import update_flops
@@ -67,7 +67,7 @@ def test_batches_of_a_number_are_of_like_sizes():
 
 def shares(actions, **changes):
     """What a rank computes: (tokens, weight) of its micro-batches, and the update's metrics and gradients."""
-    batches = rank_micro_batches(assigned_here(actions, CONFIG), actions, TrainConfig(**changes))
+    batches = rank_micro_batches(assigned_here(actions, CONFIG), actions, sized(TrainConfig(**changes), 0))
     model = some_model()
     metrics = accumulate(model, actions, kl_coefficient=0.3, **changes)
     return [(batch.num_tokens, weight) for batch, _, weight in batches], metrics, gradients(model)

@@ -1,8 +1,11 @@
+import sys
+
 import pytest
 import torch
 
-from swirl.errors import NonFiniteError
+from swirl.errors import ConfigError, NonFiniteError
 from swirl.learning.optimizer import (
+    Optimizer,
     clip_grad_norm,
     make_optimizer,
     make_optimizers_from_nothing,
@@ -159,3 +162,83 @@ def test_what_is_drawn_after_a_step_is_drawn_by_the_new_weights(dtype, tiny_fold
         weight.grad = torch.ones_like(weight, dtype=weight.grad_dtype)
     optimizer.step()
     assert engine.sample(states, **settings) == Engine(model).sample(states, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_on_another_device_are_stepped_on_there_and_copied_back(dtype):
+    """On one device, so that no GPU is needed: copies of all weights, gradients moved, moments with them."""
+    plain, moved = Weights(dtype), Weights(dtype)
+    a = make_optimizer(plain, learning_rate=1e-3, weight_decay=0.1)
+    groups = [{"params": [moved.embedding, moved.matrix], "weight_decay": 0.1},
+              {"params": [moved.norm], "weight_decay": 0.0}]  # fmt: skip
+    make = lambda groups: torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)  # noqa: E731
+    b = Optimizer(make, groups, copies_on=torch.device("cpu"))
+    assert len(b._copies) == 3
+    for update in range(5):
+        for model, optimizer in ((plain, a), (moved, b)):
+            model.gradients(update)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(x, y) for x, y in zip(plain.parameters(), moved.parameters(), strict=True))
+    assert "0.copy" in b.state_tensors()
+
+
+def large_and_small(dtype):
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((96, 64), (64,))
+    return torch.nn.ParameterList(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_of_8_bits_step_nearly_as_those_of_float32_and_take_a_quarter(dtype):
+    pytest.importorskip("bitsandbytes")
+    found = {}
+    for kind in ("adamw", "adamw-8bit"):
+        weights, generator = large_and_small(dtype), torch.Generator().manual_seed(5)
+        optimizer = make_optimizer(weights, learning_rate=1e-3, weight_decay=0.1, kind=kind)
+        for _ in range(60):
+            for weight in weights:  # a gradient with a mean, as learning has
+                weight.grad = weight.detach().to(weight.grad_dtype) + torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+            optimizer.zero_grad()
+        state = {name: value for name, value in optimizer.state_tensors().items() if not name.endswith("copy")}
+        found[kind] = [weight.detach().float() for weight in weights], state
+    (wide, wide_state), (narrow, narrow_state) = found["adamw"], found["adamw-8bit"]
+    for a, b, first in zip(wide, narrow, large_and_small(dtype), strict=True):
+        moved = (a - first.detach().float()).norm()
+        assert (a - b).norm() < 0.1 * moved
+    kept = (wide_state, narrow_state)
+    held = [sum(value.nbytes for name, value in state.items() if name.startswith("0.")) for state in kept]
+    tables = 2 * 1024  # of what the 256 values mean
+    assert held[0] >= 8 * 96 * 64 and held[1] < 2.1 * 96 * 64 + tables
+
+
+def test_moments_of_8_bits_are_kept_and_put_back_to_the_bit():
+    pytest.importorskip("bitsandbytes")
+
+    def steps(weights, optimizer, updates):
+        for update in updates:
+            for weight in weights:
+                generator = torch.Generator().manual_seed(update)
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, first = large_and_small(torch.bfloat16), large_and_small(torch.bfloat16)
+    for weights, updates in ((whole, range(6)), (first, range(3))):
+        optimizer = make_optimizer(weights, learning_rate=1e-2, kind="adamw-8bit")
+        steps(weights, optimizer, updates)
+    kept = {name: value.clone() for name, value in optimizer.state_tensors().items()}
+    assert all(isinstance(value, torch.Tensor) for value in kept.values())
+    again = large_and_small(torch.bfloat16)
+    again.load_state_dict(first.state_dict())
+    optimizer = make_optimizer(again, learning_rate=1e-2, kind="adamw-8bit")
+    optimizer.load_state_tensors(kept)
+    steps(again, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_bitsandbytes_is_asked_for_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="needs bitsandbytes: pip install 'swirl\\[adamw-8bit\\]'"):
+        make_optimizer(large_and_small(torch.float32), learning_rate=1.0, kind="adamw-8bit")

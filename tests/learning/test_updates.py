@@ -13,7 +13,7 @@ import torch
 from swirl import train
 from swirl.app.run_folder import RunFolder
 from swirl.app.stages import Setup
-from swirl.config import TrainConfig
+from swirl.config import TrainConfig, sized
 from swirl.errors import NonFiniteError, NothingToLearn
 from swirl.learning import distributed
 from swirl.learning.batches import shuffled
@@ -54,7 +54,7 @@ def some_trajectories(seed, rewards=None, num=5):
 def learn(model, updates, tmp_path, **changes):
     """The train loop on recorded actions: `updates` has the trajectories of each update. Returns its metrics."""
     settings = {"mode": "recorded", "reward": "recorded", "baseline": "none", "warmup": 0, "updates": len(updates)}
-    config = replace(TrainConfig(), out=tmp_path, **settings | changes)
+    config = sized(TrainConfig(out=tmp_path, **settings | changes), 0)
     source = [trajectory for of_update in updates for trajectory in of_update]
     bounds = np.cumsum([0, *map(len, updates)])
     setup = Setup(config, SimpleNamespace(engine=SimpleNamespace(model=model)), None, {})

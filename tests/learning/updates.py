@@ -1,11 +1,9 @@
 """A small model, actions to learn from, and the gradient of an update: what tests of an update begin with."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
-from swirl.config import TrainConfig
+from swirl.config import TrainConfig, sized
 from swirl.learning import gradient
 from swirl.learning.batches import SubTrajectory, num_tokens, present
 from swirl.learning.metrics import loss_metrics
@@ -46,7 +44,7 @@ def some_model(dtype=torch.float64):
 
 def accumulate(model, actions, *, objective=None, **changes):
     """Add the gradient of the update's loss to the weights' `grad`; returns what an update logs of it."""
-    config = replace(TrainConfig(), **{"mode": "recorded", **changes})
+    config = sized(TrainConfig(**{"mode": "recorded", **changes}), 0)
     objective = objective or Objective(config, model)
     computed = [action for action in actions if objective.has_gradient(action)]
     sums = gradient.accumulate(model, objective, computed, max(1, num_tokens(present(actions))), config)

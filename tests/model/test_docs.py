@@ -18,6 +18,7 @@ def rows(name):
     config = PRESETS[name]
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Gemma(config).parameters())
+    assert weights == config.num_weights
     heads = f"{config.num_attention_heads} / {config.num_key_value_heads} × {config.head_dim}"
     windowed = sum(config.window(layer) is not None for layer in range(config.num_hidden_layers))
     layers = f"{config.num_hidden_layers} ({windowed} of {config.sliding_window})"
