@@ -12,7 +12,7 @@ COMMANDS = {
     "generate": "questions -> trajectories.jsonl",
     "filter": "trajectories.jsonl -> kept.jsonl and dropped.jsonl",
     "evaluate": "how good is a policy on a task",
-    "report": "a run's folder -> report.html",
+    "report": "runs' folders -> one page: what training changed, curves, every trajectory",
     "export": "a run's checkpoint -> a Hugging Face folder, at any time",
     "serve": "a checkpoint to others, by OpenAI's protocol",
 }

@@ -28,7 +28,7 @@ from swirl.app.background import BackgroundLoop
 from swirl.app.model_card import CARD, model_card
 from swirl.app.other_log_probs import other_log_probs
 from swirl.app.progress import progress
-from swirl.app.report_page import write_report
+from swirl.app.report.build import write_report
 from swirl.app.resolve_tasks import require_named
 from swirl.app.run_folder import RunFolder, open_run, settings_of
 from swirl.app.run_records import EVALUATED, LOG_PROBS, SAMPLES, compared_answers, has_samples, sampled_groups
@@ -293,7 +293,7 @@ def _finish(
     run.write("summary.json", summary)
     card = model_card(config, update=len(history), commit=summary["commit"], summary=summary, kept=num_trajectories)
     replace_file(run.path / "checkpoint" / CARD, card.encode())
-    write_report(config.out)
+    write_report([config.out])
     masked, actions = (sum(metrics[name] for metrics in history) for name in ("masked", "actions"))
     if masked:
         command.warn(f"{masked} of {actions} actions had no reward: they were masked, and taught nothing")
