@@ -194,7 +194,7 @@ def test_pieces_cover_an_action_as_a_browser_counts(tokenizer, text):
     assert len(lengths) == len(ids) and lengths[-1] == 0
     assert sum(lengths) == len(text.encode("utf-16-le")) // 2
     assert Pieces(tokenizer).lengths(text + "!", ids) is None and Pieces(None).lengths(text, ids) is None
-    assert Pieces(tokenizer).lengths(text, [10**9]) is None
+    assert Pieces(tokenizer).lengths("x", [10**9]) is None
 
 
 def test_log_probs_of_both_policies_and_what_was_drawn_reach_the_page(tmp_path, tokenizer):
