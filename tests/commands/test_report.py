@@ -97,6 +97,10 @@ def test_what_is_no_summary_is_one_line(tmp_path, summary):
 def test_metrics_of_another_kind_name_their_line(tmp_path):
     with pytest.raises(InputError, match=r"metrics.jsonl:2: expected the metrics of an update, 'loss' is missing"):
         write_report([a_run(tmp_path / "run", lines=[UPDATE, {"update": 2, "reward": 1.0}])])
+    run = a_run(tmp_path / "cut")
+    (run / "metrics.jsonl").write_text('{"update": 1, "rew')  # a finished run writes no more: this is damage
+    with pytest.raises(InputError, match="metrics.jsonl:1: expected the metrics of an update"):
+        write_report([run])
     with pytest.raises(InputError, match="cannot be read: expected the folder of a run"):
         write_report([tmp_path / "nowhere"])
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from swirl.app import command, resolve
-from swirl.app.report_page import write_report
+from swirl.app.report.build import write_report
 from swirl.config import TrainConfig
 from swirl.errors import SwirlError
 from swirl.generate import GenerateConfig
@@ -158,7 +158,7 @@ def report(folder: Path) -> Kind:
     with redirect_stderr(io.StringIO()):
         train(config)
     left = [f"run/{name}" for name in every_file(folder / "run") if name.endswith((".json", ".jsonl"))]
-    return Kind("what a report shows", left, lambda folder: write_report(folder / "run").read_bytes())
+    return Kind("what a report shows", left, lambda folder: write_report([folder / "run"]).read_bytes())
 
 
 def loaded(folder: Path) -> tuple:

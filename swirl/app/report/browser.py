@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from swirl.app.report.runs import Run, decode, read_lines, unsealed
+from swirl.app.report.runs import Run, read_lines, records, unsealed
 from swirl.app.report.tokens import Pieces, find_tokenizer
 from swirl.app.resolve import model_folder
 from swirl.app.run_records import (
@@ -51,7 +51,7 @@ def browse(run: Run, limit: int) -> Browsed:
 
     Raises InputError where a file of the folder is not as swirl wrote it.
     """
-    run.evaluated = {when: _trajectories(run.path / name) for when, name in EVALUATED.items()}
+    run.evaluated = {when: _trajectories(run.path / name, run) for when, name in EVALUATED.items()}
     encode = _Encoder(run)
     made = Browsed()
     for entry in _entries(run, encode, made):
@@ -108,12 +108,12 @@ def _trained_on(run: Run, encode: _Encoder, made: Browsed) -> Iterator[Entry]:
         if not Path(given).is_file():
             made.notes.append(f"the training data, {given}, is not there")
             return
-        for trajectory in _trajectories(Path(given)):
+        for trajectory in _trajectories(Path(given), run):
             run.counts["kept"] += 1
             yield _recorded(encode, trajectory, kept=True)
         return
-    kept, dropped = (_trajectories(run.path / name) for name in (KEPT, DROPPED))
-    generated = [] if kept or dropped else _trajectories(run.path / GENERATED)
+    kept, dropped = (_trajectories(run.path / name, run) for name in (KEPT, DROPPED))
+    generated = [] if kept or dropped else _trajectories(run.path / GENERATED, run)
     chosen = {t.id for t in kept}
     refused = {t.id for t in dropped}
     run.counts.update(generated=len(generated) or len(chosen | refused), kept=len(kept))
@@ -185,11 +185,11 @@ class _Encoder:
         self._pieces = Pieces(find_tokenizer([folder for folder in folders if folder.is_dir()]))
         self._others = {
             (one.file, one.task, one.trajectory): one.log_probs
-            for one in _records(run.path / LOG_PROBS, OtherLogProbs, "log-probs of a trajectory")
+            for one in records(run.path / LOG_PROBS, OtherLogProbs, "log-probs of a trajectory", finished=run.finished)
         }
         self.without_pieces = 0
         self.groups, self.question, self.shown = {}, {}, set()
-        for group in _records(run.path / SAMPLES, SampledGroup, "what an update drew"):
+        for group in records(run.path / SAMPLES, SampledGroup, "what an update drew", finished=run.finished):
             own = (group.trajectory,) if group.trajectory else (group.question.id, group.update)
             key = (group.question.task, *own)
             self.question[key] = group.question
@@ -241,9 +241,8 @@ def _thousandths(log_probs: Iterable[float]) -> list[int]:
     return [round(1000 * value) for value in log_probs]
 
 
-def _records(path: Path, kind: type, expected: str) -> list:
-    return read_lines(path, lambda line, number: decode(line, kind, path, expected, number))
+def _trajectories(path: Path, run: Run) -> list[Trajectory]:
+    def read(line: bytes, number: int) -> Trajectory:
+        return decode_trajectory(unsealed(line, path, number), path, number)
 
-
-def _trajectories(path: Path) -> list[Trajectory]:
-    return read_lines(path, lambda line, number: decode_trajectory(unsealed(line, path, number), path, number))
+    return read_lines(path, read, finished=run.finished)

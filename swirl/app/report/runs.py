@@ -91,6 +91,10 @@ class Run:
     evaluated: dict[str, list[Trajectory]] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
 
+    @property
+    def finished(self) -> bool:
+        return self.summary is not None
+
 
 def read_run(path: Path, name: str = "") -> Run:
     """Raises InputError where the folder is no run's, or a file in it is not as a run of this version writes it."""
@@ -98,6 +102,7 @@ def read_run(path: Path, name: str = "") -> Run:
         raise InputError(path / CONFIG, "cannot be read: expected the folder of a run")
     summary = _one(path / SUMMARY, Summary, "the summary of a finished run")
     stopped = _one(path / STOPPED, _Stopped, "why a run stopped")
+    finished = summary is not None
     with folder_lock(path) as free:  # a run at work holds it
         at_work = not free
     return Run(
@@ -105,8 +110,8 @@ def read_run(path: Path, name: str = "") -> Run:
         name=name or path.resolve().name,
         config=read_object(path / CONFIG) if (path / CONFIG).is_file() else {},
         summary=summary,
-        updates=_lines(path / METRICS, Update, "the metrics of an update"),
-        validation=_lines(path / VALIDATION, Validation, "the scores of a validation"),
+        updates=records(path / METRICS, Update, "the metrics of an update", finished=finished),
+        validation=records(path / VALIDATION, Validation, "the scores of a validation", finished=finished),
         stopped=stopped and stopped.why,
         at_work=at_work,
     )
@@ -116,13 +121,14 @@ def _one(path: Path, kind: type, expected: str):
     return decode(path.read_bytes(), kind, path, expected) if path.is_file() else None
 
 
-def _lines(path: Path, kind: type, expected: str) -> list:
-    return read_lines(path, lambda line, number: decode(line, kind, path, expected, number))
+def records(path: Path, kind: type, expected: str, *, finished: bool) -> list:
+    """`read_lines` of objects that `decode` knows."""
+    return read_lines(path, lambda line, number: decode(line, kind, path, expected, number), finished=finished)
 
 
-def read_lines(path: Path, read: Callable[[bytes, int], Item]) -> list[Item]:
-    """What `read(line, number)` makes of each line; none where there is no such file. A run may be writing to it:
-    half a line at its end is not there yet. Raises InputError where `read` does, of any other line.
+def read_lines(path: Path, read: Callable[[bytes, int], Item], *, finished: bool) -> list[Item]:
+    """What `read(line, number)` makes of each line; none where there is no such file. Where the run is not `finished`
+    it may be writing: half a line at the end is not there yet. Raises InputError where `read` does, of any other line.
     """
     if not path.is_file():
         return []
@@ -133,7 +139,7 @@ def read_lines(path: Path, read: Callable[[bytes, int], Item]) -> list[Item]:
                 if line.strip():
                     made.append(read(line, number))
             except InputError:
-                if line.endswith(b"\n"):
+                if finished or line.endswith(b"\n"):
                     raise
     return made
 

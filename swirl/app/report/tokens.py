@@ -37,7 +37,7 @@ class Pieces:
             pieces = [self._piece_of(id) for id in ids]
             if "".join(pieces) != text:
                 pieces = self._by_prefixes(text, ids)
-            except ValueError:  # a negative id
+        except ValueError:  # a negative id
             return None
         return None if pieces is None else [len(piece.encode("utf-16-le", "surrogatepass")) // 2 for piece in pieces]
 
