@@ -201,6 +201,10 @@ class ComputeFlags:
     offload_optimizer: bool = False
     """The optimizer's state, and the float32 copies of bfloat16 weights, in the host's memory, where steps are then
     made: a GPU holds weights, gradients and activations alone. On a CPU it changes nothing."""
+    shard: Literal["auto", "none", "node", "all"] = "auto"
+    """How weights, gradients and optimizer state lie on the ranks of a job. none: whole on each. all: in shards over
+    all ranks (FSDP2). node: in shards over the ranks of a host, the same on every host (HSDP). auto: none on one rank,
+    with --lora, and for models of less than a billion weights; else node."""
     rank_timeout_s: float = 600.0
     """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
 

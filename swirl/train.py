@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import islice
 
 import msgspec
@@ -33,14 +33,14 @@ from swirl.app.resolve_tasks import require_named
 from swirl.app.run_folder import RunFolder, open_run, settings_of
 from swirl.app.run_records import EVALUATED, LOG_PROBS, SAMPLES, compared_answers, has_samples, sampled_groups
 from swirl.app.scores import Score, compared, validation_metrics
-from swirl.app.signals import deferred, exit_if_stopped, stop_on_signals
+from swirl.app.signals import deferred, exit_if_stopped, received, stop_on_signals
 from swirl.app.stages import Setup
 from swirl.app.tables import print_comparison
 from swirl.app.tracking import require_trackers
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
 from swirl.errors import ConfigError, EndpointUnusable, NothingToLearn, SwirlError
-from swirl.learning import distributed, gradient, usage
+from swirl.learning import distributed, gradient, sharding, usage
 from swirl.learning.batches import num_tokens, present, shuffled
 from swirl.learning.checkpoints import Snapshot, restore, snapshot_of
 from swirl.learning.metrics import log_line, loss_metrics, reward_metrics, why_idle
@@ -63,7 +63,7 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
     recorded actions are learned from, all at hand or streamed. `so_far` is the JSON that the run's checkpoints carry
     along, and where it goes on from one, that one's. Raises SwirlError; whatever stops it, the last update is saved.
     """
-    config, tokenizer, model = setup.config, setup.tokenizer, setup.policy.engine.model
+    config, tokenizer, model = setup.config, setup.tokenizer, setup.model
     optimizer = make_optimizer(
         model,
         learning_rate=config.learning_rate,
@@ -91,8 +91,11 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
         state["drawn"] = draws.state(update)
         return snapshot_of(model, optimizer, objective, tokenizer, update, state, copy=copy)
 
+    run.together = model.sharding is not None
     bar = progress("train", config.updates, completed=update, show=distributed.is_main())
-    with run.keeping_the_last_update(lambda: snapshot(copy=False) if update else None), bar as advance:
+    # ranks that hold parts of the weights must stop at the same place to save them: signals wait for an update's end
+    waiting = deferred() if run.together else nullcontext()
+    with run.keeping_the_last_update(lambda: snapshot(copy=False) if update else None), bar as advance, waiting:
         while True:
             last = update == config.updates
             if config.evaluate_every and (last or update % config.evaluate_every == 0):
@@ -102,7 +105,7 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
                 run.finish(lambda: snapshot(copy=False))
                 break
             run.save_if_due(update, snapshot)
-            exit_if_stopped()
+            exit_if_stopped(distributed.most(received()) if run.together else received())
             started = time.perf_counter()
 
             # Sample and reward: groups of attempts at the same thing, each with its reward; then what each is worth.
@@ -184,7 +187,7 @@ def compare_policies(setup: Setup, run: RunFolder) -> None:
     try:
         pairs = compared_answers(*map(read_trajectories, files.values()))
         base, _ = resolve.load_model(
-            config.model, device=setup.policy.engine.model.device, dtype=getattr(torch, config.dtype),
+            config.model, device=setup.model.device, dtype=getattr(torch, config.dtype),
             attention=config.attention,
         )  # fmt: skip
         of_base, of_trained = ([pair[i] for pair in pairs] for i in (0, 1))
@@ -214,6 +217,8 @@ def train(config: TrainConfig) -> dict | None:
         )
     if config.offload_optimizer and device.type == "cpu":
         command.warn("--offload-optimizer changes nothing on a CPU, whose memory is where it would go")
+    if config.shard in ("node", "all") and is_adapter(resolve.model_folder(config.model)):
+        raise ConfigError(f"--shard {config.shard}: --model {config.model} holds adapters; merge them (export) first")
     require_trackers(config.track)
     require_named(config.evaluate_on if config.data else (*config.task, *config.evaluate_on), config.tool)
     with (
@@ -222,8 +227,9 @@ def train(config: TrainConfig) -> dict | None:
         ExitStack() as closing,
     ):
         model, tokenizer = resolve.load_model(
-            config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention
-        )
+            config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention,
+            prepare=lambda model: sharding.shard_as_asked(model, "none" if config.lora else config.shard, device.type),
+        )  # fmt: skip
         model.activation_checkpointing = config.activation_checkpointing
         if config.lora:
             add_lora(model, LoRA(config.lora, config.lora_alpha), seed=config.seed)
@@ -243,9 +249,11 @@ def train(config: TrainConfig) -> dict | None:
         closing.callback(lambda: loop.run(client.close()))
         if distributed.is_main():
             ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+            ranks += f", weights in shards over {model.sharding.mesh.size(-1)}" if model.sharding else ""
             print(f"mode {config.mode}, reward {config.reward}, {device}{ranks}", file=sys.stderr)
         tasks = loop.run(stages.open_tasks(config, client))
-        setup = Setup(config, LocalPolicy(model, tokenizer, name=config.model), tokenizer, tasks)
+        policy = LocalPolicy(sharding.sampler_of(model), tokenizer, name=config.model)
+        setup = Setup(config, model, policy, tokenizer, tasks)
 
         so_far = distributed.from_main(run.resumed and run.resumed.state)
         if so_far is None:
@@ -269,7 +277,8 @@ def train(config: TrainConfig) -> dict | None:
         if config.lora:
             save_merged(setup, run)
         after = evaluate_and_write(setup, run, loop, "after")
-        compare_policies(setup, run)
+        with setup.sampling():
+            compare_policies(setup, run)
         trained_on = None if config.mode == "outcome-rl" else len(source)
         return _finish(config, run, before, after, history, started, trained_on) if distributed.is_main() else None
 

@@ -105,9 +105,10 @@ class Draws:
     def _draw(self, update: int) -> None:
         self._chosen[update] = self._choose(update)
         mine = distributed.my_share(self._chosen[update])  # whole trajectories, so that no trunk is prefilled twice
-        drawn, self._judging[update] = self._loop.run(
-            self._begin(mine, lambda state, g: draw(self._setup, state, update, g))
-        )
+        with self._setup.sampling():
+            drawn, self._judging[update] = self._loop.run(
+                self._begin(mine, lambda state, g: draw(self._setup, state, update, g))
+            )
         if self._setup.config.staleness:
             self._drawn[update] = distributed.gather_shares(self._by_trajectory(mine, drawn), list[Step])
 

@@ -57,11 +57,11 @@ def dtype_for(name: str, device: str):
     return getattr(torch, name)
 
 
-def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
+def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree", prepare=None):
     """(Gemma, Tokenizer) from a folder or `almanac`; a folder of adapters is merged into the model that it names.
 
-    Raises CheckpointError, also where model and tokenizer do not fit, and ConfigError where there is no such device, or
-    this `attention` cannot compute that model.
+    `prepare` is called with the model before its weights are read. Raises CheckpointError, also where model and
+    tokenizer do not fit, and ConfigError where there is no such device, or this `attention` cannot compute that model.
     """
     import torch
 
@@ -77,7 +77,9 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree"):
     adapter = folder if is_adapter(folder) else None
     folder = base_of(folder) if adapter else folder
     tokenizer = Tokenizer.from_pretrained(folder)
-    model = Gemma.from_pretrained(folder, dtype=dtype or torch.float32, device=device, attention=attention)
+    model = Gemma.from_pretrained(
+        folder, dtype=dtype or torch.float32, device=device, attention=attention, prepare=prepare
+    )
     check_tokenizer_fits(tokenizer, model.config.vocab_size, folder)
     if adapter:
         merge_lora(load_adapter(model, adapter)).requires_grad_(True)

@@ -37,14 +37,15 @@ from swirl.storage.lock import folder_lock
 
 LOGS = {"metrics.jsonl": "train", "validation.jsonl": "validation"}  # what trackers call them
 # Flags that change no weight: a run may go on with others. Of `model` and `data` the content counts, not the path.
-_FREE = {"out", "resume", "save_every", "save_minutes", "keep", "rank_timeout_s", "device", "model", "data", "smoke",
-         "evaluate_every", "track", "endpoint"}  # fmt: skip
+_FREE = {"out", "resume", "save_every", "save_minutes", "keep", "rank_timeout_s", "shard", "device", "model", "data",
+         "smoke", "evaluate_every", "track", "endpoint"}  # fmt: skip
 
 
 class RunFolder:
     """Where a run writes. On every rank but the main one its methods do nothing.
 
-    `resumed` is the checkpoint the run goes on from, None where it starts; on the main rank alone.
+    `resumed` is the checkpoint the run goes on from, None where it starts; on the main rank alone. Where `together`
+    holds weights are sharded: every rank calls all methods that take a snapshot, and takes part in it.
     """
 
     def __init__(self, config: TrainConfig, resumed: Checkpoint | None = None, track: Track | None = None):
@@ -54,6 +55,7 @@ class RunFolder:
         self._every, self._seconds = config.save_every, 60 * config.save_minutes
         self._saved_at = time.monotonic()
         self._writer = None
+        self.together = False
         if distributed.is_main():
             self._writer = CheckpointWriter(self.path, keep=config.keep, warn=command.warn)
             self._writer.last = resumed and resumed.folder.parent == self.path and resumed.update
@@ -89,22 +91,34 @@ class RunFolder:
 
     def save_if_due(self, update: int, snapshot: Callable[[], Snapshot]) -> None:
         """A checkpoint every so many updates and minutes, written while training goes on; a failure only warns."""
-        if not distributed.is_main() or self._writer.last == update:
-            return
-        late = self._seconds and time.monotonic() - self._saved_at >= self._seconds and not self._writer.busy
-        if late or (self._every and update and update % self._every == 0):
-            self._writer.save(snapshot)
+        due = self._is_due(update)
+        if distributed.from_main(due) if self.together else due:
+            if self.together:
+                try:
+                    self._save_together(snapshot())
+                except CheckpointError as error:
+                    command.warn(f"update {update} could not be saved ({error})")
+            else:
+                self._writer.save(snapshot)
             self._saved_at = time.monotonic()
+
+    def _is_due(self, update: int) -> bool:
+        if not distributed.is_main() or self._writer.last == update:
+            return False
+        late = self._seconds and time.monotonic() - self._saved_at >= self._seconds and not self._writer.busy
+        return bool(late or (self._every and update and update % self._every == 0))
 
     def finish(self, snapshot: Callable[[], Snapshot]) -> None:
         """The last checkpoint, and its model as the folder `checkpoint`, or its adapters as `adapter`; signals wait.
 
         Raises CheckpointError.
         """
-        if distributed.is_main():
-            with deferred():
-                taken = snapshot()
-                self._save_now(taken)
+        if not (distributed.is_main() or self.together):
+            return
+        with deferred():
+            taken = snapshot()
+            self._save_together(taken)
+            if distributed.is_main():
                 last = self.path / f"checkpoint-{self._writer.last}"
                 export_model(last, self.path / ("adapter" if taken.adapter else "checkpoint"), link=True)
 
@@ -126,15 +140,26 @@ class RunFolder:
         # An error is on its way already: what fails here only warns.
         what = "the weights of the last good update"
         try:
-            if not distributed.is_main() or (last := snapshot()) is None:
+            if not (distributed.is_main() or self.together) or (last := snapshot()) is None:
                 return
-            if all(weight.isfinite().all() for weight in last.weights.values()):
-                self._save_now(last)
+            if self.together and (distributed.lost_ranks() or not distributed.agreed("stopped after", last.update)):
+                return _say(f"{what} are not saved: the ranks that hold them did not stop at the same place")
+            if not last.is_finite():
+                return _say(f"{what} are not saved: some are NaN or infinite")
+            self._save_together(last)
+            if distributed.is_main():
                 print(f"{what}: {self.path / f'checkpoint-{last.update}'}", file=sys.stderr)
-            else:
-                command.warn(f"{what} are not saved: some are NaN or infinite")
         except Exception as error:
-            command.warn(f"{what} could not be saved ({error})")
+            _say(f"{what} could not be saved ({error})")
+
+    def _save_together(self, snapshot: Snapshot) -> None:
+        """On the main rank; of sharded weights on every rank, each giving its part."""
+        try:
+            if distributed.is_main():
+                self._save_now(snapshot)
+        finally:
+            if snapshot.gathers is not None:
+                snapshot.gathers.finish()
 
     def _save_now(self, snapshot: Snapshot) -> None:
         self._writer.wait()
@@ -146,6 +171,11 @@ class RunFolder:
                 raise CheckpointError(folder, f"cannot be written ({error})") from None
             self._writer.last = snapshot.update
             self._writer.prune()
+
+
+def _say(warning: str) -> None:
+    if distributed.is_main():
+        command.warn(warning)
 
 
 def _cut_samples(path: Path, update: int) -> None:

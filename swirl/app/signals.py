@@ -39,7 +39,7 @@ def _stop(number: int, frame) -> None:
     if not _State.saving:
         _end_at_once()
     if first:
-        _raise()
+        _raise(number)
 
 
 def _end_at_once() -> None:
@@ -47,16 +47,21 @@ def _end_at_once() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _raise() -> None:
-    if _State.received == signal.SIGINT:
+def _raise(number: int) -> None:
+    if number == signal.SIGINT:
         raise KeyboardInterrupt
-    sys.exit(128 + _State.received)
+    sys.exit(128 + number)
 
 
-def exit_if_stopped() -> None:
-    """Raises what a signal should have: raised in a finalizer, it would have been swallowed."""
-    if _State.received is not None:
-        _raise()
+def received() -> int:
+    """The number of the first signal that came; 0 where none has."""
+    return _State.received or 0
+
+
+def exit_if_stopped(number: int | None = None) -> None:
+    """Raises what a signal should have: one that was deferred, or swallowed in a finalizer, or came to another rank."""
+    if number := received() if number is None else number:
+        _raise(number)
 
 
 @contextmanager
@@ -69,7 +74,7 @@ def deferred() -> Iterator[None]:
     finally:
         _State.deferring -= 1
     if _State.received != before and not _State.deferring:
-        _raise()
+        _raise(_State.received)
 
 
 @contextmanager

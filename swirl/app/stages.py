@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,8 @@ from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
 from swirl.errors import InputError, NothingToLearn
 from swirl.judging.filtering import Judges, filter_in_memory
-from swirl.learning import distributed
+from swirl.learning import distributed, sharding
+from swirl.model.gemma import Gemma
 from swirl.rollout.rollout import RolloutSpec, Unanswered, collect, draw_seed
 from swirl.rollout.task import Task
 from swirl.sampling.local_policy import LocalPolicy
@@ -35,12 +37,20 @@ from swirl.trajectories.record import Question, Trajectory
 
 @dataclass(frozen=True)
 class Setup:
-    """The policy that is trained, and the tasks it is trained and evaluated on, by name."""
+    """The model that is trained, the policy that samples from it, and the tasks that both are for, by name."""
 
     config: TrainConfig
+    model: Gemma
     policy: LocalPolicy
     tokenizer: object
     tasks: dict[str, Task]
+
+    def sampling(self) -> AbstractContextManager:
+        """In the body the policy has the model's weights as they are, gathered where they are sharded; all ranks meet
+        here.
+        """
+        engine = self.policy.engine
+        return sharding.gathered(self.model, engine.model, changed=lambda: engine.forget())
 
     def rollouts(self, name: str, *, max_steps: int, temperature: float, seed: int) -> RolloutSpec:
         """How the policy plays the task of that name."""
@@ -114,7 +124,7 @@ async def evaluate(
     asked = {name: setup.tasks[name].take(split, setup.config.evaluate_num_questions) for name in names}
     total = sum(len(distributed.my_share(questions)) for questions in asked.values())
     scores, answers = [], []
-    with progress(description, total, show=distributed.is_main()) as advance:
+    with setup.sampling(), progress(description, total, show=distributed.is_main()) as advance:
         for name, questions in asked.items():
             task = setup.tasks[name]
             spec = setup.rollouts(name, max_steps=evaluation_steps(task), temperature=0.0, seed=setup.config.seed)
@@ -136,7 +146,7 @@ async def generate(setup: Setup) -> list[Trajectory]:
         )
         questions = task.take("train", config.num_questions)
         asked = distributed.my_share([(question, sample) for question in questions for sample in range(config.samples)])
-        with progress(f"generate {name}", len(asked), show=distributed.is_main()) as advance:
+        with setup.sampling(), progress(f"generate {name}", len(asked), show=distributed.is_main()) as advance:
             mine = await collect(asked, spec, advance=advance)
         made += _gathered(mine)
     unanswered = [one.reason for one in made if isinstance(one, Unanswered)]
@@ -213,7 +223,8 @@ async def play(
         return await collect([(question, sample) for of, question, sample in mine if of == name], spec)
 
     names = list(dict.fromkeys(name for name, _, _ in mine))
-    by_task = dict(zip(names, map(iter, await asyncio.gather(*map(play_task, names))), strict=True))
+    with setup.sampling():
+        by_task = dict(zip(names, map(iter, await asyncio.gather(*map(play_task, names))), strict=True))
     made = _gathered([next(by_task[name]) for name, _, _ in mine])
     return [made[i : i + G] for i in range(0, len(made), G)]
 

@@ -18,21 +18,20 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from swirl.errors import CheckpointError
-from swirl.learning import distributed
+from swirl.learning import distributed, sharding
 from swirl.learning.objective import Objective
 from swirl.learning.optimizer import Optimizer
 from swirl.model import checkpoint as model_folder
 from swirl.model import lora
+from swirl.model.tensor_file import Deferred, own_rows, read_tensors, write_tensors
 from swirl.storage.digest import (
     MANIFEST,
     DigestError,
@@ -49,7 +48,7 @@ TENSORS, STATE = "training.safetensors", "training.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FORMAT = 1
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor | Deferred]
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Snapshot:
 
     `config`, `tokenizer` and `origin` go with `weights` into the Hugging Face folder; `training` are the tensors and
     `state` the JSON of all else. With `adapter`, an adapter_config.json, `weights` are those of adapters alone.
+    Of sharded weights it is no copy: it is good for as long as nothing trains on, and all ranks take part in `gathers`.
     """
 
     update: int
@@ -68,6 +68,13 @@ class Snapshot:
     state: dict
     origin: model_folder.Origin | None = None
     adapter: dict | None = None
+    gathers: sharding.Gathers | None = None
+
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite; of sharded ones every rank looks at its own."""
+        if self.gathers is not None:
+            return distributed.most(int(not self.gathers.is_finite())) == 0
+        return all(bool(weight.isfinite().all()) for weight in self.weights.values())
 
 
 def copied(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -85,12 +92,21 @@ def snapshot_of(
     model, optimizer: Optimizer, objective: Objective, tokenizer, update: int, state: dict, *, copy: bool = True
 ) -> Snapshot:
     """What a run is after `update`; without `copy` it is good for as long as nothing trains on."""
-    take = copied if copy else dict
+    gathers = sharding.Gathers() if model.sharding else None
+
+    def take(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
+        if gathers is not None:
+            return {name: gathers.add(tensor, dtype or tensor.dtype) for name, tensor in tensors.items()}
+        return copied(tensors) if copy else tensors
+
     config = model.config.to_json(model.dtype, model.origin and model.origin.config)
-    weights = take(lora.adapter_weights(model) if model.lora else model.state_dict())
-    training = take({**optimizer.state_tensors(), **objective.state_tensors()})
+    weights = take(lora.adapter_weights(model) if model.lora else model.state_dict(), model.dtype)
+    training = {**optimizer.state_tensors(), **objective.state_tensors()}
+    if model.sharding and model.dtype.itemsize < 4:  # shards are the float32 copies themselves
+        training |= {f"{number}.copy": weight for number, weight in optimizer.weights_by_number().items()}
+    training = take(training)
     adapter = lora.adapter_config(model) if model.lora else None
-    return Snapshot(update, weights, config, tokenizer, training, state, model.origin, adapter)
+    return Snapshot(update, weights, config, tokenizer, training, state, model.origin, adapter, gathers)
 
 
 def restore(checkpoint: Checkpoint | None, model: torch.nn.Module, optimizer: Optimizer, objective: Objective) -> None:
@@ -99,18 +115,36 @@ def restore(checkpoint: Checkpoint | None, model: torch.nn.Module, optimizer: Op
     Raises CheckpointError.
     """
     weights = distributed.tensors_from_main(checkpoint and checkpoint.weights())
-    training = distributed.tensors_from_main(checkpoint and checkpoint.training())
     try:
         if model.lora:
-            lora.load_adapter_weights(model, weights)
+            lora.load_adapter_weights(model, dict(weights))
         else:
-            model.load_state_dict(weights)
+            _load_weights(model, weights)
+        owners = {**optimizer.weights_by_number(), **{f"proximal.{name}": p for name, p in model.named_parameters()}}
+        training = {}
+        for name, tensor in distributed.tensors_from_main(checkpoint and checkpoint.training()):
+            owner = owners.get(name, owners.get(name.partition(".")[0]))
+            training[name] = tensor if owner is None else sharding.sharded_like(tensor, owner)
         objective.load_state_tensors(training, model)
         optimizer.load_state_tensors(
             {name: training[name] for name in training if name not in objective.state_tensors()}
         )
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(checkpoint.folder if checkpoint else ".", f"is of another model ({error})") from None
+
+
+@torch.no_grad()
+def _load_weights(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises ValueError where they are not those of the model."""
+    left = dict(model.named_parameters())
+    for name, tensor in weights:
+        weight = left.pop(name, None)
+        if weight is None or weight.shape != tensor.shape:
+            raise ValueError(f"expected no tensor '{name}' of shape {tuple(tensor.shape)}")
+        rows, first = own_rows(weight)
+        rows.copy_(tensor[first : first + len(rows)])
+    if left:
+        raise ValueError(f"expected a tensor '{next(iter(left))}'")
 
 
 @dataclass(frozen=True)
@@ -121,22 +155,15 @@ class Checkpoint:
     update: int
     state: dict
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """By the model's names, or of adapters by PEFT's. Raises CheckpointError."""
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) one at a time, by the model's names, or of adapters by PEFT's. Raises CheckpointError."""
         if lora.is_adapter(self.folder):
-            return lora.read_adapter(self.folder)[1]
+            return iter(lora.read_adapter(self.folder)[1].items())
         return model_folder.read_weights(self.folder)
 
-    def training(self) -> dict[str, torch.Tensor]:
-        """The tensors beside the weights. Raises CheckpointError."""
-        return _load(self.folder / TENSORS)
-
-
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(path, f"cannot be read ({error})") from None
+    def training(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of those beside the weights, one at a time. Raises CheckpointError."""
+        return read_tensors(self.folder / TENSORS)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -239,8 +266,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
             model_folder.write(aside, snapshot.weights, snapshot.config, snapshot.tokenizer, snapshot.origin)
         else:
             lora.write_adapter(aside, snapshot.weights, snapshot.adapter)
-        save_file(dict(snapshot.training), aside / TENSORS)
-        (aside / TENSORS).chmod(0o644)  # safetensors leaves it readable by its owner alone
+        write_tensors(aside / TENSORS, snapshot.training)
         (aside / STATE).write_bytes(seal(json.dumps(state).encode() + b"\n"))
         write_manifest(aside, digests_of(aside.iterdir()))
         sync_files(aside)

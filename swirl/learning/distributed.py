@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
@@ -22,7 +22,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from swirl.errors import NonFiniteError, RankError
+from swirl.errors import NonFiniteError, RankError, SwirlError
 
 Item = TypeVar("Item")
 _DEATH_S = 2.0
@@ -92,22 +92,34 @@ def _process_state(process: int) -> str:
         return "" if Path("/proc/self/stat").exists() else "?"
 
 
+@contextmanager
+def meeting(*, only: bool = False) -> Iterator[None]:
+    """In the body ranks meet, and with `only` nothing else happens there. Where one is lost or waits too long RankError
+    is raised: its line is one rank's to print. Other errors are raised as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_theirs = only or any(name in str(error).lower() for name in ("gloo", "nccl", "timed out"))
+        if not is_theirs or isinstance(error, SwirlError):
+            raise
+        end = time.monotonic() + _DEATH_S
+        while not (lost := lost_ranks()) and time.monotonic() < end:
+            time.sleep(0.02)  # its connections close before it counts as dead
+        lowest = min(number for number in range(world_size()) if not any(f"rank {number} " in one for one in lost))
+        if rank() != lowest:
+            sys.exit(1)
+        why = ", ".join(lost) or f"none on this host is lost: {str(error).splitlines()[0]}"
+        raise RankError(f"the ranks lost one another: {why}") from None
+
+
 def _collective(function: Callable) -> Callable:
-    """All ranks take part. Where one is lost or waits too long RankError is raised: its line is one rank's to print."""
+    """All ranks take part: `meeting`."""
 
     @wraps(function)
     def met(*args, **kwargs):
-        try:
+        with meeting(only=True):
             return function(*args, **kwargs)
-        except RuntimeError as error:
-            end = time.monotonic() + _DEATH_S
-            while not (lost := lost_ranks()) and time.monotonic() < end:
-                time.sleep(0.02)  # its connections close before it counts as dead
-            lowest = min(number for number in range(world_size()) if not any(f"rank {number} " in one for one in lost))
-            if rank() != lowest:
-                sys.exit(1)
-            why = ", ".join(lost) or f"none on this host is lost: {str(error).splitlines()[0]}"
-            raise RankError(f"the ranks lost one another: {why}") from None
 
     return met
 
@@ -200,18 +212,22 @@ def _broadcast(tensor: torch.Tensor) -> None:
     dist.broadcast(tensor, src=0)
 
 
-def tensors_from_main(tensors: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """The main rank's tensors by name, on every rank, on the CPU; the others' argument is not looked at."""
+def tensors_from_main(tensors: Iterable[tuple[str, torch.Tensor]] | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The main rank's (name, tensor), on every rank, one at a time; the others' argument is not looked at."""
     if world_size() == 1:
-        return dict(tensors)
-    shapes = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in (tensors or {}).items()}
-    received = {}
-    for name, (shape, dtype) in from_main(shapes, dict[str, tuple[list[int], str]]).items():
-        tensor = tensors[name] if is_main() else torch.empty(shape, dtype=getattr(torch, dtype))
-        travelling = tensor.to(_device()).contiguous()
+        yield from tensors
+        return
+    coming = iter(tensors or ())
+    while True:
+        name, tensor = next(coming, (None, None)) if is_main() else (None, None)
+        known = None if name is None else (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        if (known := from_main(known, tuple[str, list[int], str] | None)) is None:
+            return
+        name, shape, dtype = known
+        travelling = torch.empty(shape, dtype=getattr(torch, dtype)) if tensor is None else tensor
+        travelling = travelling.to(_device()).contiguous()
         _broadcast(travelling)
-        received[name] = travelling.cpu()
-    return received
+        yield name, travelling
 
 
 @_collective
@@ -236,9 +252,10 @@ def most(count: int) -> int:
 def sum_gradients(model: torch.nn.Module) -> None:
     """Sum gradients over ranks in one flat float32 buffer, so that every rank steps alike; absent ones count as zero.
 
-    A gradient stays in the dtype that the weight's are summed in (`grad_dtype`), float32 for bfloat16 weights.
+    A gradient stays in the dtype that the weight's are summed in (`grad_dtype`), float32 for bfloat16 weights. Those of
+    sharded weights have been summed by the backward passes.
     """
-    if world_size() == 1:
+    if world_size() == 1 or model.sharding is not None:
         return
     weights = [p for p in model.parameters() if p.requires_grad]
     wide = torch.promote_types(weights[0].dtype, torch.float32)
@@ -246,6 +263,21 @@ def sum_gradients(model: torch.nn.Module) -> None:
     _sum(flat)
     for weight, grad in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
         weight.grad = grad.view_as(weight).to(weight.grad_dtype)
+
+
+def agreed(topic: str, value: object, *, within_s: float = 10.0) -> bool:
+    """Whether every rank says the same of `topic`, so far said by none; by the store that they joined by, so that no
+    rank is waited for in vain that does not come here at all.
+    """
+    if world_size() == 1:
+        return True
+    store, keys = dist.distributed_c10d._get_default_store(), [f"{topic}/{r}" for r in range(world_size())]
+    try:
+        store.set(keys[rank()], str(value))
+        store.wait(keys, timedelta(seconds=within_s))
+        return {store.get(key) for key in keys} == {str(value).encode()}
+    except RuntimeError:  # they did not all come, or the store is gone with its rank
+        return False
 
 
 def require_finite(what: str, value: float) -> None:

@@ -25,7 +25,6 @@ The paper reports none of clip, baseline or beta: their values are ours.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 
 from swirl.kernels.linear_kl import linear_kl
+from swirl.learning import sharding
 from swirl.learning.batches import SubTrajectory, behaviour_log_probs, token_advantages
 from swirl.model.lora import adapters_off
 from swirl.tree.batch import PackedBatch
@@ -93,7 +93,7 @@ class Objective:
         self.proximal_every = config.proximal_every
         self.on_policy = config.mode in ("sampled", "outcome-rl")
         self.temperature = config.temperature if self.on_policy else 1.0
-        self.reference = (model if model.lora else _frozen(model)) if config.kl_coefficient else None
+        self.reference = (model if model.lora else sharding.frozen_copy(model)) if config.kl_coefficient else None
         self._trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
         self.proximal: torch.nn.Module | None = None
         has_ratio = self.on_policy or self.proximal_every
@@ -104,7 +104,12 @@ class Objective:
     def refresh(self, model: torch.nn.Module, update: int) -> None:
         """To be called before each update, counted from 0: renews the proximal policy where it is due."""
         if self.proximal_every and update % self.proximal_every == 0:
-            self.proximal = _frozen(model)
+            self.proximal = sharding.frozen_copy(model)
+
+    def free(self) -> None:
+        """Drop what passes of sharded policies have gathered."""
+        sharding.free(self.reference)
+        sharding.free(self.proximal)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The proximal policy's trained weights, where there is one. The reference is the model the run began with."""
@@ -115,7 +120,7 @@ class Objective:
         """The inverse of `state_tensors`, from among `tensors`; `model` is of the same shape. Raises ValueError."""
         weights = {name.removeprefix("proximal."): tensors[name] for name in tensors if name.startswith("proximal.")}
         if weights:
-            self.proximal = _frozen(model)
+            self.proximal = sharding.frozen_copy(model)
             if weights.keys() != set(self._trained):
                 raise ValueError("expected a proximal policy of the same trained weights")
             self.proximal.load_state_dict(weights, strict=False)
@@ -167,12 +172,6 @@ class Objective:
         hidden, softcap = model.at_temperature(hidden, self.temperature)
         weight, reference_weight = (m.model.embed_tokens.weight for m in (model, self.reference))
         return linear_kl(hidden, weight, reference_hidden, reference_weight, softcap=softcap)
-
-
-def _frozen(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy that nothing trains; weights that `model` does not train either are the same tensors in both."""
-    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-    return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
 def policy_loss(

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from swirl.errors import ConfigError
+from swirl.learning import sharding
 
 
 class Optimizer:
@@ -67,6 +68,10 @@ class Optimizer:
         for weight in self._weights:
             weight.grad = None if set_to_none or weight.grad is None else weight.grad.zero_()
 
+    def weights_by_number(self) -> dict[str, torch.Tensor]:
+        """The weights by the number that `state_tensors` gives them."""
+        return {str(number): weight for number, weight in enumerate(self._weights)}
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """All that the next step needs besides the weights: state such as moments by `N.name`, copies by `N.copy`."""
         copies = {id(weight): copy for weight, copy in self._copies}
@@ -90,10 +95,12 @@ class Optimizer:
             stepped = weight if copy is None else copy
             mine = {name.partition(".")[2]: value.to(stepped.device) for name, value in mine.items()}
             shapes = {tuple(value.shape) for value in mine.values() if value.ndim}
-            if (copy is not None) != ("copy" in mine) or (shapes and tuple(weight.shape) not in shapes):
+            is_shard = sharding.is_sharded(weight)  # float32 itself, also where passes compute in a narrower dtype
+            expects_copy = "copy" in mine if is_shard else copy is not None
+            if expects_copy != ("copy" in mine) or (shapes and tuple(weight.shape) not in shapes):
                 raise ValueError(f"expected the optimizer state of weight {number}, of shape {tuple(weight.shape)}")
-            if copy is not None:
-                copy.copy_(mine.pop("copy"))
+            if "copy" in mine:
+                (weight if is_shard else copy).copy_(mine.pop("copy"))
             # bitsandbytes counts its steps in an int
             counts = {name: int(value) for name, value in mine.items() if value.dtype == torch.int64 and not value.ndim}
             self._torch.state[stepped] = mine | counts
@@ -117,7 +124,7 @@ def make_optimizer(
 
     adamw-8bit keeps its moments in 8 bits each, but those of weights of fewer than 4,096 elements. `offload` keeps
     moments and float32 copies of the weights on the host, where the steps are then made; on a CPU it changes nothing.
-    Raises ConfigError where bitsandbytes is not installed, or the weights are sharded, which it cannot step on.
+    Raises ConfigError where bitsandbytes is not installed, or weights are sharded, which neither takes.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -126,11 +133,13 @@ def make_optimizer(
     ]
     settings = {"lr": learning_rate, "betas": (0.9, 0.95), "eps": 1e-8}
     make = partial(torch.optim.AdamW, fused=True, **settings)
+    sharded, on_gpu = any(map(sharding.is_sharded, weights)), any(weight.is_cuda for weight in weights)
+    if sharded and offload and on_gpu:
+        raise ConfigError("--offload-optimizer: moves whole weights alone; shards need it less: leave it out")
     if kind == "adamw-8bit":
-        if any(hasattr(weight, "device_mesh") for weight in weights):
+        if sharded:
             raise ConfigError("--optimizer adamw-8bit: steps on whole weights alone; take adamw with sharded ones")
         make = partial(_adamw_8bit(), **settings)
-    on_gpu = any(weight.is_cuda for weight in weights)
     return Optimizer(make, groups, copies_on=torch.device("cpu") if offload and on_gpu else None)
 
 
@@ -172,4 +181,5 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 
 def clip_grad_norm(model: torch.nn.Module, limit: float) -> torch.Tensor:
     """Scale gradients in place to a global L2 norm of at most `limit`; returns the norm before, a scalar."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return sharding.whole(norm)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from swirl.errors import CheckpointError, ConfigError
 from swirl.model.config import GemmaConfig
+from swirl.model.tensor_file import Deferred, open_tensors, own_rows, pieces_of, read_tensor, write_tensors
 from swirl.model.tokenizer import FILES as TOKENIZER_FILES
 from swirl.storage.digest import DigestError, check_digests, digests_of, write_manifest
 from swirl.storage.files import sync_files, sync_folder
@@ -97,15 +97,6 @@ def check_tokenizer_fits(tokenizer, vocab_size: int, path: str | os.PathLike) ->
         )
 
 
-def _open(file):
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(file, "no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(file, f"truncated, or not a safetensors file ({error})") from None
-
-
 def _files_of_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it, by the headers of the files themselves."""
     if (folder / INDEX).is_file():
@@ -127,21 +118,17 @@ def _files_of_tensors(folder: Path) -> dict[str, Path]:
             raise CheckpointError(file, "expected a file" if file.exists() else "no such file")
     require_digests(folder, *(file.name for file in files))
     for file in files:
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             where.update(dict.fromkeys(tensors.keys(), file))
     return where
 
 
 def load_weights(
-    module: torch.nn.Module,
-    folder: str | os.PathLike,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    tied: dict[str, str],
+    module: torch.nn.Module, folder: str | os.PathLike, *, device: str | torch.device, tied: dict[str, str]
 ) -> tuple[str, tuple[str, ...]]:
-    """Give `module`, built on the meta device, the weights of a folder, one tensor at a time.
+    """Give `module`, built on the meta device, the weights of a folder, in the dtypes of its parameters.
 
+    Of a sharded module each rank reads its own rows alone. Beside the module no more than PIECE_BYTES are held.
     `tied` maps names that some writers repeat to the parameter they must equal. Returns the prefix that stands for
     `model.` in the folder, and the names of the vision tower's tensors, which are not read.
     Raises CheckpointError naming the file: missing, truncated, or a tensor missing, unknown or misshaped.
@@ -150,44 +137,42 @@ def load_weights(
     files = _files_of_tensors(folder)
     prefix, theirs, others = _names(files)
     where = {name: files[their_name] for name, their_name in theirs.items()}
-    expected = {name: parameter.shape for name, parameter in module.state_dict().items()}
+    expected = dict(module.named_parameters())
     missing = [name for name in expected if name not in where]
     unknown = [name for name in where if name not in expected and name not in tied]
     for names, what in ((missing, "is missing"), (unknown, "is not part of this model")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise CheckpointError(where.get(names[0], folder), f"tensor '{names[0]}'{more} {what}")
-    state = {}
     for file in sorted(set(where.values())):
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in sorted(name for name in where if where[name] == file):
-                shape = expected[tied.get(name, name)]
-                got = tuple(tensors.get_slice(theirs[name]).get_shape())
-                if got != tuple(shape):
-                    raise CheckpointError(file, f"tensor '{name}': expected shape {tuple(shape)}, got {got}")
-                tensor = tensors.get_tensor(theirs[name])
-                if not tensor.is_floating_point():
-                    raise CheckpointError(file, f"tensor '{name}': expected floats, got {tensor.dtype}")
-                # A copy, so that no parameter stays a window onto a file that may change.
-                state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+                rows, shape = tensors.get_slice(theirs[name]), tuple(expected[tied.get(name, name)].shape)
+                if tuple(rows.get_shape()) != shape:
+                    got = tuple(rows.get_shape())
+                    raise CheckpointError(file, f"tensor '{name}': expected shape {shape}, got {got}")
+                if not (dtype := rows[:0].dtype).is_floating_point:
+                    raise CheckpointError(file, f"tensor '{name}': expected floats, got {dtype}")
+    module.to_empty(device=device)
+    own = {name: own_rows(parameter) for name, parameter in module.named_parameters()}
+    for name in sorted(expected, key=lambda name: (where[name], name)):
+        for rows, piece in pieces_of(where[name], theirs[name], *own[name]):
+            rows.copy_(piece)
     for name, same in tied.items():
-        if name in state and not torch.equal(state.pop(name), state[same]):
-            raise CheckpointError(
-                where[name], f"tensor '{name}' differs from '{same}': an untied head is not supported"
-            )
-    module.load_state_dict(state, assign=True)
+        if name in where:
+            pieces = pieces_of(where[name], theirs[name], *own[same])
+            if not all(torch.equal(rows, piece.to(rows)) for rows, piece in pieces):
+                raise CheckpointError(
+                    where[name], f"tensor '{name}' differs from '{same}': an untied head is not supported"
+                )
     return prefix, others
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The text model's tensors of a folder as they are, by the model's names. Raises CheckpointError."""
+def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The text model's tensors of a folder as they are, by the model's names, one at a time. Raises CheckpointError."""
     files = _files_of_tensors(folder)
-    _, theirs, _ = _names(files)
-    state = {}
-    for file in sorted(set(files.values())):
-        with _open(file) as tensors:
-            state |= {name: tensors.get_tensor(their) for name, their in theirs.items() if files[their] == file}
-    return state
+    for name, their_name in _names(files)[1].items():
+        yield name, read_tensor(files[their_name], their_name)
 
 
 def _names(files: Mapping[str, Path]) -> tuple[str, dict[str, str], tuple[str, ...]]:
@@ -272,9 +257,16 @@ def _keep_other_files(old: Path, new: Path) -> None:
 
 
 def write(
-    folder: Path, state: Mapping[str, torch.Tensor], config: dict, tokenizer=None, origin: Origin | None = None
+    folder: Path,
+    state: Mapping[str, torch.Tensor | Deferred],
+    config: dict,
+    tokenizer=None,
+    origin: Origin | None = None,
 ) -> None:
-    """The files of a model folder into an empty one, without digests or fsync. Raises OSError, SafetensorError."""
+    """The files of a model folder into an empty one, without digests or fsync; tensors are written in their order.
+
+    Raises OSError, SafetensorError.
+    """
     text = config.get("text_config", config)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -290,11 +282,9 @@ def write(
     names = names or [f"model-{i:05}-of-{num_shards:05}.safetensors" for i in range(1, num_shards + 1)]
     total, weight_map = 0, {}
     for name, shard in zip(names, chain(shards, map(_read, others.items())), strict=True):
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors leaves it readable by its owner alone
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
+        write_tensors(folder / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+        total += sum(tensor.nbytes for tensor in shard.values())
     if num_shards > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if others:
@@ -326,12 +316,11 @@ def _shards(state) -> list[list[str]]:
     """Names in order, cut where the next tensor would pass SHARD_BYTES."""
     shards, size = [[]], 0
     for name, tensor in state.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + bytes_ > SHARD_BYTES:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += bytes_
+        size += tensor.nbytes
     return shards
 
 
@@ -348,7 +337,7 @@ def _others(origin: Origin) -> dict[Path, list[str]]:
 
 def _read(entry: tuple[Path, list[str]]) -> dict[str, torch.Tensor]:
     file, names = entry
-    with _open(file) as tensors:
+    with open_tensors(file) as tensors:
         return {name: tensors.get_tensor(name) for name in names}
 
 

@@ -12,6 +12,7 @@ Source: Gemma 2 (arXiv:2408.00118), Gemma 3 (arXiv:2503.19786); numerics as in g
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -194,6 +195,7 @@ class Gemma(nn.Module):
         self.attention = "tree"
         self.origin: checkpoint.Origin | None = None  # the folder it was read from
         self.lora: LoRA | None = None  # the shape of its adapters (swirl.model.lora)
+        self.sharding = None  # swirl.learning.sharding.Sharding, where its weights lie in shards over ranks
         self.model = Decoder(config)
 
     def use_attention(self, backend: str) -> Gemma:
@@ -225,8 +227,10 @@ class Gemma(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and of what is computed between layers; log-probs are float32 whatever it is."""
-        return self.model.embed_tokens.weight.dtype
+        """Of what is computed between layers, and of the weights, but that shards are wider; log-probs are float32 at
+        least.
+        """
+        return self.sharding.dtype if self.sharding else self.model.embed_tokens.weight.dtype
 
     def hidden(
         self,
@@ -307,9 +311,11 @@ class Gemma(nn.Module):
         *,
         activation_checkpointing: ActivationCheckpointing = "none",
         attention: str = "tree",
+        prepare: Callable[[Gemma], object] | None = None,
     ) -> Gemma:
         """Read a Hugging Face folder (config.json, safetensors), never holding the weights twice.
 
+        `prepare` is called with the model while it is on the meta device: to shard it, say, before weights are read.
         Of a Gemma 3 that sees, the text model alone; `save_pretrained` copies the rest from the folder it came from.
         Raises CheckpointError where the folder is missing, truncated, or holds another architecture, and ConfigError,
         before any weight is read, where `attention` cannot compute it (`use_attention`).
@@ -319,9 +325,10 @@ class Gemma(nn.Module):
         with torch.device("meta"):
             model = cls(config, activation_checkpointing=activation_checkpointing)
         model.attention = attention
-        prefix, others = checkpoint.load_weights(
-            model, path, dtype=dtype, device=device, tied={"lm_head.weight": EMBEDDING}
-        )
+        model.to(dtype)
+        if prepare is not None:
+            prepare(model)
+        prefix, others = checkpoint.load_weights(model, path, device=device, tied={"lm_head.weight": EMBEDDING})
         generation = os.path.join(path, "generation_config.json")
         generation = checkpoint.read_json(generation) if os.path.isfile(generation) else {}
         model.origin = checkpoint.Origin(Path(path).resolve(), content, prefix, others, generation)

@@ -107,6 +107,7 @@ class Engine:
         """Drop the keys of finished sequences: the weights are others now. Nothing may be in flight."""
         with self._at_work:
             self._weights = ()
+            self._cache.clear()
 
     def sample(
         self,

@@ -49,7 +49,7 @@ def setup():
     fitting = Fitting(None, config, model.config, tokenizer)
     trajectories = [fitting(place, trajectory) for place, trajectory in enumerate(told(6))]
     policy = LocalPolicy(model, tokenizer)
-    return Setup(config, policy, tokenizer, {}), trajectories
+    return Setup(config, policy.engine.model, policy, tokenizer, {}), trajectories
 
 
 def test_an_action_is_judged_the_moment_it_ends_and_drawn_as_if_alone(setup):

@@ -246,7 +246,7 @@ def drill_signals(folder: Path, config: TrainConfig, count: int, rng: random.Ran
 def drill_flips(run: Path, count: int, rng: random.Random) -> Row:
     """Flips and cuts of any file of the newest of two checkpoints, each undone before the next."""
     newest = newest_checkpoint(run, print)
-    wanted, failures, told = newest.weights(), [], 0
+    wanted, failures, told = dict(newest.weights()), [], 0
     paths = sorted(newest.folder.iterdir())
     for number in range(count):
         path = rng.choice(paths)
@@ -259,7 +259,7 @@ def drill_flips(run: Path, count: int, rng: random.Random) -> Row:
             found = newest_checkpoint(run, said.append)
             if found is None or (found.update == newest.update) == bool(said):
                 failures.append(f"{path.name}: {said}")
-            elif not said and not all(torch.equal(a, wanted[name]) for name, a in found.weights().items()):
+            elif not said and not all(torch.equal(a, wanted[name]) for name, a in found.weights()):
                 failures.append(f"{path.name}: changed unseen at {at}")
             told += bool(said)
         except Exception as error:

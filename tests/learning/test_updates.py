@@ -57,7 +57,7 @@ def learn(model, updates, tmp_path, **changes):
     config = sized(TrainConfig(out=tmp_path, **settings | changes), 0)
     source = [trajectory for of_update in updates for trajectory in of_update]
     bounds = np.cumsum([0, *map(len, updates)])
-    setup = Setup(config, SimpleNamespace(engine=SimpleNamespace(model=model)), None, {})
+    setup = Setup(config, model, SimpleNamespace(engine=SimpleNamespace(model=model)), None, {})
     tmp_path.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
         patch.setattr(train, "shuffled", lambda *_: (range(a, b) for a, b in zip(bounds, bounds[1:])))

@@ -251,7 +251,7 @@ def test_a_save_that_fails_leaves_the_old_folder(folder, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint, "write_tensors", full_disk)
     with pytest.raises(CheckpointError, match="cannot be written .*No space left"):
         gemma(1).save_pretrained(folder)
     assert same(Gemma.from_pretrained(folder), gemma(0)) and os.listdir(folder.parent) == ["model"]
