@@ -8,5 +8,5 @@ set -euo pipefail
 : "${MODEL:=google/gemma-2-9b-it}" "${DATA:=kept.jsonl}" "${REWARD:=recorded}" "${UPDATES:=500}" "${OUT:=run}"
 : "${TORCHRUN:=torchrun --nnodes $NODES --nproc-per-node $GPUS --rdzv-backend c10d --rdzv-id $ID --rdzv-endpoint $HEAD:$PORT}"
 
-$TORCHRUN -m swirl.train --packed --model "$MODEL" --data "$DATA" --reward "$REWARD" --updates "$UPDATES" \
+exec $TORCHRUN -m swirl.train --packed --model "$MODEL" --data "$DATA" --reward "$REWARD" --updates "$UPDATES" \
     --out "$OUT" --resume auto "$@"
