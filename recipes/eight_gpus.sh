@@ -16,4 +16,4 @@ esac
 $TORCHRUN -m swirl.train --packed --model "$MODEL" $ADAPTERS --task hotpotqa --questions "$TRAIN" $EASY \
     --num-questions "$QUESTIONS" --samples "$SAMPLES" --filter process --judge "$JUDGE" --mode sampled \
     --reward "$REWARD" --max-new-tokens "$TOKENS" --updates "$UPDATES" --evaluate-questions "$TEST" \
-    --evaluate-num-questions "$TEST_QUESTIONS" --activation-checkpointing --out "$OUT" --resume auto "${@:2}"
+    --evaluate-num-questions "$TEST_QUESTIONS" --activation-checkpointing layers --out "$OUT" --resume auto "${@:2}"

@@ -20,4 +20,4 @@ $SWIRL filter --data "$OUT/trajectories.jsonl" --mode process --judge "$JUDGE" \
     --kept "$OUT/kept.jsonl" --dropped "$OUT/dropped.jsonl"
 $SWIRL train --packed --model "$MODEL" --data "$OUT/kept.jsonl" --mode sampled --reward "$REWARD" \
     --max-new-tokens "$TOKENS" --updates "$UPDATES" --evaluate-on "$TASK" --evaluate-questions "$TEST" \
-    --evaluate-num-questions "$TEST_QUESTIONS" --activation-checkpointing --out "$OUT/run" --resume auto "${@:2}"
+    --evaluate-num-questions "$TEST_QUESTIONS" --activation-checkpointing layers --out "$OUT/run" --resume auto "${@:2}"
