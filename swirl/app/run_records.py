@@ -4,14 +4,16 @@ one policy makes of the other's answers. Nothing that a run learns from is read 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from swirl.trajectories.record import Question, Step, Trajectory
 
+Item = TypeVar("Item")
 EVALUATED = {"before": "evaluated-before.jsonl", "after": "evaluated-after.jsonl"}
 GENERATED, KEPT, DROPPED = "trajectories.jsonl", "kept.jsonl", "dropped.jsonl"
 SAMPLES, LOG_PROBS, STOPPED = "samples.jsonl", "log_probs.jsonl", "stopped.json"
@@ -19,7 +21,7 @@ SAMPLES, LOG_PROBS, STOPPED = "samples.jsonl", "log_probs.jsonl", "stopped.json"
 # Bounds, so that a long run's files stay small; a report says what was left out.
 SAMPLED_UPDATES = 30  # at most about so many updates of a run write samples
 SAMPLED_TREES = 2  # of each of those, the groups of so many trees
-COMPARED_QUESTIONS = 100  # whose answers get log-probs of the other policy
+COMPARED_QUESTIONS = 60  # whose answers get log-probs of the other policy
 
 
 class SampledGroup(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -88,13 +90,16 @@ def compared_answers(
     """Pairs of answers to the same question: first those that became right or wrong; `num` at most."""
     first = {(t.question.task, t.id): t for t in before}
     pairs = [(first[key], t) for t in after if (key := (t.question.task, t.id)) in first]
-    changed = [pair for pair in pairs if pair[0].outcome != pair[1].outcome]
-    same = [pair for pair in pairs if pair[0].outcome == pair[1].outcome]
-    return [*_in_turn(changed), *_in_turn(same)][:num]
+    mended, broken, same = [], [], []
+    for pair in _in_turn(pairs, lambda pair: pair[0].question.task):
+        was, now = pair[0].outcome, pair[1].outcome
+        (same if was == now else mended if now else broken).append(pair)
+    return [*_in_turn([*mended, *broken], lambda pair: pair[1].outcome), *same][:num]
 
 
-def _in_turn(pairs: list[tuple[Trajectory, Trajectory]]) -> list[tuple[Trajectory, Trajectory]]:
-    of_task: dict[str, list] = {}
-    for pair in pairs:
-        of_task.setdefault(pair[0].question.task, []).append(pair)
-    return [pair for turn in zip_longest(*of_task.values()) for pair in turn if pair is not None]
+def _in_turn(items: Sequence[Item], key: Callable[[Item], object]) -> list[Item]:
+    """The items of each key in turn, so that a few of them are some of every kind."""
+    of_key: dict[object, list[Item]] = {}
+    for item in items:
+        of_key.setdefault(key(item), []).append(item)
+    return [item for turn in zip_longest(*of_key.values()) for item in turn if item is not None]

@@ -59,6 +59,9 @@ def test_answers_that_changed_are_compared_first_and_ids_may_repeat_among_tasks(
     chosen = compared_answers(before, [*after, a_trajectory("new")], 3)
     assert [(b.question.task, b.id) for b, _ in chosen] == [("bridge", "3"), ("deep", "3"), ("bridge", "0")]
     assert all((b.question.task, b.id) == (a.question.task, a.id) for b, a in chosen)
+    before = [a_trajectory(str(i), outcome=i == 7) for i in range(8)]
+    after = [a_trajectory(str(i), outcome=i != 7) for i in range(8)]  # seven mended, one broken
+    assert [b.id for b, _ in compared_answers(before, after, 3)] == ["0", "7", "1"]
 
 
 def test_log_probs_under_a_policy_are_those_of_one_pass_a_step(tiny_folder):

@@ -229,6 +229,19 @@ def test_log_probs_of_both_policies_and_what_was_drawn_reach_the_page(tmp_path, 
     assert "what updates drew is here in part, 2 of 24 trees of 2 updates" in parts["overview"]["runs"][0]["notes"]
 
 
+def test_data_that_a_run_was_given_is_read_as_far_as_it_is_there(tmp_path):
+    data = tmp_path / "data.jsonl"
+    write_trajectories(data, [a_trajectory("g", True)])
+    run = a_run(tmp_path / "run", data=[str(data), "gone.jsonl"])
+    parts = parts_of(write_report([run]))
+    assert [row["id"] for row in rows_of(parts)] == ["g"]
+    (shown,) = parts["overview"]["runs"]
+    assert "the training data, gone.jsonl, is not there" in shown["notes"]
+    assert shown["facts"][1] == ["trained on", f"{data} gone.jsonl"] and shown["funnel"][-1]["count"] == 1
+    old = a_run(tmp_path / "old", data=str(data))  # one path, as configs had it
+    assert [row["id"] for row in rows_of(parts_of(write_report([old])))] == ["g"]
+
+
 def test_an_action_learned_from_as_it_was_recorded_has_its_reward(tmp_path):
     run = a_run(tmp_path / "run")
     write_trajectories(run / "kept.jsonl", [a_trajectory("k")])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
+from aiohttp.test_utils import TestServer
 from msgspec.structs import replace
 
 from benchmarks.chromium import chromium, open_tab
 from benchmarks.report import READY, make_run
 from swirl.app.report.build import write_report
+from swirl.app.report.live import LiveReport, app_of
 from swirl.app.run_records import EVALUATED
 from swirl.trajectories.log import read_trajectories, write_trajectories
 
@@ -157,3 +160,28 @@ def test_a_phone_and_a_dark_room(page, dark):
         await tab.wait_for("getComputedStyle(document.getElementById('finder')).display !== 'none'")
 
     browse(page, visit, width=390, height=844, dark=dark)
+
+
+def test_a_run_that_goes_on_is_seen_to(tmp_path):
+    update = {"reward": 0.5, "loss": 0.0, "grad_norm": 1.0, "tokens_per_s": 100}
+    (tmp_path / "config.json").write_text('{"updates": 9}')
+
+    async def watch():
+        def write(number):
+            with open(tmp_path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"update": number, **update}) + "\n")
+
+        write(1)
+        report = LiveReport([tmp_path], 10)
+        report.refresh()
+        async with TestServer(app_of(report), host="127.0.0.1") as server, open_tab() as tab:
+            await tab.open(str(server.make_url("/")))
+            await tab.wait_for("document.querySelector('.run .chip')?.textContent.includes('1 of 9 updates')")
+            write(2)
+            await tab.wait_for("document.querySelector('.run .chip').textContent.includes('2 of 9 updates')")
+            assert "live, " in await tab.run("document.getElementById('live').textContent")
+            await tab.run("document.getElementById('h-curves').scrollIntoView()")
+            await tab.wait_for("document.querySelector('#curves .plot canvas')")
+            assert tab.complaints == []
+
+    asyncio.run(watch())

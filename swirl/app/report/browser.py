@@ -25,6 +25,7 @@ from swirl.app.run_records import (
     OtherLogProbs,
     SampledGroup,
 )
+from swirl.trajectories.files import TrajectoryFiles
 from swirl.trajectories.record import Question, Step, Trajectory, decode_trajectory
 
 POLICIES = {"before": "base", "after": "trained"}
@@ -102,15 +103,10 @@ def _change(first: Trajectory | None, last: Trajectory | None) -> str | None:
 
 
 def _trained_on(run: Run, encode: _Encoder, made: Browsed) -> Iterator[Entry]:
-    """What the filter dropped and kept, else what was generated, else the file that the run was given."""
-    given = run.config.get("data")
-    if given is not None:
-        if not Path(given).is_file():
-            made.notes.append(f"the training data, {given}, is not there")
-            return
-        for trajectory in _trajectories(Path(given), run):
-            run.counts["kept"] += 1
-            yield _recorded(encode, trajectory, kept=True)
+    """What the run was given, else what the filter dropped and kept, else what was generated."""
+    given = run.config.get("data") or []
+    if given:
+        yield from _given(run, encode, made, [given] if isinstance(given, str) else given)
         return
     kept, dropped = (_trajectories(run.path / name, run) for name in (KEPT, DROPPED))
     generated = [] if kept or dropped else _trajectories(run.path / GENERATED, run)
@@ -122,6 +118,19 @@ def _trained_on(run: Run, encode: _Encoder, made: Browsed) -> Iterator[Entry]:
     both.sort(key=lambda t: (t.question.task, t.id) not in encode.groups)  # what has samples comes first
     for trajectory in both:
         yield _recorded(encode, trajectory, kept=None if generated else trajectory.id in chosen)
+
+
+def _given(run: Run, encode: _Encoder, made: Browsed, files: list[str]) -> Iterator[Entry]:
+    """Of the files that the run was given as far as they are there: they may be too many to be read whole."""
+    there = [file for file in files if Path(file).is_file()]
+    if there != files:
+        missing = ", ".join(file for file in files if file not in there)
+        made.notes.append(f"the training data, {missing}, is not there")
+    if there:
+        trajectories = TrajectoryFiles(there)
+        run.counts["kept"] = len(trajectories)
+        for trajectory in trajectories:
+            yield _recorded(encode, trajectory, kept=True)
 
 
 def _rule(dropped: Trajectory) -> str:

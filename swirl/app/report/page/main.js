@@ -2,7 +2,7 @@
 
 const KEYS = [["j, k", "next, previous trajectory"], ["Enter", "open it"], ["Escape", "back"], ["/", "search"], ["o, t", "overview, trajectories"],
   ["s", "shade tokens in another way"], ["d", "light or dark"], ["?", "these keys"]];
-let overview = null, index = null, curvesAreStale = true, stepsAreRead = false;
+let overview = null, index = null, known = null, curvesAreStale = true, stepsAreRead = false;
 
 function route() {
   const [, view, ...words] = location.hash.split("/");
@@ -96,6 +96,7 @@ function recolour() {
 }
 
 async function load() {
+  if (LIVE) known = await fetched("version"); // before the parts, so that none can be older than what is known
   [overview, index] = await Promise.all([part("overview"), part("index")]);
   takeEntries(index, overview);
   drawOverview(overview, entries);
@@ -113,16 +114,15 @@ async function readSteps() {
 // A run that is shown live: what has changed is asked for again; where one reads, it stays.
 async function watch() {
   const live = document.getElementById("live");
-  let known = null;
   for (;;) {
     try {
       const version = await fetched("version");
-      if (known !== null && version.overview !== known.overview) {
+      if (version.overview !== known.overview) {
         forget((name) => name === "overview");
         overview = await part("overview");
         recolour();
       }
-      if (known !== null && version.entries !== known.entries) {
+      if (version.entries !== known.entries) {
         forget((name) => name !== "overview");
         stepsAreRead = false;
         index = await part("index");
