@@ -1,7 +1,10 @@
 """How fast are actions drawn? Tokens a second on a comb of states, beside the floor and beside peers.
 
-    python -m benchmarks.sampling [--before FOLDER] [--threads 2] [--growth] [--tiny] [--json] [--out rows.jsonl]
-    python -m benchmarks.sampling --plot rows.jsonl          sampling.svg beside it, of rows of --growth
+    python -m benchmarks.sampling [--before FOLDER] [--threads 2] [--no-growth] [--tiny] [--json] [--out rows.jsonl]
+    python -m benchmarks.sampling --plot rows.jsonl          the picture of those rows beside them
+
+Two parts: one comb by every provider, then swirl alone as trunk, draws and states grow. With --out the picture of the
+growth is drawn too, rows.svg.
 
 The comb: 8 states, the longest of 1,024 tokens and each 128 longer than the one before, 4 draws of 64 tokens at each;
 the shape of the base that ships with swirl, and a model of 80M parameters. Providers: swirl; `before`, the swirl of
@@ -27,6 +30,7 @@ SHAPES = ("base", "80m")
 GROWTH = {"trunk": (256, 512, 1024, 2048, 4096), "draws": (1, 2, 4, 8, 16, 32), "states": (1, 2, 4, 8, 16)}
 COMB = {"trunk": 1024, "states": 8, "draws": 4, "new": 64}
 TINY = {"trunk": 40, "states": 2, "draws": 2, "new": 3}
+GROWTH_SECONDS = 4.0  # of repeats, a point of the growth
 
 
 def build(shape: str, device: str):
@@ -133,11 +137,10 @@ def measure(given: argparse.Namespace, provider: str, shape: str, comb: dict, fo
 
 
 def combs(given: argparse.Namespace) -> list[dict]:
-    if given.tiny:
-        return [TINY]
-    if not given.growth:
-        return [COMB]
-    return [COMB | {axis: value, "axis": axis} for axis, values in GROWTH.items() for value in values]
+    comb = TINY if given.tiny else COMB
+    growth = {"draws": (1, 2)} if given.tiny else GROWTH
+    grown = [comb | {axis: value, "axis": axis} for axis, values in growth.items() for value in values]
+    return [comb, *(grown if given.growth else [])]
 
 
 def rows_of(given: argparse.Namespace):
@@ -153,7 +156,8 @@ def rows_of(given: argparse.Namespace):
         for comb in combs(given):
             axis = {"axis": comb["axis"]} if "axis" in comb else {}
             comb = {name: value for name, value in comb.items() if name != "axis"}
-            found = [measure(given, "swirl", shape, comb)]
+            seconds = min(given.seconds, GROWTH_SECONDS) if axis else given.seconds
+            found = [measure(argparse.Namespace(**vars(given) | {"seconds": seconds}), "swirl", shape, comb)]
             if not axis and given.before:
                 found.append(measure(given, "before", shape, comb, given.before.resolve()))
             if not axis:
@@ -200,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of repeats, a provider")
-    parser.add_argument("--growth", action="store_true", help="swirl alone, over trunk, draws and states")
+    parser.add_argument("--no-growth", dest="growth", action="store_false", help="the comb alone")
     parser.add_argument("--plot", type=Path, help="draw the rows of this file")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--json", action="store_true", help="one JSON row a line on stdout, no table")
@@ -213,9 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.worker:
         return work(given)
     if given.plot:
-        picture = given.plot.with_suffix(".svg")
-        picture.write_text(plot([json.loads(line) for line in given.plot.read_text().splitlines()]))
-        return print(picture)
+        return print(draw_picture(given.plot))
     from benchmarks.harness import append
 
     for row in rows_of(given):
@@ -228,6 +230,17 @@ def main(arguments: list[str] | None = None) -> None:
                   f"swirl is {row['swirl_is_faster']:.1f} times as fast", flush=True)  # fmt: skip
         else:
             print(f"{row['shape']:5} {row['provider']:13} {row['note']}", flush=True)
+    if given.out and given.growth and not given.tiny:
+        print(draw_picture(given.out), file=sys.stderr)
+
+
+def draw_picture(file: Path) -> Path:
+    """The plot of the newest rows of a file, beside it."""
+    from benchmarks.tables import newest, read
+
+    picture = file.with_suffix(".svg")
+    picture.write_text(plot(newest("sampling", read(file))))
+    return picture
 
 
 if __name__ == "__main__":

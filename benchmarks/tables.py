@@ -30,6 +30,9 @@ IDENTITY = {
     "decode": ("branches", "trunk", "own", "provider", "dtype", "hardware"),
     "train_step": ("workload", "model", "trees", "hardware"),
     "packing": ("workload", "hardware"),
+    "sampling": ("shape", "axis", "trunk", "states", "draws", "new", "provider", "threads", "hardware"),
+    "threads": ("waiting", "launcher", "busy", "threads", "hardware"),
+    "slow_reward": ("staleness", "latency_ms", "concurrency", "hardware"),
     "client": ("calls", "latency_ms", "in_flight", "faults", "hardware"),
     "retrieval": ("slice", "method", "embeddings", "hardware"),
     "kill_drill": ("job", "trajectories", "local", "hardware"),
@@ -210,6 +213,52 @@ def packing(rows: list[dict]) -> str:
     return f"{_source(rows)}, one core\n\n{grid(headers, lines)}"
 
 
+def sampling(rows: list[dict]) -> str:
+    """The comb alone; how it grows is a picture."""
+    measured = [row for row in rows if "axis" not in row and "tokens_per_s" in row]
+    lines = [
+        [
+            {"base": "the base that ships", "80m": "80M"}[row["shape"]],
+            {"before": "swirl at e2d659d"}.get(row["provider"], row["provider"]),
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['share_of_floor']:.1%}",
+            f"{row['swirl_is_faster']:.1f}x",
+            f"{row['load']:.1f}",
+        ]
+        for row in measured
+    ]
+    headers = ["shape", "drawn by", "tokens a second", "of the floor", "swirl is faster", "load"]
+    return f"{_source(measured or rows)}\n\n{grid(headers, lines)}"
+
+
+def threads(rows: list[dict]) -> str:
+    def seconds(found, name):
+        return " / ".join(f"{found[busy][name]:.2f}" if busy in found else "–" for busy in (False, True))
+
+    lines = []
+    for (waiting, launcher), members in _groups(rows, "waiting", "launcher").items():
+        found = {row["busy"]: row for row in members}
+        lines.append([waiting, launcher, seconds(found, "sample_s"), seconds(found, "update_s")])
+    headers = ["waiting", "started", "sampling, s, quiet / beside a busy process", "update, s, likewise"]
+    return f"{_source(rows)}\n\n{grid(headers, lines)}"
+
+
+def slow_reward(rows: list[dict]) -> str:
+    lines = [
+        [
+            row["staleness"],
+            row["concurrency"],
+            f"{row['latency_ms']:g} ms",
+            f"{row['median_s']:.2f} s",
+            f"{row['times_instant']:.2f}",
+            f"{row['load']:.1f}",
+        ]
+        for row in rows
+    ]
+    headers = ["staleness", "requests at a time", "a call", "an update", "times an instant one's", "load"]
+    return f"{_source(rows)}\n\n{grid(headers, lines)}"
+
+
 def client(rows: list[dict]) -> str:
     lines = [
         [
@@ -276,6 +325,9 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
         decode,
         train_step,
         packing,
+        sampling,
+        threads,
+        slow_reward,
         client,
         retrieval,
         kill_drill,
@@ -290,11 +342,17 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
 
 
 def filled(text: str, found: dict[str, str]) -> str:
-    """`text` with its marked tables replaced. Raises ValueError where there are no rows for one."""
-    for _, name, _ in MARKED.findall(text):
-        if name not in found:
-            raise ValueError(f"no rows for the table {name}; there are some for {', '.join(found) or 'none'}")
-    return MARKED.sub(lambda match: f"{match[1]}{found[match[2]]}\n{match[3]}", text)
+    """`text` with its marked tables replaced; one without rows says how to make them. Raises ValueError on a name that
+    is none of a table.
+    """
+
+    def table(match):
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(f"no table {name}; there are {', '.join(TABLES)}")
+        return found.get(name, f"Not measured: `python -m benchmarks.{name} --out benchmarks/results/{name}.jsonl`.")
+
+    return MARKED.sub(lambda match: f"{match[1]}{table(match)}\n{match[3]}", text)
 
 
 def prune(folder: Path = RESULTS) -> None:

@@ -205,6 +205,8 @@ class ComputeFlags:
     """How weights, gradients and optimizer state lie on the ranks of a job. none: whole on each. all: in shards over
     all ranks (FSDP2). node: in shards over the ranks of a host, the same on every host (HSDP). auto: none on one rank,
     with --lora, and for models of less than a billion weights; else node."""
+    max_cache_tokens: int = 1 << 18
+    """Tokens whose keys and values the sampler holds at most, of all sequences in flight and of finished ones."""
     rank_timeout_s: float = 600.0
     """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
 
@@ -256,7 +258,7 @@ class TrainConfig(
 
         at_least(1, "updates", "trajectories_per_update", "samples_per_state", "max_new_tokens", "num_questions",
                  "tokens_per_micro_batch", "samples", "evaluate_num_questions", "votes", "top_k", "in_flight",
-                 "keep")  # fmt: skip
+                 "keep", "max_cache_tokens")  # fmt: skip
         at_least(0, "save_minutes", "save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient",
                  "proximal_every", "generate_temperature", "lora")  # fmt: skip
         for flag in ("learning_rate", "lora_alpha", "max_grad_norm", "clip", "temperature", "rank_timeout_s"):

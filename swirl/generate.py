@@ -56,7 +56,7 @@ class GenerateConfig(OutputFlags, TaskFlags, PolicyFlags):
 
 
 # No line depends on these, but by rounding where a checkpoint runs here.
-_MAY_CHANGE = ("out", "num_questions", "in_flight", "device", "cache", "endpoint")
+_MAY_CHANGE = ("out", "num_questions", "in_flight", "device", "max_cache_tokens", "cache", "endpoint")
 
 
 async def _generate(config: GenerateConfig) -> dict:

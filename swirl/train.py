@@ -252,7 +252,9 @@ def train(config: TrainConfig) -> dict | None:
             ranks += f", weights in shards over {model.sharding.mesh.size(-1)}" if model.sharding else ""
             print(f"mode {config.mode}, reward {config.reward}, {device}{ranks}", file=sys.stderr)
         tasks = loop.run(stages.open_tasks(config, client))
-        policy = LocalPolicy(sharding.sampler_of(model), tokenizer, name=config.model)
+        policy = LocalPolicy(
+            sharding.sampler_of(model), tokenizer, name=config.model, max_cache_tokens=config.max_cache_tokens
+        )
         setup = Setup(config, model, policy, tokenizer, tasks)
 
         so_far = distributed.from_main(run.resumed and run.resumed.state)

@@ -45,15 +45,17 @@ class PolicyFlags:
     """Where a checkpoint runs: auto, cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in; auto: bfloat16 on cuda, else float32."""
+    max_cache_tokens: int = 1 << 18
+    """Tokens whose keys and values the sampler holds at most, of all sequences in flight and of finished ones."""
 
     def check_policy(self) -> None:
         """Raises ConfigError on a value that cannot be meant; called by the config that inherits the group."""
-        command.require_at_least(1, self, "max_steps", "max_new_tokens", "in_flight")
+        command.require_at_least(1, self, "max_steps", "max_new_tokens", "in_flight", "max_cache_tokens")
         command.require_at_least(0, self, "temperature")
 
     def open_policy(self, client: Client, limits: EndpointLimits):
         """(policy, tokenizer or None). Raises CheckpointError, ConfigError."""
-        where = {"device": self.device, "dtype": self.dtype}
+        where = {"device": self.device, "dtype": self.dtype, "max_cache_tokens": self.max_cache_tokens}
         return open_policy(self.policy, **where, client=client, limits=limits, tokenizer=self.tokenizer)
 
     def spec(self, task: Task, policy, tokenizer, *, max_steps: int) -> RolloutSpec:

@@ -94,6 +94,7 @@ def open_policy(
     client: Client | None = None,
     limits: EndpointLimits | None = None,
     tokenizer: Path | None = None,
+    max_cache_tokens: int = 1 << 18,
 ):
     """(policy, tokenizer or None) from `almanac`, a checkpoint's folder or hub name, or a server's URL, by `client`.
 
@@ -110,7 +111,8 @@ def open_policy(
     from swirl.sampling.local_policy import LocalPolicy
 
     model, tokenizer = load_model(spec, device=device, dtype=dtype_for(dtype, device))
-    return LocalPolicy(model, tokenizer, name=os.fspath(spec)), tokenizer
+    policy = LocalPolicy(model, tokenizer, name=os.fspath(spec), max_cache_tokens=max_cache_tokens)
+    return policy, tokenizer
 
 
 _ROLE_OF_JUDGE = {"process": "judge", "outcome": "outcome_judge", "reward": "reward"}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from swirl.errors import NonFiniteError
+from swirl.errors import ConfigError, NonFiniteError
 from swirl.model.gemma import Gemma
 from swirl.sampling.cache import KeyCache
 from swirl.sampling.draw import SamplingParams, uniforms
@@ -28,6 +28,7 @@ from swirl.tree.pack import pack_states
 
 PREFILL_TOKENS = 1024  # of one prefill pass: activations are held for so many
 DECODE_STEPS = 8  # tokens of a decode call; what has stopped is seen when it returns
+MAX_CACHE_TOKENS = 1 << 18
 MAX_SEQUENCES = 512  # decoded at once
 WAITING_SHARE = 0.25  # of those in flight wait together, so that prefill comes in large pieces,
 WAITING_CALLS = 4  # or for so many decode calls
@@ -85,7 +86,7 @@ class Engine:
         self,
         model: Gemma,
         *,
-        max_cache_tokens: int = 1 << 18,
+        max_cache_tokens: int = MAX_CACHE_TOKENS,
         decode: Callable[[Sequence[int]], str] | None = None,
     ):
         if max_cache_tokens < 1:
@@ -124,8 +125,8 @@ class Engine:
         Temperature 0 is greedy. Sequence i draws by seeds[i] alone; what it is batched with changes its logits by
         rounding only, and on a CPU in float32 and float64 not at all.
         `progress` is called with the number of sequences finished so far.
-        Raises ValueError on an empty state, an id outside the vocabulary, a state too large for the cache, or
-        arguments that do not fit, and NonFiniteError where the model's log-probs are not finite.
+        Raises ValueError on an empty state, an id outside the vocabulary, or arguments that do not fit, ConfigError on
+        a state too large for the cache, and NonFiniteError where the model's log-probs are not finite.
         """
         if len(seeds) != len(states):
             raise ValueError(f"expected one seed a state, got {len(seeds)} for {len(states)}")
@@ -221,7 +222,7 @@ class Engine:
         if params.stop_texts and self._decode is None:
             raise ValueError("expected no stop_texts: this engine has no tokenizer to find them with")
         if ids.size + params.max_new_tokens > self._cache.max_tokens:
-            raise ValueError(
+            raise ConfigError(
                 f"{what}{ids.size} tokens and {params.max_new_tokens} new ones exceed the cache's "
                 f"max_cache_tokens = {self._cache.max_tokens}"
             )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from swirl.model.tokenizer import Tokenizer
 from swirl.rollout.policy import PolicyState
 from swirl.sampling.draw import SamplingParams
-from swirl.sampling.engine import Engine
+from swirl.sampling.engine import MAX_CACHE_TOKENS, Engine
 from swirl.trajectories.record import Step
 
 
@@ -17,10 +17,10 @@ class LocalPolicy:
     Raises whatever the engine raises, in every `act` in flight.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer, *, name: str = "local"):
+    def __init__(self, model, tokenizer: Tokenizer, *, name: str = "local", max_cache_tokens: int = MAX_CACHE_TOKENS):
         self.name = name
         self.max_state_tokens = model.config.max_position_embeddings
-        self.engine = Engine(model, decode=tokenizer.decode)
+        self.engine = Engine(model, decode=tokenizer.decode, max_cache_tokens=max_cache_tokens)
         self._tokenizer = tokenizer
         self.stop_ids = tokenizer.stop_ids
 

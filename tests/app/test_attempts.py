@@ -151,6 +151,11 @@ def test_actions_that_end_at_their_tag_are_learned_from(tmp_path):
     assert all(abs(line["ratio"] - 1) < 1e-4 for line in metrics if "ratio" in line) and "ratio" in metrics[0]
 
 
+def test_a_state_too_large_for_the_cache_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="tokens and 24 new ones exceed the cache's max_cache_tokens = 60"):
+        run(tmp_path, "small", max_cache_tokens=60)
+
+
 def test_only_drawn_actions_can_be_drawn_ahead():
     for mode in ("recorded", "imitation", "outcome-rl"):
         with pytest.raises(ConfigError, match="--staleness 1: expected 0: only --mode sampled"):

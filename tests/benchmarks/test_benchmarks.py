@@ -26,7 +26,9 @@ from benchmarks import (
     plot,
     pointwise,
     sampling,
+    slow_reward,
     tables,
+    threads,
     train_step,
     tune,
     workloads,
@@ -94,8 +96,12 @@ def test_marked_tables_are_filled_and_nothing_else_is_touched():
     new = tables.filled(text, {"packing": "| a |", "client": "| b |"})
     assert new == text.replace("old", "| a |").replace("client -->\n", "client -->\n| b |\n")
     assert tables.filled(new, {"packing": "| a |", "client": "| b |"}) == new
-    with pytest.raises(ValueError, match="no rows for the table client; there are some for packing"):
-        tables.filled(text, {"packing": "| a |"})
+    unmeasured = tables.filled(text, {"packing": "| a |"})
+    assert (
+        "client -->\nNot measured: `python -m benchmarks.client --out benchmarks/results/client.jsonl`.\n" in unmeasured
+    )
+    with pytest.raises(ValueError, match="no table clients; there are attention, "):
+        tables.filled(text.replace("table: client", "table: clients"), {})
 
 
 def test_a_later_row_replaces_an_earlier_one(tmp_path):
@@ -362,9 +368,36 @@ def test_sampling(tmp_path, capsys):
     sampling.main(["--tiny", "--shapes", "base", "--threads", "1", "--seconds", "0", "--json", "--out", str(out)])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows == [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["provider"] for row in rows] == ["swirl", "transformers"]
+    assert [(row["provider"], row.get("axis")) for row in rows] == [
+        ("swirl", None), ("transformers", None), ("swirl", "draws"), ("swirl", "draws"),
+    ]  # fmt: skip
     assert all(row["tokens_per_s"] > 0 and row["tiny"] and row["hardware"] for row in rows), rows
-    picture = ElementTree.fromstring(
-        sampling.plot([row | {"axis": "trunk"} for row in rows if row["provider"] == "swirl"])
-    )
+    assert tables.newest("sampling", rows) == []  # tiny rows say nothing
+    rows = [row | {"tiny": False} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture = ElementTree.parse(sampling.draw_picture(tmp_path / "rows.jsonl")).getroot()
+    table = tables.sampling(tables.newest("sampling", rows))
+    assert table.count("| the base that ships |") == 2 and "| transformers |" in table
     assert sum(element.tag.endswith("polyline") for element in picture.iter()) == 1
+
+
+@pytest.mark.slow
+def test_threads(tmp_path, capsys):
+    out = tmp_path / "threads.jsonl"
+    threads.main(["--tiny", "--threads", "1", "--repeats", "1", "--json", "--out", str(out)])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    cases = [(row["waiting"], row["launcher"], row["busy"]) for row in rows]
+    assert cases == [(*case, busy) for busy in (False, True) for case in threads.CASES]
+    assert all(row["sample_s"] > 0 and row["update_s"] > 0 for row in rows)
+    assert tables.threads(rows).count(" / ") == 2 * len(threads.CASES) + 1
+
+
+@pytest.mark.slow
+def test_slow_reward(tmp_path, capsys):
+    out = tmp_path / "slow_reward.jsonl"
+    slow_reward.main(["--tiny", "--latency-ms", "5", "--json", "--out", str(out)])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["staleness"], row["latency_ms"]) for row in rows] == [(0, 0), (0, 5), (1, 0), (1, 5)]
+    assert all(row["median_s"] > 0 and row["masked"] == 0 and row["actions"] > 0 for row in rows), rows
+    assert tables.slow_reward(rows).count(" s |") == 4

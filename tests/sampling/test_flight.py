@@ -11,6 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from swirl import Gemma
 from swirl.app.resolve import load_model
+from swirl.errors import ConfigError
 from swirl.rollout.policy import PolicyState
 from swirl.sampling import engine as engine_module
 from swirl.sampling.draw import SamplingParams
@@ -130,9 +131,24 @@ def test_memory_is_bounded_and_given_back():
     assert (np.bincount([s for _, slots in cache._finished.values() for s in slots], minlength=len(cache._holders))
             == cache._holders).all()  # fmt: skip
     with pytest.raises(
-        ValueError, match="state 0: 140 tokens and 19 new ones exceed the cache's max_cache_tokens = 150"
+        ConfigError, match="state 0: 140 tokens and 19 new ones exceed the cache's max_cache_tokens = 150"
     ):
         engine.sample([[1] * 140], **options([0]))
+
+
+def test_what_has_stopped_is_seen_every_few_tokens(monkeypatch):
+    model, calls, decode = loud_gemma(), [], StepPasses.decode
+
+    def spied(self, tokens, tree, states, own_slots, own_lengths, draws):
+        calls.append((len(tokens), draws.uniforms.shape[1]))
+        return decode(self, tokens, tree, states, own_slots, own_lengths, draws)
+
+    monkeypatch.setattr(StepPasses, "decode", spied)
+    made = Engine(model).sample(forest(), **options(forest(), max_new_tokens=41))
+    longest = max(len(one.ids) for one in made)
+    assert len(calls) == -(-(longest - 1) // 8) and {steps for _, steps in calls} <= {8}
+    left = [sum(len(one.ids) > 1 + 8 * call for one in made) for call in range(len(calls))]
+    assert [size for size, _ in calls] == left  # a sequence that has stopped is in no later call
 
 
 def test_many_tasks_await_and_are_batched(monkeypatch):

@@ -1,0 +1,132 @@
+"""How should a thread that waits for the others wait? Sampling and an update, quiet and beside a busy process.
+
+    python -m benchmarks.threads [--threads 2] [--repeats 5] [--tiny] [--json] [--out rows.jsonl]
+
+Ways to wait: swirl's own (GOMP_SPINCOUNT=2000, set by the package where the user has set nothing), libgomp's (300,000),
+sleeping at once (OMP_WAIT_POLICY=PASSIVE) and spinning without end (ACTIVE). Each by hand, swirl's also under make and
+as a rank of torchrun; each on the machine as it is, and beside one process that never rests. Seconds of the comb of
+benchmarks.sampling, drawn by the base that ships with swirl, and of the forward and backward pass of an update of four
+combs; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WAITING = {
+    "swirl": {},
+    "libgomp": {"GOMP_SPINCOUNT": "300000"},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "active": {"OMP_WAIT_POLICY": "ACTIVE"},
+}
+LAUNCHERS = ("by hand", "make", "torchrun")
+CASES = [(waiting, "by hand") for waiting in WAITING] + [("swirl", launcher) for launcher in LAUNCHERS[1:]]
+
+
+def work(given: argparse.Namespace) -> None:
+    """In this process: a JSON object of seconds, into the file that SWIRL_THREADS_OUT names."""
+    import torch
+
+    from benchmarks.sampling import COMB, TINY, comb_states
+    from benchmarks.train_step import Swirl, workload
+    from swirl.app.resolve import load_model
+    from swirl.config import TrainConfig
+    from swirl.sampling.engine import Engine
+
+    torch.set_num_threads(given.threads)
+    model, _ = load_model("almanac")
+    comb = TINY if given.tiny else COMB
+    new, states = comb["new"], comb_states(comb["trunk"], comb["states"], comb["draws"], model.config.vocab_size)
+    actions = workload("comb", 1 if given.tiny else 4, model.config.vocab_size)
+    side = Swirl(model, TrainConfig())
+
+    def sample():
+        Engine(model).sample(states, seeds=range(len(states)), max_new_tokens=new, stop_ids=())
+
+    found = {}
+    for name, run in (("sample_s", sample), ("update_s", lambda: side.accumulate(actions))):
+        run()
+        times = []
+        for _ in range(given.repeats):
+            model.zero_grad(set_to_none=True)
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
+        found[name] = statistics.median(times)
+    Path(os.environ["SWIRL_THREADS_OUT"]).write_text(json.dumps(found))
+
+
+def measure(given: argparse.Namespace, waiting: str, launcher: str, folder: Path) -> dict:
+    """One process, started that way, waiting that way."""
+    unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    out = folder / "found.json"
+    environment |= {"PYTHONPATH": str(ROOT), "SWIRL_THREADS_OUT": str(out), "OMP_NUM_THREADS": str(given.threads)}
+    words = ["benchmarks.threads", "--worker", "--threads", str(given.threads), "--repeats", str(given.repeats)]
+    words += ["--tiny"] if given.tiny else []
+    command = [sys.executable, "-m", *words]
+    if launcher == "make":
+        makefile = folder / "Makefile"
+        makefile.write_text(f"include {ROOT / 'Makefile'}\nmeasured:\n\t{' '.join(command)}\n")
+        command = ["make", "--silent", "-f", str(makefile), "measured"]
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment | WAITING[waiting], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{launcher}, {waiting}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return json.loads(out.read_text())
+
+
+def rows_of(given: argparse.Namespace):
+    """A row for each case, without and with company; the ways to wait in turn, so that a drift meets all."""
+    import torch
+
+    from benchmarks.harness import machine
+
+    facts = machine(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        for busy in (False, True):
+            company = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+            try:
+                for waiting, launcher in CASES:
+                    found = measure(given, waiting, launcher, Path(folder))
+                    named = {"benchmark": "threads", "waiting": waiting, "launcher": launcher, "busy": busy}
+                    how = {"threads": given.threads, "tiny": given.tiny, "load": os.getloadavg()[0]}
+                    yield facts | named | found | how
+            finally:
+                if company is not None:
+                    company.kill()
+                    company.wait()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
+    parser.add_argument("--json", action="store_true", help="one JSON row a line on stdout, no table")
+    parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        return work(given)
+    from benchmarks.harness import append
+
+    for row in rows_of(given):
+        append(given.out, [row])
+        who = f"{row['waiting']:8} {row['launcher']:9} {'beside a busy process' if row['busy'] else 'quiet':22}"
+        said = f"{who} sampling {row['sample_s']:6.2f} s, update {row['update_s']:6.2f} s"
+        print(json.dumps(row) if given.json else said, flush=True)
+
+
+if __name__ == "__main__":
+    main()
