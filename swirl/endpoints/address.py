@@ -6,10 +6,11 @@ import os
 from dataclasses import dataclass, replace
 
 from swirl.endpoints.chat import ChatPolicy
-from swirl.endpoints.client import GENERAL_KEY, Client
+from swirl.endpoints.client import Client
 from swirl.endpoints.completions import CompletionsPolicy
 from swirl.endpoints.endpoint import Endpoint
 from swirl.endpoints.gemini import GeminiPolicy
+from swirl.endpoints.sender import GENERAL_KEY
 from swirl.errors import ConfigError
 from swirl.rollout.policy import TurnTokenizer
 

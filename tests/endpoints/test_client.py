@@ -17,10 +17,11 @@ from benchmarks.client import items, judge_all
 from benchmarks.fault_server import FAULTS, FaultServer, verdict_of
 from swirl.endpoints import response as response_module
 from swirl.endpoints.chat import ChatPolicy
-from swirl.endpoints.client import Client, Progress
+from swirl.endpoints.client import Client
 from swirl.endpoints.endpoint import Endpoint
 from swirl.endpoints.limiter import Rate
 from swirl.endpoints.response import retry_after_s
+from swirl.endpoints.sender import Progress
 from swirl.errors import ConfigError, EndpointError, EndpointUnusable
 from swirl.judging.judges import GenerativeJudge
 

@@ -140,10 +140,10 @@ def test_many_large_answers_are_all_read():
     async def run():
         async with FaultServer(lambda path, payload: body(answer.body)) as server, Client() as client:
             client._open()
-            client._budget = ByteBudget(4_000_000)
+            client._sender._budget = ByteBudget(4_000_000)
             where = Endpoint(server.url, read_s=30.0)
             got = await asyncio.gather(*(client.post(where, CHAT, {"k": k}) for k in range(12)))
-            return got, client._budget.free
+            return got, client._sender._budget.free
 
     got, free = asyncio.run(run())
     assert all(len(one["choices"][0]) == 1_000_000 for one in got) and free == 4_000_000
@@ -283,13 +283,12 @@ def test_each_role_has_its_key_and_the_general_one_goes_to_one_host(monkeypatch)
 
     async def run():
         async with FaultServer(lambda path, payload: {}) as server, Client() as client:
-            client._find_route(endpoint_for(server.url, role="reward"))
-            client._find_route(endpoint_for(server.url + "/other", role="reward"))  # the same host
+            client._sender._find_route(endpoint_for(server.url, role="reward"))
+            client._sender._find_route(endpoint_for(server.url + "/other", role="reward"))  # the same host
             with pytest.raises(ConfigError, match="SWIRL_JUDGE_API_KEY"):
                 await client.post(endpoint_for("http://other.example/v1", role="reward"), "/x", {})
-            sent.append(
-                client._find_route(endpoint_for("http://other.example/v1", role="judge")).headers["Authorization"]
-            )
+            judge = endpoint_for("http://other.example/v1", role="judge")
+            sent.append(client._sender._find_route(judge).headers["Authorization"])
 
     asyncio.run(run())
     assert sent == ["Bearer judges"]
