@@ -56,7 +56,9 @@ def agent(host: int, port: int, config: TrainConfig) -> subprocess.Popen:
     }
     flags |= {"save-every": config.save_every, "rank-timeout-s": config.rank_timeout_s, "resume": "auto"}
     words += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # With a store shared over rounds torchrun (2.13) never tells a host that comes back where the store is.
+    unshared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = os.environ | unshared | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     said = open(config.out.parent / f"host-{host}.txt", "ab")
     with said:
         return subprocess.Popen(
