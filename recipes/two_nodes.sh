@@ -8,5 +8,8 @@ set -euo pipefail
 : "${MODEL:=google/gemma-2-9b-it}" "${DATA:=kept.jsonl}" "${REWARD:=recorded}" "${UPDATES:=500}" "${OUT:=run}"
 : "${TORCHRUN:=torchrun --nnodes $NODES --nproc-per-node $GPUS --rdzv-backend c10d --rdzv-id $ID --rdzv-endpoint $HEAD:$PORT}"
 
+# With a store shared over rounds torchrun 2.13 never tells a machine that comes back where the store is.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+
 exec $TORCHRUN -m swirl.train --packed --model "$MODEL" --data "$DATA" --reward "$REWARD" --updates "$UPDATES" \
     --out "$OUT" --resume auto "$@"
