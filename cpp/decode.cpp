@@ -8,7 +8,7 @@ namespace swirl::SWIRL_ISA {
 namespace {
 
 constexpr int MOST_GROUPS = 4;      // that a thread takes together
-constexpr int64_t ROWS_AT_A_TIME = 64, COLUMNS_AT_A_TIME = 256;  // of a weight, for all groups in turn
+constexpr int64_t ROWS_AT_A_TIME = 48, COLUMNS_AT_A_TIME = 768;  // of a weight, for all groups in turn
 constexpr int64_t CHUNK = 1024;     // of the vocabulary, whose weights are summed in T and then in double
 
 template <class T> struct Decoder {
@@ -56,7 +56,7 @@ template <class T> struct Decoder {
                 int64_t wide = columns - column < COLUMNS_AT_A_TIME ? columns - column : COLUMNS_AT_A_TIME;
                 for (int g = 0; g < count; g++)
                     if (work[g].running)
-                        lane_product(some, wide, (const T*)weight + row * columns + column, columns, 1,
+                        lane_product(some, wide, (const T*)weight + row * columns + column, columns,
                                      in(work[g]) + column * LANES, out(work[g]) + row * LANES, column > 0);
             }
         }

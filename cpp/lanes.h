@@ -7,31 +7,41 @@
 namespace swirl::SWIRL_ISA {
 
 template <class T> constexpr int VECTORS = LANES / WIDTH<T>;                         // of a row
-template <class T> constexpr int TOGETHER = VECTORS<T> < 8 ? 8 / VECTORS<T> : 1;  // rows of a tile: 8 accumulators
+template <class T> constexpr int TOGETHER = VECTORS<T> < 12 ? 12 / VECTORS<T> : 1;   // rows of a tile: 12 accumulators,
+template <class T> constexpr int FEWER = TOGETHER<T> > 1 ? TOGETHER<T> * 2 / 3 : 1;  // and where these leave some over
+constexpr int CACHE_LINE_BYTES = 64;
 
 template <int COUNT, class T>
-SWIRL_INLINE void lane_tile(int64_t steps, const T* a, ptrdiff_t a_row, ptrdiff_t a_step, const T* b, T* c, bool add) {
-    constexpr int W = WIDTH<T>;
+SWIRL_INLINE void lane_tile(int64_t steps, const T* a, ptrdiff_t a_row, const T* b, T* c, bool add) {
+    constexpr int W = WIDTH<T>, AT_A_TIME = CACHE_LINE_BYTES / sizeof(T);
     Vec<T> sum[COUNT][VECTORS<T>] = {};
     if (add)
         for (int i = 0; i < COUNT * VECTORS<T>; i++) sum[i / VECTORS<T>][i % VECTORS<T>] = load(c + i * W);
-    for (int64_t step = 0; step < steps; step++, a += a_step, b += LANES)
+    for (int64_t first = 0; first < steps; first += AT_A_TIME) {
+        int64_t some = steps - first < AT_A_TIME ? steps - first : AT_A_TIME;
+#pragma GCC unroll 16
+        for (int i = 0; i < COUNT; i++) __builtin_prefetch(a + (COUNT + i) * a_row, 0, 2);  // of the next tile, to L2
+        for (int64_t step = 0; step < some; step++, a++, b += LANES)
+#pragma GCC unroll 16
+            for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
-        for (int i = 0; i < COUNT; i++)
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS<T>; v++) sum[i][v] = multiply_add(a[i * a_row], b + v * W, sum[i][v]);
+                for (int v = 0; v < VECTORS<T>; v++) sum[i][v] = multiply_add(a[i * a_row], b + v * W, sum[i][v]);
+    }
     for (int i = 0; i < COUNT; i++)
         for (int v = 0; v < VECTORS<T>; v++, c += W) store(c, sum[i][v]);
 }
-// C (rows, LANES) = or += A (rows, steps) B (steps, LANES); A is read at a[row * a_row + step * a_step]. A sum runs step by
+// C (rows, LANES) = or += A (rows, steps) B (steps, LANES); a row of A lies a_row after the one before. A sum runs step by
 // step, so that steps which add zero, and cuts between calls, change nothing.
 template <class T>
-SWIRL_INLINE void lane_product(int64_t rows, int64_t steps, const T* a, ptrdiff_t a_row, ptrdiff_t a_step, const T* b,
-                               T* c, bool add) {
+SWIRL_INLINE void lane_product(int64_t rows, int64_t steps, const T* a, ptrdiff_t a_row, const T* b, T* c, bool add) {
     int64_t row = 0;
-    for (; row + TOGETHER<T> <= rows; row += TOGETHER<T>)
-        lane_tile<TOGETHER<T>>(steps, a + row * a_row, a_row, a_step, b, c + row * LANES, add);
-    for (; row < rows; row++) lane_tile<1>(steps, a + row * a_row, a_row, a_step, b, c + row * LANES, add);
+    for (int64_t left = rows; left >= TOGETHER<T> && (left % TOGETHER<T> == 0 || left > 2 * FEWER<T>); left = rows - row) {
+        lane_tile<TOGETHER<T>>(steps, a + row * a_row, a_row, b, c + row * LANES, add);
+        row += TOGETHER<T>;
+    }
+    for (; row + FEWER<T> <= rows; row += FEWER<T>)
+        lane_tile<FEWER<T>>(steps, a + row * a_row, a_row, b, c + row * LANES, add);
+    for (; row < rows; row++) lane_tile<1>(steps, a + row * a_row, a_row, b, c + row * LANES, add);
 }
 
 // y = x / rms(x) (1 + weight), or y += that; x and y (d, LANES).
