@@ -64,6 +64,15 @@ kernels() {
 update() {
   run 120 "packed update" "$python" -m benchmarks.train_step --device "$([[ $dry ]] && echo cpu || echo cuda)" \
     $([[ $dry ]] && echo --trees 1 --repeats 1) --out "$out/train_step.jsonl"
+  [[ $dry ]] && return # the rest takes 5 GB and minutes of a CPU even with one layer
+  # Gemma-2 2b's shapes in bfloat16: the update beside separate passes and merged rows, then what a whole update holds
+  run 200 "update, 2b shapes" "$python" -m benchmarks.train_step --model gemma-2-2b --device cuda --trees 1 --repeats 3 \
+    --out "$out/train_step.jsonl"
+  local mode
+  for mode in none cheap layers; do
+    run 60 "memory, 2b shapes, activation checkpointing $mode" "$python" -m benchmarks.memory --model gemma-2-2b --device cuda \
+      --tokens 8192 --activation-checkpointing "$mode" --out "$out/memory.jsonl"
+  done
 }
 
 sampling() {

@@ -28,6 +28,8 @@ IDENTITY = {
     "linear_log_prob": ("rows", "d", "vocabulary", "provider", "phase", "dtype", "hardware"),
     "pointwise": ("op", "provider", "phase", "dtype", "hardware"),
     "decode": ("branches", "trunk", "own", "provider", "dtype", "hardware"),
+    "sharded_memory": ("model", "ranks", "shard", "dtype", "hardware"),
+    "folder": ("model", "layers", "dtype", "hardware"),
     "train_step": ("workload", "model", "trees", "hardware"),
     "packing": ("workload", "hardware"),
     "sampling": ("shape", "axis", "trunk", "states", "draws", "new", "provider", "threads", "hardware"),
@@ -187,6 +189,7 @@ def train_step(rows: list[dict]) -> str:
             f"{row['separate_tokens']:,} → {row['packed_tokens']:,}",
             f"{row['merged_tokens']:,}" if "merged_tokens" in row else "–",
             f"{1e3 * row['separate_s']:,.0f} ms",
+            f"{1e3 * row['merged_s']:,.0f} ms" if "merged_s" in row else "–",
             f"{1e3 * row['packed_s']:,.0f} ms",
             f"{row['measured_ratio']:.1f}x",
             f"{row['ideal_ratio']:.1f}x",
@@ -194,8 +197,51 @@ def train_step(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    headers = ["workload", "tokens, separate → packed", "tokens of merged rows", "separate", "packed", "faster"]
-    return f"{_source(rows)}\n\n{grid([*headers, 'token ratio (ideal)', 'transformers, eager, a row each'], lines)}"
+    headers = [
+        "workload",
+        "tokens, separate → packed",
+        "tokens of merged rows",
+        "separate",
+        "merged rows",
+        "packed",
+        "faster",
+    ]
+    headers += ["token ratio (ideal)", "transformers, eager, padded merged rows"]
+    return f"{_source(rows)}\n\n{grid(headers, lines)}"
+
+
+def sharded_memory(rows: list[dict]) -> str:
+    lines = [
+        [
+            row["ranks"],
+            *(f"{row[name] / 1e6:,.0f}" for name in ("state_bytes", "unsplit_bytes", "peak_bytes")),
+            f"{row['peak_bytes'] / rows[0]['peak_bytes']:.2f}",
+        ]
+        for row in rows
+    ]
+    headers = [
+        "ranks",
+        "weights, gradients, moments, MB a rank",
+        "gathered at a time",
+        "measured peak",
+        "of one rank's",
+    ]
+    return f"{_source(rows)}, {rows[0]['weights'] / 1e6:,.0f}M weights\n\n{grid(headers, lines)}"
+
+
+def folder(rows: list[dict]) -> str:
+    lines = [
+        [
+            f"{row['model']}, {row['layers']} layers",
+            f"{row['file_bytes'] / 1e9:.2f}",
+            f"{row['load_ratio']:.3f}",
+            f"{row['save_ratio']:.3f}",
+            "equal" if row["equal"] else "not equal",
+        ]
+        for row in rows
+    ]
+    headers = ["folder", "GB", "peak of loading, of the file", "of loading and saving", "in transformers"]
+    return f"{_source(rows)}\n\n{grid(headers, lines)}"
 
 
 def packing(rows: list[dict]) -> str:
@@ -324,6 +370,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
         pointwise,
         decode,
         train_step,
+        sharded_memory,
+        folder,
         packing,
         sampling,
         threads,

@@ -261,6 +261,7 @@ class TrainConfig(
                  "keep", "max_cache_tokens")  # fmt: skip
         at_least(0, "save_minutes", "save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient",
                  "proximal_every", "generate_temperature", "lora")  # fmt: skip
+        require(not self.lora or self.shard in ("auto", "none"), "shard", "none beside --lora, whose state is small")
         for flag in ("learning_rate", "lora_alpha", "max_grad_norm", "clip", "temperature", "rank_timeout_s"):
             value = getattr(self, flag)
             require(value is None or 0 < value < float("inf"), flag, "more than 0, and finite")

@@ -113,6 +113,23 @@ def test_key_gradients_anew_and_one_head_at_a_time(scratch_bytes, monkeypatch):
     attention_case(torch.bfloat16, 1000, 6, 3, 256, 50.0, 300)
 
 
+def require_near(ours, others, slack):
+    for x, y in zip(ours, others, strict=True):
+        assert ((x.double() - y.double()).norm() / y.double().norm()) <= slack
+
+
+def test_the_backward_stored_and_recomputed_agree_at_16k_tokens(monkeypatch):
+    mask = tuple(x.cuda() for x in forest(16_384, seed=16))
+    inputs = [random(16_384, heads, 256, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    weights = [random(16_384, 4, 256, dtype=torch.bfloat16)]
+    found = []
+    for scratch_bytes in (16 << 30, 0):
+        monkeypatch.setattr("swirl.kernels.tree_attention.SCRATCH_BYTES", scratch_bytes)
+        attention = lambda *x: tree_attention(*x, *mask, scale=1 / 16, softcap=50.0, window=4096)  # noqa: E731
+        found.append(outputs_and_gradients(attention, inputs, weights))
+    require_near(*found, SLACK[torch.bfloat16])
+
+
 def test_tree_attention_of_one_token_small():
     """Not `hold`: with one token the softmax is 1, and the gradients of q and k are 0."""
     mask = tuple(x.cuda() for x in forest(1, seed=0))
@@ -164,6 +181,18 @@ def test_linear_log_prob(dtype, return_entropy, M, d, V, softcap, monkeypatch):
         [random(M, d, dtype=dtype), random(V, d, dtype=dtype) / 16],
         [(M,)] * (1 + return_entropy),
     )
+
+
+def test_a_head_over_8k_rows_is_the_same_in_chunks(monkeypatch):
+    target_ids = torch.randint(0, 33_000, (8192,), device="cuda")
+    inputs = [random(8192, 2304, dtype=torch.bfloat16), random(33_000, 2304, dtype=torch.bfloat16) / 16]
+    weights = [random(8192, dtype=torch.float32)] * 2
+    found = []
+    for extra_bytes in (4 << 30, 4 << 20):  # one chunk, many
+        monkeypatch.setattr("swirl.kernels.linear_log_prob.EXTRA_BYTES", extra_bytes)
+        head = lambda *x: linear_log_prob(*x, target_ids, softcap=30.0, return_entropy=True)  # noqa: E731
+        found.append(outputs_and_gradients(head, inputs, weights))
+    require_near(*found, SLACK[torch.bfloat16])
 
 
 def test_a_target_outside_the_vocabulary_has_no_log_prob():
