@@ -311,8 +311,8 @@ def _finish(
     if after:
         print_comparison(before, after)
     print(
-        f"{len(history)} updates in {summary['wall_s']:.0f} s; everything is in {config.out}/, "
-        f"the picture in {config.out}/report.html"
+        f"{len(history)} update{'s' * (len(history) != 1)} in {summary['wall_s']:.0f} s; everything is in "
+        f"{config.out}/, the picture in {config.out}/report.html"
     )
     return summary
 
