@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from benchmarks.fault_server import FaultServer
 from swirl import train as loop
 from swirl.app import resolve as opening
+from swirl.app.report.build import write_report
 from swirl.app import training_data
 from swirl.config import TrainConfig, settled, sized
 from swirl.errors import ConfigError, EndpointUnusable, InputError, NothingToLearn
@@ -130,6 +131,8 @@ def test_updates_in_a_row_without_anything_to_learn_end_the_run(small, capsys):
     with pytest.raises(NothingToLearn, match="3 updates in a row had nothing to learn from: every reward is 0.50"):
         train(config)
     assert len(metrics_of(config.out)) == 3 and "nothing to learn: every reward is 0.50" in capsys.readouterr().err
+    assert "nothing to learn from: every reward is 0.50" in (config.out / "stopped.json").read_text()
+    assert write_report([config.out]) == config.out / "report.html"
 
 
 def test_what_an_update_says_of_its_actions(small):
