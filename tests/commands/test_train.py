@@ -21,8 +21,8 @@ from msgspec.structs import replace
 from benchmarks.fault_server import FaultServer
 from swirl import train as loop
 from swirl.app import resolve as opening
-from swirl.app.report.build import write_report
 from swirl.app import training_data
+from swirl.app.report.build import write_report
 from swirl.config import TrainConfig, settled, sized
 from swirl.errors import ConfigError, EndpointUnusable, InputError, NothingToLearn
 from swirl.judging.judges import Judgement
