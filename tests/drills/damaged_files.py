@@ -35,7 +35,7 @@ from swirl.tools.search import Page, build_index, open_index
 from swirl.train import train
 from swirl.trajectories.files import TrajectoryFiles
 from swirl.trajectories.formats import to_messages
-from swirl.trajectories.log import TrajectoryLog, read_trajectories, write_trajectories
+from swirl.trajectories.log import TrajectoryLog, iter_trajectories, read_trajectories, write_trajectories
 from swirl.trajectories.rows import read_rows, write_rows
 from tests.drills.resume_drill import config_in, make_inputs, tiny_model, trajectories_of
 from tests.drills.table import Row
@@ -109,16 +109,15 @@ def trajectories(folder: Path) -> Kind:
 
 
 def log_of_a_command(folder: Path) -> Kind:
-    """What is left of a log that is gone on with must be whole lines of it: the others are made again."""
+    """What is left of a log that is gone on with must be whole trajectories of it: the others are made again."""
     write_trajectories(folder / "log.jsonl", trajectories_of(30))
-    lines = dict(
-        zip((one.id for one in trajectories_of(30)), (folder / "log.jsonl").read_bytes().splitlines(), strict=True)
-    )
+    written = {one.id: one for one in iter_trajectories(folder / "log.jsonl")}
 
     def read(folder: Path) -> bool:
         with TrajectoryLog(folder / "log.jsonl") as log:
             done = set(log.done)
-        return set((folder / "log.jsonl").read_bytes().splitlines()) == {lines[name] for name in done}
+        left = list(iter_trajectories(folder / "log.jsonl"))
+        return {one.id for one in left} == done and all(one == written[one.id] for one in left)
 
     return Kind("a log that is gone on with", ["log.jsonl"], read)
 
