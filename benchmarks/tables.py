@@ -1,11 +1,12 @@
 """The tables of the READMEs, made from the rows in benchmarks/results alone.
 
     python -m benchmarks.tables             prints every table there are rows for
-    python -m benchmarks.tables --write     puts them into README.md and benchmarks/README.md, between the lines
-                                            `<!-- table: NAME -->` and `<!-- end -->`
+    python -m benchmarks.tables --write     puts them into README.md, benchmarks/README.md and docs/models.md, between
+                                            the lines `<!-- table: NAME -->` and `<!-- end -->`
     python -m benchmarks.tables --prune     drops each row that a later one replaces
 
-Of rows that measure the same on the same hardware the last one counts; tiny ones never do.
+Of rows that measure the same on the same hardware the last one counts; tiny ones never do. The table `cards` has no
+rows: it is what plans (swirl.plan) of all presets come to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS
 
-READMES = (RESULTS.parent / "README.md", RESULTS.parents[1] / "README.md")
+READMES = (RESULTS.parent / "README.md", *(RESULTS.parents[1] / name for name in ("README.md", "docs/models.md")))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What tells one measurement from another, by file; all else in a row is its outcome, or how it was come by.
@@ -37,6 +38,7 @@ IDENTITY = {
     "slow_reward": ("staleness", "latency_ms", "concurrency", "hardware"),
     "client": ("calls", "latency_ms", "in_flight", "faults", "hardware"),
     "retrieval": ("slice", "method", "embeddings", "hardware"),
+    "plan": ("case", "shape", "hardware"),
     "kill_drill": ("job", "trajectories", "local", "hardware"),
 }
 
@@ -343,6 +345,51 @@ def retrieval(rows: list[dict]) -> str:
     return f"{_source(rows)}\n\n{grid(headers, lines)}"
 
 
+def plan(rows: list[dict]) -> str:
+    lines = [
+        [
+            f"{row['weights'] / 1e6:,.0f}M, {row['tokens']:,} tokens",
+            f"`{row['flags']}`" if row["flags"] else "recorded actions, float32",
+            f"{row['planned_bytes'] / 1e9:.2f}",
+            f"{row['measured_bytes'] / 1e9:.2f}",
+            f"{row['ratio'] - 1:+.0%}",
+        ]
+        for row in rows
+    ]
+    return (
+        f"{_source(rows)}\n\n{grid(['weights, micro-batch', 'flags', 'planned, GB', 'measured, GB', 'off by'], lines)}"
+    )
+
+
+CARD_CACHE_TOKENS = 32_768
+# Columns of the table of cards: flags of `plan`, and how many GPUs.
+CARD_MODES = {
+    "all weights": ({}, 1),
+    "`layers`": ({"activation_checkpointing": "layers"}, 1),
+    "8-bit, `layers`": ({"activation_checkpointing": "layers", "optimizer": "adamw-8bit"}, 1),
+    "`--lora 16`": ({"lora": 16}, 1),
+    "LoRA, `layers`": ({"activation_checkpointing": "layers", "lora": 16}, 1),
+    "all weights, 8 GPUs": ({"shard": "all"}, 8),
+    "`layers`, 8 GPUs": ({"shard": "all", "activation_checkpointing": "layers"}, 8),
+}
+
+
+def cards() -> str:
+    """GB of each GPU by preset and mode, and the smallest card that holds as much."""
+    from swirl.app.planning import needed_bytes
+    from swirl.learning.plan import plan as planned
+    from swirl.model.config import PRESETS
+    from swirl.plan import PlanConfig, job_of
+
+    def cell(name: str, flags: dict, gpus: int) -> str:
+        job = job_of(PlanConfig(model=name, max_cache_tokens=CARD_CACHE_TOKENS, **flags), gpus)
+        size = needed_bytes(job, planned(job)) / 1e9
+        return f"{size:,.0f} ({next((card for card in (24, 80, 141) if size <= card), '–')})"
+
+    lines = [[name, *(cell(name, *mode) for mode in CARD_MODES.values())] for name in PRESETS]
+    return grid(["preset", *CARD_MODES], lines)
+
+
 def kill_drill(rows: list[dict]) -> str:
     lines = [
         [
@@ -378,6 +425,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
         slow_reward,
         client,
         retrieval,
+        plan,
         kill_drill,
     )
 }
@@ -386,7 +434,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
 def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Every table there are rows for, by name."""
     rows = {name: newest(name, read(folder / f"{name}.jsonl")) for name in TABLES}
-    return {name: TABLES[name](found) for name, found in rows.items() if found}
+    return {name: TABLES[name](found) for name, found in rows.items() if found} | {"cards": cards()}
 
 
 def filled(text: str, found: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "how good is a policy on a task",
     "report": "runs' folders -> one page: what training changed, curves, every trajectory",
     "export": "a run's checkpoint -> a Hugging Face folder, at any time",
+    "plan": "a model and flags of train -> memory and time, before anything is loaded",
     "serve": "a checkpoint to others, by OpenAI's protocol",
 }
 

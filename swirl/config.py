@@ -207,6 +207,8 @@ class ComputeFlags:
     with --lora, and for models of less than a billion weights; else node."""
     max_cache_tokens: int = 1 << 18
     """Tokens whose keys and values the sampler holds at most, of all sequences in flight and of finished ones."""
+    memory_check: bool = True
+    """Refuse a run that cannot fit into memory, by its plan (`plan --help`); --no-memory-check tries all the same."""
     rank_timeout_s: float = 600.0
     """Seconds that ranks wait for one another before the job ends and names the one that is missing."""
 

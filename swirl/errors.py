@@ -8,6 +8,7 @@ SwirlError
 ├── EndpointError    a server that could not be reached or understood    (ConnectionError)
 ├── RankError        a process of the job that was killed or is stopped  (ConnectionError)
 ├── NonFiniteError   a loss or gradient that is NaN or infinite          (FloatingPointError)
+├── OutOfMemory      a run that memory cannot hold                       (MemoryError)
 └── NothingToLearn   no trajectory kept, or updates that compute nothing (RuntimeError)
 """
 
@@ -63,6 +64,10 @@ class RankError(SwirlError, ConnectionError):
 
 class NonFiniteError(SwirlError, FloatingPointError):
     """A loss, log-prob or gradient that is NaN or infinite; raised before the weights are touched."""
+
+
+class OutOfMemory(SwirlError, MemoryError):
+    """A run that memory cannot hold, before it starts or when it happens; its text names what would make it fit."""
 
 
 class NothingToLearn(SwirlError, RuntimeError):

@@ -23,7 +23,7 @@ import msgspec
 import torch
 
 from swirl import config as configs
-from swirl.app import attempts, command, resolve, stages, training_data
+from swirl.app import attempts, command, planning, resolve, stages, training_data
 from swirl.app.background import BackgroundLoop
 from swirl.app.model_card import CARD, model_card
 from swirl.app.other_log_probs import other_log_probs
@@ -226,6 +226,9 @@ def train(config: TrainConfig) -> dict | None:
         BackgroundLoop(lambda: distributed.local_device(str(device))) as loop,
         ExitStack() as closing,
     ):
+        say = command.note if distributed.is_main() else lambda line: None
+        planned = planning.plan_run(config, device, say=say)
+        closing.enter_context(planning.told_if_out_of_memory(planned))
         model, tokenizer = resolve.load_model(
             config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention,
             prepare=lambda model: sharding.shard_as_asked(model, "none" if config.lora else config.shard, device.type),
@@ -281,8 +284,11 @@ def train(config: TrainConfig) -> dict | None:
         after = evaluate_and_write(setup, run, loop, "after")
         with setup.sampling():
             compare_policies(setup, run)
+        if not distributed.is_main():
+            return None
         trained_on = None if config.mode == "outcome-rl" else len(source)
-        return _finish(config, run, before, after, history, started, trained_on) if distributed.is_main() else None
+        peaks = {"planned_peak_bytes": planned.plan.peak_bytes, "peak_bytes": usage.peak_bytes(device)}
+        return _finish(config, run, before, after, history, started, trained_on, peaks)
 
 
 def save_merged(setup: Setup, run: RunFolder) -> None:
@@ -297,10 +303,11 @@ def save_merged(setup: Setup, run: RunFolder) -> None:
 
 
 def _finish(
-    config: TrainConfig, run: RunFolder, before: list[Score], after: list[Score], history, started, num_trajectories
-) -> dict:
+    config: TrainConfig, run: RunFolder, before: list[Score], after: list[Score], history, started, num_trajectories,
+    peaks: dict[str, int],
+) -> dict:  # fmt: skip
     """Write the summary, the model card and the report, and show both."""
-    summary = _summary(config, before, after, history, started)
+    summary = _summary(config, before, after, history, started) | peaks
     run.write("summary.json", summary)
     card = model_card(config, update=len(history), commit=summary["commit"], summary=summary, kept=num_trajectories)
     replace_file(run.path / "checkpoint" / CARD, card.encode())

@@ -173,6 +173,11 @@ def _take_config_file(argv: list[str], kind: type[Config]) -> tuple[list[str], C
     return argv, kind()
 
 
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def warn(text: str) -> None:
     """One line on stderr, for what a user should know and nothing stops at."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

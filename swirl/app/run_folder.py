@@ -38,8 +38,7 @@ from swirl.storage.lock import folder_lock
 LOGS = {"metrics.jsonl": "train", "validation.jsonl": "validation"}  # what trackers call them
 # Flags that change no weight: a run may go on with others. Of `model` and `data` the content counts, not the path.
 _FREE = {"out", "resume", "save_every", "save_minutes", "keep", "rank_timeout_s", "shard", "device", "model", "data",
-         "smoke", "evaluate_every", "track", "endpoint",
-         "max_cache_tokens"}  # fmt: skip
+         "smoke", "evaluate_every", "track", "endpoint", "max_cache_tokens", "memory_check"}  # fmt: skip
 
 
 class RunFolder:

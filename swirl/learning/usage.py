@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import subprocess
 import time
@@ -12,30 +13,49 @@ import torch
 from swirl.kernels.linear import linear
 
 
+def num_adapter_weights(config, rank: int) -> int:
+    """Of adapters of that rank on the seven matrices of every layer."""
+    heads = config.num_attention_heads + config.num_key_value_heads
+    in_and_out = 7 * config.hidden_size + 2 * config.head_dim * heads + 3 * config.intermediate_size
+    return rank * config.num_hidden_layers * in_and_out
+
+
 def update_flops(config, batch, *, lora_rank: int = 0) -> float:
-    """Forward and backward FLOPs of one packed batch under a GemmaConfig: 6 per weight and token, the head on action
-    rows alone, attention 4 * heads * head_dim a visible pair forward and 2.5 times that backward. With adapters of
-    `lora_rank` 4 per weight, which is frozen, and 6 per weight of theirs."""
+    """`flops_of` one packed batch."""
+    return flops_of(config, batch.position_ids, batch.num_action_tokens, lora_rank=lora_rank)
+
+
+def flops_of(config, position_ids: torch.Tensor, num_action_tokens: int, *, lora_rank: int = 0) -> float:
+    """Forward and backward FLOPs under a GemmaConfig of packed tokens at these positions (T,): 6 per weight and token,
+    the head on action rows alone, attention 4 * heads * head_dim a visible pair forward and 2.5 times that backward.
+    With adapters of `lora_rank` 4 per weight, which is frozen, and 6 per weight of theirs."""
     d, D = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     F, each = config.intermediate_size, 4 if lora_rank else 6
     weights = config.num_hidden_layers * (2 * d * D * (heads + kv_heads) + 3 * d * F)
-    widths = config.num_hidden_layers * (7 * d + 2 * D * (heads + kv_heads) + 3 * F)  # in and out, of each
-    depth = batch.position_ids.double() + 1
+    adapters = num_adapter_weights(config, lora_rank)
+    depth = position_ids.double() + 1
     pairs = 0.0
     for layer in range(config.num_hidden_layers):
         window = config.window(layer)
         pairs += (depth if window is None else depth.clamp(max=window)).sum().item()
-    head = each * batch.num_action_tokens * d * config.vocab_size
-    return (each * weights + 6 * lora_rank * widths) * batch.num_tokens + head + 3.5 * 4 * heads * D * pairs
+    head = each * num_action_tokens * d * config.vocab_size
+    return (each * weights + 6 * adapters) * position_ids.numel() + head + 3.5 * 4 * heads * D * pairs
 
 
+@functools.cache
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a square matrix product, the best of a few, torch's or ours: what utilization is held against."""
+    """FLOP/s of a square matrix product, the best of a few, torch's or ours: what utilization is held against.
+
+    Measured once. A few are no more than fit into a second, one of each at least: some CPUs take eight for one in
+    bfloat16.
+    """
     size = size if device.type == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    best = float("inf")
-    for product in (torch.matmul, linear) * 4:
+    best, began = float("inf"), time.perf_counter()
+    for number, product in enumerate((linear, torch.matmul) * 4):
+        if number >= 2 and time.perf_counter() - began > 1:
+            break
         _synchronize(device)
         started = time.perf_counter()
         product(a, b)

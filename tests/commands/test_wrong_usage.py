@@ -74,6 +74,7 @@ MISTAKES = {
         ("--config", "unknown.json"),
     ],
     "report": [("--no-such-flag",), ("--config", "unknown.json")],
+    "plan": [("--no-such-flag",), ("--tokens", "0"), ("--gpus", "-1"), ("--memory-gb", "0"), ("--lora", "-1")],
     "export": [("--no-such-flag",), ("--config", "unknown.json")],
     "serve": [("--dtype", "nonsense"), ("--device", "nonsense"), ("--config", "unknown.json")],
 }

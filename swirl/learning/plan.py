@@ -1,0 +1,209 @@
+"""The memory and the time of a training run, by arithmetic from shapes, before anything is loaded.
+
+A run has its moments, and in each something else lies in memory; the largest sum is the peak. All is in bytes of one
+rank: what weights need (docs/models.md), what a pass keeps (swirl.model.activations), the sampler's keys and values,
+and the process itself. Time is FLOPs over a rate. benchmarks/plan.py holds it against measured runs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from swirl.learning.usage import flops_of, num_adapter_weights
+from swirl.model import activations
+from swirl.model.activations import Computation
+from swirl.model.config import GemmaConfig
+
+if TYPE_CHECKING:
+    from swirl.config import TrainConfig
+
+LARGE = 1_000_000_000  # of learning/sharding.py, which loads more than a plan needs
+TREE_TOKENS = 800  # depth of a tree that time is planned for: a prompt of 150 and 8 steps of 80
+ACTION_SHARE = {"recorded": 0.3, "sampled": 0.5}  # of packed tokens, those of actions: a chain's, a comb's
+PREFILL_TOKENS, SEQUENCES = 1024, 512  # of swirl/sampling/engine.py
+HEAP_BLOCK_BYTES = 32 << 20  # glibc's M_MMAP_THRESHOLD, where it ends up
+HEAP_FRAGMENTS, UNFRAGMENTED_BYTES = 0.4, 64 << 20  # as measured: of what goes beyond so much
+LOGITS = 4  # tensors of a row a sequence that a draw has at a time
+
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned.
+
+    config: settled and sized, no `auto` left but that of `shard`. on_gpu: on GPUs, else on CPUs. ranks: processes of
+    the job, ranks_of_host of them on one machine. process_bytes: what each holds beside tensors. cache_tokens: those
+    whose keys and values the sampler keeps, 0 where nothing is sampled.
+    """
+
+    model: GemmaConfig
+    config: TrainConfig
+    on_gpu: bool = False
+    ranks: int = 1
+    ranks_of_host: int = 1
+    process_bytes: int = 0
+    cache_tokens: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.config.dtype).itemsize
+
+    @property
+    def computation(self) -> Computation:
+        config = self.config
+        return Computation(self.itemsize, self.on_gpu, config.activation_checkpointing, config.lora)
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens of the largest micro-batch."""
+        return self.config.tokens_per_micro_batch
+
+    @property
+    def action_tokens(self) -> int:
+        return int(ACTION_SHARE["sampled" if self.config.mode == "sampled" else "recorded"] * self.tokens)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold a part each of the weights; 1: each holds them all. As sharding.py decides it."""
+        shard = self.config.shard
+        if shard == "auto":
+            shard = "node" if self.model.num_weights >= LARGE else "none"
+        if shard == "none" or self.config.lora:
+            return 1
+        return self.ranks if shard == "all" else min(self.ranks, self.ranks_of_host)
+
+    @property
+    def trained(self) -> int:
+        """Weights that are."""
+        return num_adapter_weights(self.model, self.config.lora) or self.model.num_weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """moments: by name, what lies in memory, by name, in bytes of one rank. flops: of the largest micro-batch."""
+
+    moments: dict[str, Parts]
+    flops: float
+
+    @property
+    def peak(self) -> str:
+        """The name of the moment with the largest sum."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.moments[self.peak].values())
+
+    @property
+    def least_bytes(self) -> int:
+        """What the run holds whatever its data are: no activations, no keys and values."""
+        step = self.moments["step"]
+        return sum(step[name] for name in ("process", "weights", "gradients", "optimizer", "reference"))
+
+
+def plan(job: Job) -> Plan:
+    """The plan of a job."""
+    position_ids = torch.arange(job.tokens) % TREE_TOKENS
+    flops = flops_of(job.model, position_ids, job.action_tokens, lora_rank=job.config.lora)
+    always, gradients = _always(job), {"gradients": 4 * job.trained // job.shards}
+    moments = {"sampling": always | _sampling(job)} if job.cache_tokens else {}
+    moments |= {"passes": always | gradients | _passes(job), "step": always | gradients | _step(job)}
+    if job.config.evaluate_on and not job.on_gpu:
+        # The model as it was is loaded once more, the optimizer is gone. A GPU without the room goes on without it.
+        again = {"the base again": job.model.num_weights * job.itemsize} | _gathered_whole(job)
+        moments["comparing"] = always | {"optimizer": 0, "checkpoint": 0} | again
+    return Plan(moments, flops)
+
+
+def _always(job: Job) -> Parts:
+    """What lies in memory from the first update to the last."""
+    config, b, n, adapters = job.config, job.itemsize, job.shards, bool(job.config.lora)
+    weights = job.model.num_weights
+    moments = job.trained * (2 if config.optimizer == "adamw-8bit" else 8) // n
+    copies = 4 * job.trained if b < 4 and not adapters and n == 1 else 0  # shards are float32 themselves
+    optimizer = 0 if config.offload_optimizer and job.on_gpu else moments + copies
+    reference = weights * b // n if config.kl_coefficient and not adapters else 0
+    proximal = (4 * job.trained if adapters else weights * b // n) if config.proximal_every else 0
+    # of weights in shards a save is no copy, and from a GPU the copy goes to the host
+    saves = (config.save_every or config.save_minutes) and n == 1 and not job.on_gpu
+    return {
+        "process": job.process_bytes,
+        "weights": weights * b + 4 * job.trained if adapters else weights * (b if n == 1 else 4) // n,
+        "optimizer": optimizer,
+        "reference": reference + proximal,
+        "keys and values": _keys_and_values(job),
+        "checkpoint": (4 * job.trained if adapters else weights * b) + optimizer if saves else 0,
+    }
+
+
+def _keys_and_values(job: Job) -> int:
+    """The sampler's cache; and where C++ samples from adapters, the weights that it merged them into."""
+    model = job.model
+    of_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * job.itemsize
+    merged = 0
+    if job.cache_tokens and job.config.lora and not job.on_gpu and job.itemsize == 4:
+        merged = 4 * (model.num_weights - model.vocab_size * model.hidden_size)
+    return job.cache_tokens * of_token + merged
+
+
+def _gathered_whole(job: Job) -> Parts:
+    """Weights in shards are gathered to sample from them."""
+    return {"gathered": job.model.num_weights * job.itemsize if job.shards > 1 else 0}
+
+
+def _sampling(job: Job) -> Parts:
+    prefill = activations.pass_without_gradient(job.model, job.computation, PREFILL_TOKENS)
+    in_cpp = not job.on_gpu and job.itemsize == 4
+    logits = 0 if in_cpp else LOGITS * 4 * SEQUENCES * job.model.vocab_size
+    return {"workspace": prefill + logits} | _gathered_whole(job)
+
+
+def _passes(job: Job) -> Parts:
+    """Forward and backward of the largest micro-batch, when that takes most: at the head, in the last layer, where the
+    reference passes, or at the embedding, whose gradient comes last.
+    """
+    model, how = job.model, job.computation
+    kl = job.config.kl_coefficient > 0
+    blocks = activations.kept_by_pass(model, how, job.tokens, job.action_tokens)
+    kept = sum(blocks)
+    embedding = 0 if how.lora else model.vocab_size * model.hidden_size * how.itemsize
+    widened = 2 * embedding if how.itemsize < 4 else 0  # rounded gradients, to be summed
+    takes = [
+        (kept, activations.head_backward(model, how, job.action_tokens, kl=kl)),
+        (kept, embedding + activations.layer_backward(model, how, job.tokens)),
+        (0, 2 * embedding + widened),
+    ]
+    if job.config.proximal_every or kl:
+        takes.append((kept, activations.pass_without_gradient(model, how, job.tokens)))
+    activation_bytes, workspace = max(takes, key=sum)
+    parts = {"activations": activation_bytes, "workspace": workspace, "fragments": _fragments(job, blocks)}
+    return parts | _gathered_parts(job)
+
+
+def _gathered_parts(job: Job) -> Parts:
+    """Of weights in shards a pass holds the embedding all the time, and up to three layers; of one the backward pass
+    holds the gradient too, which ranks sum in float32.
+    """
+    if job.shards == 1:
+        return {"gathered": 0}
+    embedding = job.model.vocab_size * job.model.hidden_size
+    layer = (job.model.num_weights - embedding) // job.model.num_hidden_layers
+    return {"gathered": embedding * job.itemsize + layer * (3 * job.itemsize + 4)}
+
+
+def _fragments(job: Job, blocks: list[int]) -> int:
+    """Freed memory that glibc's heap, where blocks below a limit lie, cannot use; on a GPU it is not to be had."""
+    if job.on_gpu:
+        return 0
+    limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", HEAP_BLOCK_BYTES))
+    return int(HEAP_FRAGMENTS * max(0, sum(block for block in blocks if block < limit) - UNFRAGMENTED_BYTES))
+
+
+def _step(job: Job) -> Parts:
+    """Ranks with whole weights sum their gradients in one buffer, beside those that it is made of."""
+    return {"workspace": 4 * job.trained if job.ranks > 1 and job.shards == 1 else 0}

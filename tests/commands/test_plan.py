@@ -1,0 +1,112 @@
+"""`plan`, what it says at the start of a run, and memory that is not there or runs out."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from swirl.app import planning
+from swirl.app.planning import Memory, RunPlan, advice, job_of, needed_bytes, told_if_out_of_memory
+from swirl.config import TrainConfig, settled, sized
+from swirl.errors import OutOfMemory
+from swirl.learning.plan import plan
+from swirl.model.config import PRESETS
+from swirl.train import train
+from tests.commands.test_train import small, told  # noqa: F401
+from tests.process import run_module
+
+
+def run(*flags, cwd):
+    done = run_module("swirl.plan", *flags, cwd=cwd, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_plan_says_whether_it_fits_and_what_would_make_it(tmp_path):
+    flags = ("--model", "gemma-2-9b", "--gpus", "1", "--memory-gb", "80", "--mode", "recorded", "--no-evaluate")
+    first, *table, last = run(*flags, cwd=tmp_path)
+    assert first == "gemma-2-9b, 9.24B weights, bfloat16, on 1 GPU: micro-batches of 4,096 tokens"
+    assert table[0].split() == ["GB", "passes", "step"] and table[-1].startswith("sum")
+    assert ["weights", "18.48", "18.48"] in [line.split() for line in table]
+    said = re.fullmatch(r"does not fit: \d+ GB of 80.0 GB; (--lora 16) makes it fit, in (.*)", last)
+    *_, last = run(*flags, *said[1].split(), cwd=tmp_path)
+    assert last == f"fits: {said[2]} of 80.0 GB"
+    # eight cards hold it in shards, and without a size of theirs the smallest that would do is named
+    *_, last = run("--model", "gemma-2-9b", "--gpus", "8", cwd=tmp_path)
+    assert re.fullmatch(r"fits a card of 80 GB: .* GB", last)
+
+
+def test_a_plan_of_a_folder_or_of_none(tiny_folder, tmp_path):
+    lines = run("--model", tiny_folder, "--tokens", "256", "--gpus", "0", cwd=tmp_path)
+    assert lines[0].endswith("float32, on a CPU: micro-batches of 256 tokens")
+    assert lines[-2].startswith("an update of 256 packed tokens: about ") and lines[-1].startswith("fits: ")
+    done = run_module("swirl.plan", "--model", "gemma-9", cwd=tmp_path, timeout=60)
+    assert done.returncode == 1 and "gemma-9: no such folder: expected `almanac`" in done.stderr
+    assert run_module("swirl.plan", "--tokens", "0", cwd=tmp_path, timeout=60).returncode == 2
+
+
+def planned(name, **flags) -> RunPlan:
+    model = PRESETS[name]
+    asked = TrainConfig(**{"mode": "recorded", "reward": "outcome", "data": ("a",), "evaluate_on": ()} | flags)
+    job = job_of(model, sized(settled(asked, {"bridge"}, "cuda"), model.num_weights), on_gpu=True)
+    return RunPlan(job, plan(job), Memory(80 * 10**9, 80 * 10**9))
+
+
+def test_flags_are_tried_in_order_and_together_where_none_is_enough():
+    one = planned("gemma-2-2b", tokens_per_micro_batch=32_768)
+    peak = needed_bytes(one.job, one.plan)
+    assert advice(one.job, peak - 10**9).startswith("--activation-checkpointing cheap makes it fit, in ")
+    assert advice(one.job, 75 * 10**9).startswith("--activation-checkpointing layers makes it fit, in ")
+    nine = planned("gemma-2-9b").job
+    assert re.match(r"--lora 16 --optimizer adamw-8bit .*makes it fit, in [\d.]+ GB", advice(nine, 24 * 10**9))
+    assert advice(planned("gemma-2-27b").job, 24 * 10**9).startswith("no flag makes it fit: with all of them it takes")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_loads(small, monkeypatch, capsys):  # noqa: F811
+    config = small(told(4), updates=1, model="almanac")
+    monkeypatch.setattr(planning, "memory_here", lambda device: Memory(10**8, 10**8))
+    with pytest.raises(
+        OutOfMemory, match=r"cannot fit: weights and what they need alone are .* of 0.10 GB of memory; "
+    ):
+        train(config)
+    assert not config.out.exists()
+    train(small(updates=1, model="almanac", data=told(4), memory_check=False))
+    # what may fit is never refused
+    monkeypatch.setattr(planning, "memory_here", lambda device: Memory(10**12, 10**8))
+    train(small(updates=1, model="almanac", data=told(4)))
+    assert "warning: the plan is " in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_one_line_with_advice():
+    one = planned("gemma-2-2b")
+    with pytest.raises(
+        OutOfMemory, match=r"out of memory \(\d+ bytes more were asked for\), planned were .*: --"
+    ) as told:
+        with told_if_out_of_memory(one):
+            torch.empty(1 << 50)
+    assert "\n" not in str(told.value)
+    with pytest.raises(OutOfMemory, match=r"^out of memory \(256 PiB more were asked for\), planned were"):
+        with told_if_out_of_memory(one):
+            np.empty(1 << 55)
+    with pytest.raises(RuntimeError, match="shape"):
+        with told_if_out_of_memory(one):
+            torch.ones(2) @ torch.ones(3, 3)
+
+
+def test_a_run_takes_what_its_plan_says(small):  # noqa: F811
+    """Within 15%, in a process of its own; benchmarks/plan.py has larger ones."""
+    config = small(told(24), model="almanac")
+    flags = ("--model", "almanac", "--data", config.data[0], "--mode", "recorded", "--updates", 2, "--evaluate-on",
+             "--tokens-per-micro-batch", 1024, "--trajectories-per-update", 12, "--save-minutes", 0)  # fmt: skip
+    done = run_module("swirl.train", "--device", "cpu", *flags, "--out", "one", cwd=config.out.parent, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = re.search(
+        r"^plan: ([\d.]+) GB of memory at its peak \(process .*\); about .* s for 1,024", done.stderr, re.M
+    )
+    summary = json.loads((config.out.parent / "one" / "summary.json").read_text())
+    assert float(said[1]) == pytest.approx(summary["planned_peak_bytes"] / 1e9, abs=0.006)
+    assert summary["planned_peak_bytes"] == pytest.approx(summary["peak_bytes"], rel=0.15)
