@@ -65,7 +65,7 @@ CASES = {
     "cheap": Case("13M", "--activation-checkpointing cheap"),
     "bfloat16": Case("13M", "--dtype bfloat16"),
     "reference": Case("13M", "--kl-coefficient 0.1"),
-    "drawn": Case("13M", "--mode sampled --reward REWARD --samples-per-state 4", 512, 3),
+    "drawn": Case("13M", "--mode sampled --reward REWARD --samples-per-state 2 --kl-coefficient 0.1", 512, 2),
     "saving": Case("35M", "--save-every 1 --activation-checkpointing layers", 512, 6),
     "8 bits": Case("35M", "--optimizer adamw-8bit", 512, 6),
     "65M": Case("65M", "", 256, 4),

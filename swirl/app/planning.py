@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def job_of(
     model: GemmaConfig, config: TrainConfig, *, on_gpu: bool, ranks: int = 1, ranks_of_host: int | None = None
 ) -> Job:
     """What a training run comes to on this machine; `config` is settled and sized."""
-    used = 0 if on_gpu else _process_bytes()
+    used = 0 if on_gpu else _process_bytes(config)
     sampled = min(config.max_cache_tokens, _sampled_tokens(config, ranks))
     return Job(model, config, on_gpu, ranks, ranks_of_host or ranks, used, sampled)
 
@@ -70,9 +71,11 @@ def _sampled_tokens(config: TrainConfig, ranks: int) -> int:
     return max(played * TRAJECTORY_TOKENS, draws) // ranks
 
 
-def _process_bytes() -> int:
+def _process_bytes(config: TrainConfig) -> int:
     """What this process holds beside a model, once it has loaded all that training needs."""
     pack([([0], [0])])  # compiled code
+    if config.optimizer == "adamw-8bit" and find_spec("bitsandbytes"):
+        import bitsandbytes.optim  # noqa: F401  (hundreds of MB)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # most of torch that is not loaded yet
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") + LATER_BYTES
