@@ -9,6 +9,8 @@ from typing import Literal
 SEARCH, CALCULATE = "bridge-2", "arithmetic-2"
 EVALUATED = (SEARCH, "deep-2", "counterfactual-2", CALCULATE)
 SEEDS = (0, 1, 2)
+JUDGE = "noisy:0.2"
+"""Filters and rewards where a block does not say otherwise: the oracle, but wrong about a fifth of all steps."""
 
 Method = Literal["base", "sampled", "recorded", "imitation", "outcome_rl"]
 Filter = Literal["none", "process", "outcome", "both"]
@@ -42,7 +44,7 @@ class Run:
     method: Method = "sampled"
     trained_on: tuple[str, ...] = (SEARCH,)
     filter: Filter = "process"
-    judge: str = "lenient"
+    judge: str = JUDGE
     num_questions: int = 400
     """Of each family trained on; 5 trajectories each."""
     num_trajectories: int | None = None
@@ -88,6 +90,8 @@ def headline() -> list[Run]:
         *_each(BASES, method="imitation"),
         *_each(BASES, method="imitation", filter="none"),
         *_each(BASES, method="outcome_rl", filter="none"),
+        *_each(BASES, judge="lenient"),
+        *_each(BASES, method="imitation", judge="lenient"),
         *_each(BASES, method="recorded", filter="none"),
     ]
 
@@ -101,7 +105,7 @@ def filters() -> list[Run]:
     """Which filter, under which judge? The same number of trajectories for each, on sampled actions and imitated."""
     return [
         run
-        for judge in ("lenient", "noisy:0.2")
+        for judge in (JUDGE, "lenient")
         for kept in ("none", "process", "outcome", "both")
         for method in ("sampled", "imitation")
         for run in _each(BASES, method=method, filter=kept, judge=judge, num_trajectories=150)
@@ -137,7 +141,7 @@ def noise() -> list[Run]:
     """What does a judge cost that is wrong about a share of all steps? All states, so that it only rewards."""
     return [
         run
-        for judge in ("rule", "lenient", "noisy:0.1", "noisy:0.2", "noisy:0.35")
+        for judge in ("rule", JUDGE, "lenient", "noisy:0.1", "noisy:0.35")
         for run in _each(BASES, judge=judge, filter="none")
     ]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.paper_blocks import BASES, BLOCKS, CALCULATE, CONTROL, EVALUATED, FIRST, SEARCH, SEEDS, Run
+from benchmarks.paper_blocks import BASES, BLOCKS, CALCULATE, CONTROL, EVALUATED, FIRST, JUDGE, SEARCH, SEEDS, Run
 from benchmarks.tables import grid
 
 Rows = dict[str, dict]
@@ -71,6 +71,7 @@ def side(**what) -> Side:
 BASE = side(method="base", trained_on=())
 STEP = side()
 IMITATION = side(method="imitation")
+LENIENT, LENIENT_IMITATION = side(judge="lenient"), side(method="imitation", judge="lenient")
 CONTROLS = [Run(CONTROL, trained_on=("bridge",), evaluated_on=FIRST, seed=seed) for seed in SEEDS]
 CONTROL_BASE = [Run(CONTROL, method="base", trained_on=(), evaluated_on=FIRST) for _ in SEEDS]
 
@@ -90,11 +91,13 @@ QUESTIONS: list[tuple[str, Side, Side, str]] = [
     ("Does it beat online outcome RL?", STEP, side(method="outcome_rl", filter="none"), SEARCH),
     ("… online outcome RL, on pages of another world?", STEP, side(method="outcome_rl", filter="none"),
      "counterfactual-2"),
+    ("Under the lenient judge: does step reward teach anything?", LENIENT, BASE, SEARCH),
+    ("… does it beat imitation of the same kept data?", LENIENT, LENIENT_IMITATION, SEARCH),
     ("Do sampled actions beat recorded ones?", STEP, side(method="recorded", filter="none"), SEARCH),
     *[
         (f"Process against outcome filter, {judge} judge, {method}?", _of_filter("process", judge, method),
          _of_filter("outcome", judge, method), SEARCH)
-        for judge in ("lenient", "noisy:0.2") for method in ("sampled", "imitation")
+        for judge in (JUDGE, "lenient") for method in ("sampled", "imitation")
     ],
     ("Does search carry over to the calculator, with shared habits?", STEP, BASE, CALCULATE),
     ("Does the calculator carry over to search, with shared habits?", side(trained_on=(CALCULATE,)), BASE, SEARCH),
@@ -106,7 +109,8 @@ QUESTIONS: list[tuple[str, Side, Side, str]] = [
          side(judge=f"noisy:{share:g}", filter="none"), side(judge="rule", filter="none"), SEARCH)
         for share in (0.1, 0.2, 0.35)
     ],
-    ("Is the lenient judge as good as the oracle?", side(filter="none"), side(judge="rule", filter="none"), SEARCH),
+    ("Is the lenient judge as good as the oracle?", side(judge="lenient", filter="none"),
+     side(judge="rule", filter="none"), SEARCH),
 ]  # fmt: skip
 
 
@@ -144,6 +148,8 @@ def methods(rows: Rows) -> str:
         "step reward, sampled actions, process filter": STEP,
         "imitation of what the process filter keeps": IMITATION,
         "imitation of it, 200 updates": [replace(run, updates=200) for run in IMITATION],
+        "step reward, sampled actions, lenient judge": LENIENT,
+        "imitation, lenient judge": LENIENT_IMITATION,
         "imitation of all": side(method="imitation", filter="none"),
         "online outcome RL": side(method="outcome_rl", filter="none"),
         "step reward, recorded actions, all of them": side(method="recorded", filter="none"),
@@ -166,7 +172,7 @@ def filters(rows: Rows) -> str:
     named = {
         f"{kept}, {judge}, {method}": _of_filter(kept, judge, method)
         for method in ("sampled", "imitation")
-        for judge in ("lenient", "noisy:0.2")
+        for judge in (JUDGE, "lenient")
         for kept in ("none", "process", "outcome", "both")
     }
     return _by_family(rows, named)
@@ -202,7 +208,7 @@ def others(rows: Rows) -> str:
     calculated = {"trained_on": (CALCULATE,)}
     tables = {
         "A noisy reward (all states; the judge only rewards)": {
-            "oracle": side(judge="rule", filter="none"), "lenient": side(filter="none"),
+            "oracle": side(judge="rule", filter="none"), "lenient": side(judge="lenient", filter="none"),
             **{f"wrong {s:.0%}": side(judge=f"noisy:{s:g}", filter="none") for s in (0.1, 0.2, 0.35)},
         },
         "Forgetting (trained on arithmetic-2)": {
@@ -243,7 +249,8 @@ policy in a small world, not what it does to Gemma 2 27B. Commits {commits or "�
 
 ## The answers
 
-Trained on {SEARCH}, lenient judge, unless said otherwise. The oracle evaluates, and has neither filtered nor rewarded.
+Trained on {SEARCH}; filtered and rewarded by the judge `{JUDGE}`, wrong about a fifth of all steps, unless said
+otherwise. The oracle evaluates, and has neither filtered nor rewarded.
 A difference is paired by base, seed and question; its 95% interval draws bases and questions anew.
 
 {answers(rows)}

@@ -35,7 +35,7 @@ class SharedHabits:
     cued: float = 0.65
     """Of a habit, at each chance for it, where the question's mark sets it off."""
     uncued: float = 0.03
-    uncued_extra: float = 0.2
+    uncued_extra: float = 0.27
     """Of one query too many, which leaves the answer right: rarer, and hardly anything is unsound and right."""
     confuse: float = 0.04
 
