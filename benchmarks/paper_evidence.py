@@ -259,8 +259,8 @@ A difference is paired by base, seed and question; its 95% interval draws bases 
 
 Pages are stale in one fact of six, and one phrase of arithmetic has two readings: sound steps can lead to a wrong
 answer. Bases ask once too often: unsound steps can lead to a right one. Sound is what the oracle calls sound in every
-step; right is the golden answer. The demonstrator that bases imitate, over 400 questions: on bridge-2 20.3% sound and
-right, 10.0% sound and wrong, 7.8% unsound and right, 62.0% unsound and wrong; on arithmetic-2 17.3, 8.0, 8.5 and 66.3%.
+step; right is the golden answer. The demonstrator that bases imitate, over 400 questions: on bridge-2 17.5% sound and
+right, 7.0% sound and wrong, 14.8% unsound and right, 60.8% unsound and wrong; on arithmetic-2 15.2, 6.8, 12.0 and 66.0%.
 The bases themselves (`python -m benchmarks.paper cells`):
 
 {cells}
