@@ -106,7 +106,7 @@ def filters() -> list[Run]:
     return [
         run
         for judge in (JUDGE, "lenient")
-        for kept in ("none", "process", "outcome", "both")
+        for kept in ("process", "outcome", "none", "both")
         for method in ("sampled", "imitation")
         for run in _each(BASES, method=method, filter=kept, judge=judge, num_trajectories=150)
     ]

@@ -157,7 +157,7 @@ def methods(rows: Rows) -> str:
     cost = [
         [name, _mean(rows, runs, lambda row: row["sampled_tokens"] / 1000, 1),
          _mean(rows, runs, lambda row: row["train_s"], 1)]
-        for name, runs in named.items() if any(run.key in rows for run in runs)
+        for name, runs in named.items() if runs is not BASE and any(run.key in rows for run in runs)
     ]  # fmt: skip
     return "\n\n".join([
         "Accuracy, mean over bases (single bases):", _by_family(rows, named),
