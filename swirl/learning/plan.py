@@ -205,5 +205,12 @@ def _fragments(job: Job, blocks: list[int]) -> int:
 
 
 def _step(job: Job) -> Parts:
-    """Ranks with whole weights sum their gradients in one buffer, beside those that it is made of."""
-    return {"workspace": 4 * job.trained if job.ranks > 1 and job.shards == 1 else 0}
+    """Ranks with whole weights sum their gradients in one buffer, beside those that it is made of. On CPUs steps with
+    8-bit moments hold five float32 tensors of a weight's size, and the heap a trim's worth of free memory.
+    """
+    summed = 4 * job.trained if job.ranks > 1 and job.shards == 1 else 0
+    if job.on_gpu:
+        return {"workspace": summed}
+    embedding = 0 if job.config.lora else job.model.vocab_size * job.model.hidden_size
+    stepped = 5 * 4 * embedding if job.config.optimizer == "adamw-8bit" else 0
+    return {"workspace": max(summed, stepped), "fragments": UNFRAGMENTED_BYTES}
