@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from swirl.errors import CheckpointError, ConfigError
 from swirl.model.config import GemmaConfig
 from swirl.model.tensor_file import Deferred, open_tensors, own_rows, pieces_of, read_tensor, write_tensors
-from swirl.model.tokenizer import FILES as TOKENIZER_FILES
 from swirl.storage.digest import DigestError, check_digests, digests_of, write_manifest
 from swirl.storage.files import sync_files, sync_folder
 
@@ -267,11 +266,13 @@ def write(
 
     Raises OSError, SafetensorError.
     """
+    from swirl.model.tokenizer import FILES  # here, so that a machine without `tokenizers` reads weights all the same
+
     text = config.get("text_config", config)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     elif origin is not None:
-        _copy_files(TOKENIZER_FILES, origin.folder, folder)
+        _copy_files(FILES, origin.folder, folder)
     generation = _generation(text, tokenizer, origin.generation if origin is not None else {})
     if origin is not None:
         state = {origin.prefix + name.removeprefix(PREFIXES[0]): tensor for name, tensor in state.items()}

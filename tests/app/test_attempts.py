@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -52,9 +53,16 @@ def setup():
     return Setup(config, policy.engine.model, policy, tokenizer, {}), trajectories
 
 
-def test_an_action_is_judged_the_moment_it_ends_and_drawn_as_if_alone(setup):
+def test_an_action_is_judged_the_moment_it_ends_and_drawn_as_if_alone(setup, monkeypatch):
     setup, trajectories = setup
     judge = SlowJudge(setup.policy.engine)
+    undelayed = Engine._step
+
+    def slow_step(*args):
+        time.sleep(0.02)  # on a fast machine all is drawn before the judge's thread has its turn
+        return undelayed(*args)
+
+    monkeypatch.setattr(Engine, "_step", slow_step)
     with BackgroundLoop() as background:
         groups = attempts.Draws(setup, judge, background, lambda _: trajectories).groups(0)
     assert any(judge.in_flight), "every action was judged after the last was drawn"

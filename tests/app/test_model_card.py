@@ -10,7 +10,7 @@ import yaml
 
 from swirl.app import command
 from swirl.app.model_card import flags_of, model_card
-from swirl.config import TrainConfig, settled
+from swirl.config import TrainConfig, settled, sized
 
 SUMMARY = {
     "accuracy_before": {"bridge": 0.475, "deep": 0.38}, "accuracy_after": {"bridge": 0.98, "deep": 0.895},
@@ -20,7 +20,7 @@ SUMMARY = {
 
 
 def card(config=None, **changes):
-    config = settled(config or TrainConfig(model="google/gemma-2-2b-it@main", seed=3), None)
+    config = sized(settled(config or TrainConfig(model="google/gemma-2-2b-it@main", seed=3), None), 2_000_000_000)
     return model_card(config, **{"update": 60, "commit": "abc", "summary": SUMMARY, "kept": 1234} | changes)
 
 

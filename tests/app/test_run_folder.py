@@ -12,7 +12,7 @@ import pytest
 
 from swirl.app import run_folder
 from swirl.app.run_folder import RunFolder, open_run, settings_of
-from swirl.config import TrainConfig, sized
+from swirl.config import TrainConfig, settled, sized
 from swirl.errors import CheckpointError, ConfigError
 from swirl.export import ExportConfig, export
 from swirl.learning.checkpoints import open_checkpoint, snapshot_of
@@ -29,7 +29,7 @@ def opened(config):
 
 @pytest.fixture
 def config(tmp_path):
-    return sized(TrainConfig(out=tmp_path / "run", updates=9), 0)
+    return sized(settled(TrainConfig(out=tmp_path / "run", updates=9), None), 0)
 
 
 def save(config, run, updates):
@@ -198,6 +198,7 @@ def test_a_run_s_model_is_exported_at_any_time(config, tmp_path):
     assert export(ExportConfig(run=config.out, out=tmp_path / "model")).name == "checkpoint-4"
     assert export(ExportConfig(run=config.out, out=tmp_path / "model", update=2)).name == "checkpoint-2"
     assert sorted(os.listdir(tmp_path / "model")) == [
+        "README.md",
         "config.json",
         "digests.json",
         "generation_config.json",

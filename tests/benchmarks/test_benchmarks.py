@@ -120,7 +120,7 @@ def test_tables_of_the_benchmarks_that_time_themselves(tmp_path, monkeypatch):
         module.main()
     harness.append(tmp_path / "client.jsonl", [client.run(calls=8, latency_ms=1, in_flight=4, faults=0.0)])
     made = tables.tables(tmp_path)
-    assert list(made) == ["train_step", "packing", "client"]
+    assert {"train_step", "packing", "client"} <= set(made)
     chain, comb = (line.split(" | ") for line in made["train_step"].splitlines()[4:])
     assert chain[:3] == ["| chain", "3,600 → 730", "730"] and comb[:3] == ["| comb", "14,400 → 1,350", "14,400"]
     shapes = [line.split(" | ")[0] for line in made["packing"].splitlines()[4:]]

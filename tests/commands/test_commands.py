@@ -181,7 +181,7 @@ def test_bad_input_is_one_line_and_loses_nothing(trajectories, tmp_path, tiny_fo
     assert "no such file" in one_line(command("filter", "--data", "absent.jsonl", cwd=tmp_path))
     (tmp_path / "empty.jsonl").touch()
     assert "at least one" in one_line(command("train", "--data", "empty.jsonl", "--model", tiny_folder, cwd=tmp_path))
-    assert "no such folder" in one_line(command("train", "--model", tmp_path / "nowhere", cwd=tmp_path))
+    assert "no such model folder" in one_line(command("train", "--model", tmp_path / "nowhere", cwd=tmp_path))
     assert "--updates 0: expected at least 1" in one_line(command("train", "--updates", "0", cwd=tmp_path), 2)
     (tmp_path / "c.json").write_text('{"updates": 0}')
     assert "--updates 0" in one_line(command("train", "--config", "c.json", cwd=tmp_path), 2)

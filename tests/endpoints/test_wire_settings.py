@@ -9,8 +9,6 @@ import shutil
 import numpy as np
 import pytest
 from aiohttp import web
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from benchmarks.fault_server import FaultServer
 from swirl.storage.digest import checkpoint_digest
@@ -35,12 +33,10 @@ def test_what_other_weights_began_is_not_gone_on_with(tmp_path, tiny_folder):
             made = await run(tmp_path, "generate", *flags)
             kept = await run(tmp_path, "filter", *judged)
         assert (made.result["new"], kept.result["kept"] + kept.result["dropped"]) == (0, 2)
-        trained = load_file(weights)
-        with safe_open(weights, "np") as file:
-            metadata = file.metadata()
         (model / "digests.json").unlink()
-        save_file({name: tensor + 1e-3 for name, tensor in trained.items()}, weights, metadata)
-        assert weights.stat().st_size == (copy / weights.name).stat().st_size
+        trained = bytearray(weights.read_bytes())
+        trained[-4] ^= 1  # the last bit of the last weight
+        weights.write_bytes(trained)
         return [await run(tmp_path, *words, code=2) for words in (("generate", *flags), ("filter", *judged))]
 
     for done, flag in zip(asyncio.run(all_of_it()), ("policy", "judge"), strict=True):
