@@ -76,7 +76,7 @@ def refuse_other_settings(
     settings = {name: str(value) for name, value in asdict(config).items() if name not in may_change}
     settings |= known_as
     beside = outputs[0].with_name(outputs[0].name + ".settings.json")
-    if beside.exists() and beside.stat().st_size and any(out.exists() and out.stat().st_size for out in outputs):
+    if beside.exists() and any(out.exists() and out.stat().st_size for out in outputs):
         for name, value in read_object(beside).items():
             if settings.get(name) != value:
                 raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,8 @@ FIELD = "swirl_digest"
 MANIFEST = "digests.json"
 _KEY = f'"{FIELD}"'.encode()
 DIGITS = 16  # 64 bits: against damage, not against somebody who writes digests too
+_LAST_FIELD = re.compile(rb'"[^"]*"\s*:\s*"([0-9a-f]{%d})"\s*}\Z' % DIGITS)
+_LONGEST_FIELD = 100  # bytes, more than `seal` writes
 
 
 class DigestError(ValueError):
@@ -54,18 +57,21 @@ def seal(text: bytes) -> bytes:
 def unseal(text: bytes) -> bytes:
     """The object as it was before `seal`, but for white space; one without a digest as it is.
 
-    Raises DigestError where the object does not match its digest.
+    Raises DigestError where the object does not match its digest, or its digest stands under another name.
     """
-    at = text.rfind(_KEY)
-    if at < 0:
-        return text
-    claimed = text[at + len(_KEY) :].strip().removeprefix(b":").removesuffix(b"}").strip().strip(b'"')
-    body = text[:at].rstrip().removesuffix(b",").rstrip()
-    if claimed.decode(errors="replace") != digest_of(body):
+    whole = text.rstrip()
+    last = _LAST_FIELD.search(whole, max(0, len(whole) - _LONGEST_FIELD))
+    if last is not None:
+        body = whole[: last.start()].rstrip().removesuffix(b",").rstrip()
+        if last[1].decode() == digest_of(body):
+            if last[0].startswith(_KEY):
+                return body + b"}" + (b"\n" if text.endswith(b"\n") else b"")
+            raise DigestError(f"the name of its digest, '{FIELD}', is damaged: mend it, or take its digest out")
+    if _KEY in whole:
         raise DigestError(
             f"does not match its digest: damaged, or changed since swirl wrote it (if so, take '{FIELD}' out)"
         )
-    return body + b"}" + (b"\n" if text.endswith(b"\n") else b"")
+    return text
 
 
 def digests_of(paths: Iterable[Path]) -> dict[str, str]:

@@ -4,7 +4,7 @@
 
 Each kind is written as the commands do, damaged in one place (a bit flipped, or its end cut off), and read as they do.
 A SwirlError of one line, or a warning, tells. Without either, what is read must be what was written. Answers and
-checkpoints have drills of their own. Not told by design is a JSONL file that is cut exactly at a line's end.
+checkpoints have drills of their own. Not told by design is a JSONL file whose last lines are gone, each of them whole.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Kind:
     read: Callable[[Path], object]
 
 
-def damaged(content: bytes, draw: random.Random, *, lines: bool) -> bytes:
-    """One bit flipped, or in one of five cases the end cut off, though not at a line's end in files of `lines`."""
+def damaged(content: bytes, draw: random.Random, *, lines: bool) -> tuple[bytes, str]:
+    """One bit flipped, or in one of five cases the end cut off, and where; of `lines` none is left out whole."""
     at = draw.randrange(len(content))
-    if draw.random() < 0.2 and not (lines and (at == 0 or content[at - 1 : at] == b"\n")):
-        return content[:at]
-    return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+    if draw.random() < 0.2 and not (lines and (at == 0 or b"\n" in content[at - 1 : at + 1])):
+        return content[:at], f"cut at byte {at}"
+    return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :], f"flip at byte {at}"
 
 
 def became(kind: Kind, folder: Path, wanted: object) -> str:
@@ -85,10 +85,11 @@ def drill_kind(kind: Kind, folder: Path, count: int, draw: random.Random) -> Row
     for number in range(count):
         path = folder / kind.files[number % len(kind.files)]
         content = path.read_bytes()
-        path.write_bytes(damaged(content, draw, lines=path.suffix == ".jsonl"))
+        damage, where = damaged(content, draw, lines=path.suffix == ".jsonl")
+        path.write_bytes(damage)
         outcome = became(kind, folder, wanted)
         if outcome.startswith("failed"):
-            examples.append(f"{path.name}: {outcome}")
+            examples.append(f"{path.name}, {where}: {outcome}")
         outcomes[outcome.partition(":")[0]] += 1
         path.write_bytes(content)
     told = ", ".join(f"{times} {outcome}" for outcome, times in outcomes.most_common())
