@@ -73,7 +73,7 @@ def test_an_action_is_judged_the_moment_it_ends_and_drawn_as_if_alone(setup, mon
     (alone,) = Engine(setup.policy.engine.model).sample(
         [state.ids()], seeds=[seed], max_new_tokens=48, stop_ids=setup.tokenizer.stop_ids
     )
-    assert alone.ids == step.action_ids and alone.log_probs == step.log_probs
+    assert alone.ids == step.action_ids and alone.log_probs == pytest.approx(step.log_probs, abs=1e-5)
     for group in groups:
         for attempt in group:
             _, step = attempt.actions[0]
@@ -98,7 +98,10 @@ def test_ranks_draw_whole_trajectories_and_together_what_one_draws(setup, monkey
             attempts.Draws(setup, judge, asyncio.Runner(), lambda _: trajectories).groups(0)
     assert [len(share) for share in shares] == [3, 3]
     together = [step for number in range(6) for step in shares[number % 2][number // 2]]
-    assert together == [attempt.actions[0][1] for group in whole for attempt in group]
+    apart = [attempt.actions[0][1] for group in whole for attempt in group]
+    assert [step.action_ids for step in together] == [step.action_ids for step in apart]
+    for one, other in zip(together, apart, strict=True):  # what is prefilled together decides how keys are rounded
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
 
 
 def run(tmp_path, name, **changed):
