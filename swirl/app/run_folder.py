@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from swirl.app import command
 from swirl.app.run_records import DROPPED, EVALUATED, GENERATED, LOG_PROBS, SAMPLES, STOPPED
-from swirl.app.signals import deferred, saving
+from swirl.app.signals import deferred, received, saving
 from swirl.app.tracking import Track, tracking
 from swirl.config import TrainConfig
 from swirl.errors import CheckpointError, ConfigError, RankError, SwirlError
@@ -212,7 +212,7 @@ def _telling_why(run: RunFolder) -> Iterator[None]:
 def _why_stopped(error: BaseException) -> str:
     if isinstance(error, SwirlError):
         return str(error)
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or (received() and not isinstance(error, OSError)):
         return "stopped by a signal"
     return f"{type(error).__name__}: {error}".splitlines()[0]
 

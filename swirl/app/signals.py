@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from swirl.errors import SwirlError
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: as SLURM warns of its time limit
 
 
@@ -20,12 +22,18 @@ class _State:
 def stop_on_signals() -> Iterator[None]:
     """In the body the first SIGTERM or SIGUSR1 (a scheduler's, torchrun's) raises SystemExit in the main thread, and
     the first Ctrl-C KeyboardInterrupt. A second one, and one after the body, ends the process at once, except within
-    `saving`.
+    `saving`. Another error that leaves the body after a signal gives way to it: a library written in C may swallow what
+    a signal raises, and raise its own.
     """
     for number in _SIGNALS:
         signal.signal(number, _stop)
     try:
         yield
+    except (SwirlError, OSError):
+        raise
+    except Exception:
+        exit_if_stopped()
+        raise
     finally:
         _end_at_once()
 

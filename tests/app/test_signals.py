@@ -91,6 +91,27 @@ with saving():
         ["on", "SystemExit 143"],
         0,
     ),
+    "one that a library makes an error of its own is raised all the same": (
+        """
+try:
+    send('SIGINT')
+except KeyboardInterrupt:
+    raise ValueError('could not determine the shape') from None
+""",
+        ["KeyboardInterrupt "],
+        0,
+    ),
+    "an error without a signal is itself": ("raise ValueError", ["ValueError "], 0),
+    "and so is one of the system after a signal": (
+        """
+try:
+    send('SIGTERM')
+finally:
+    raise OSError('full')
+""",
+        ["OSError "],
+        0,
+    ),
 }
 
 

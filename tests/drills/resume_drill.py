@@ -240,7 +240,8 @@ def drill_signals(folder: Path, config: TrainConfig, count: int, rng: random.Ran
         said: list[str] = []
         found = newest_checkpoint(out, said.append)
         if code in (99, -signal.SIGKILL):
-            failures.append(f"{out.name}: exit code {code}")
+            said_last = (folder / "stderr-0.txt").read_text(errors="replace").splitlines()[-1:]
+            failures.append(f"{out.name}: exit code {code} {said_last}")
         elif said or (found.update if found else 0) != lines:
             failures.append(f"{out.name}: checkpoint of {found and found.update}, {lines} updates done {said}")
         saved, early = saved + (lines > 0), early + (lines == 0)
