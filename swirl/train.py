@@ -22,36 +22,26 @@ from itertools import islice
 import msgspec
 import torch
 
-from swirl import config as configs
-from swirl.app import attempts, command, planning, resolve, stages, training_data
+from swirl.app import attempts, command, finishing, planning, preparing, resolve, stages, training_data
 from swirl.app.background import BackgroundLoop
-from swirl.app.model_card import CARD, model_card
-from swirl.app.other_log_probs import other_log_probs
 from swirl.app.progress import progress
-from swirl.app.report.build import write_report
-from swirl.app.resolve_tasks import require_named
 from swirl.app.run_folder import RunFolder, open_run, settings_of
-from swirl.app.run_records import EVALUATED, LOG_PROBS, SAMPLES, compared_answers, has_samples, sampled_groups
-from swirl.app.scores import Score, compared, validation_metrics
+from swirl.app.run_records import SAMPLES, has_samples, sampled_groups
+from swirl.app.scores import Score, validation_metrics
 from swirl.app.signals import deferred, exit_if_stopped, received, stop_on_signals
 from swirl.app.stages import Setup
-from swirl.app.tables import print_comparison
-from swirl.app.tracking import require_trackers
 from swirl.config import TrainConfig
 from swirl.endpoints.client import Client
-from swirl.errors import ConfigError, EndpointUnusable, NothingToLearn, SwirlError
+from swirl.errors import EndpointUnusable, NothingToLearn
 from swirl.learning import distributed, gradient, sharding, usage
 from swirl.learning.batches import num_tokens, present, shuffled
 from swirl.learning.checkpoints import Snapshot, restore, snapshot_of
 from swirl.learning.metrics import log_line, loss_metrics, reward_metrics, why_idle
 from swirl.learning.objective import Objective, advantages_of
 from swirl.learning.optimizer import clip_grad_norm, learning_rate_at, make_optimizer, set_learning_rate
-from swirl.model.lora import LoRA, add_lora, is_adapter, merge_lora
+from swirl.model.lora import LoRA, add_lora
 from swirl.sampling.local_policy import LocalPolicy
 from swirl.storage.digest import checkpoint_digest
-from swirl.storage.files import replace_file
-from swirl.trajectories.files import TrajectoryFiles
-from swirl.trajectories.log import read_trajectories, write_trajectories
 
 IDLE_UPDATES = 3  # in a row that learn nothing end the run
 
@@ -168,59 +158,12 @@ def require_something_learned(history: list[dict], judge, *, smoke: bool) -> Non
         raise NothingToLearn(f"{IDLE_UPDATES} updates in a row had nothing to learn from: {recent[-1]['idle']}")
 
 
-def evaluate_and_write(setup: Setup, run: RunFolder, loop: BackgroundLoop, when: str) -> list[Score]:
-    """The scores on the test questions `when` (before, after); the answers are written down."""
-    scores, answers = loop.run(stages.evaluate(setup, setup.config.evaluate_on, "test", f"evaluate {when}"))
-    if scores and distributed.is_main():
-        write_trajectories(run.path / EVALUATED[when], answers)
-    return scores
-
-
-def compare_policies(setup: Setup, run: RunFolder) -> None:
-    """Write down what the base policy makes of the trained one's answers, and the other way round, of some questions.
-
-    For the report alone, on the main rank: where it cannot be done the run ends without it, and says so.
-    """
-    config, files = setup.config, {when: run.path / name for when, name in EVALUATED.items()}
-    if not (distributed.is_main() and all(file.exists() for file in files.values())):
-        return
-    try:
-        pairs = compared_answers(*map(read_trajectories, files.values()))
-        base, _ = resolve.load_model(
-            config.model, device=setup.model.device, dtype=getattr(torch, config.dtype),
-            attention=config.attention,
-        )  # fmt: skip
-        of_base, of_trained = ([pair[i] for pair in pairs] for i in (0, 1))
-        trained = setup.policy.engine.model
-        run.append_records(LOG_PROBS, other_log_probs(trained, "trained", files["before"].name, of_base, config))
-        run.append_records(LOG_PROBS, other_log_probs(base, "base", files["after"].name, of_trained, config))
-    except (SwirlError, OSError, torch.OutOfMemoryError) as error:
-        command.warn(f"answers are not compared token by token ({error})")
-
-
 def train(config: TrainConfig) -> dict | None:
     """The whole way: evaluate, generate, filter, learn, evaluate. Returns the summary on the main rank, None on the
     others. Raises SwirlError.
     """
     started = time.perf_counter()
-    config = configs.smoke(config) if config.smoke else config
-    device = distributed.local_device(resolve.device_for(config.device))
-    files = TrajectoryFiles(config.data) if config.data else None
-    seen = {} if files is None else training_data.looked_at(files)
-    streamed = files is not None and len(seen) < len(files)
-    tasks_of_data = {t.question.task for t in seen.values()} | set(config.task if streamed else ())
-    config = configs.settled(config, None if files is None else tasks_of_data, device.type)
-    config = configs.sized(config, resolve.num_weights(config.model))
-    if config.lora and is_adapter(resolve.model_folder(config.model)):
-        raise ConfigError(
-            f"--lora {config.lora}: --model {config.model} holds adapters already; merge them (export) first"
-        )
-    if config.offload_optimizer and device.type == "cpu":
-        command.warn("--offload-optimizer changes nothing on a CPU, whose memory is where it would go")
-    if config.shard in ("node", "all") and is_adapter(resolve.model_folder(config.model)):
-        raise ConfigError(f"--shard {config.shard}: --model {config.model} holds adapters; merge them (export) first")
-    require_trackers(config.track)
-    require_named(config.evaluate_on if config.data else (*config.task, *config.evaluate_on), config.tool)
+    config, device, found = preparing.prepared(config)
     with (
         distributed.process_group(device, timeout_s=config.rank_timeout_s),
         BackgroundLoop(lambda: distributed.local_device(str(device))) as loop,
@@ -236,14 +179,14 @@ def train(config: TrainConfig) -> dict | None:
         model.activation_checkpointing = config.activation_checkpointing
         if config.lora:
             add_lora(model, LoRA(config.lora, config.lora_alpha), seed=config.seed)
-        if files is not None:
-            fit = training_data.Fitting(files, config, model.config, tokenizer)
-            data = [fit(place, trajectory) for place, trajectory in seen.items()]
-            training_data.require_rewards(data, config, files)
+        if found is not None:
+            fit = training_data.Fitting(found.files, config, model.config, tokenizer)
+            data = [fit(place, trajectory) for place, trajectory in found.seen.items()]
+            training_data.require_rewards(data, config, found.files)
         settings = settings_of(
             config,
             model=checkpoint_digest(resolve.model_folder(config.model)),
-            data="generated" if files is None else files.digest,
+            data="generated" if found is None else found.files.digest,
         )
         client = Client(config.out / "answers.sqlite")
         judge = stages.open_judge(config, "process", client)
@@ -262,7 +205,7 @@ def train(config: TrainConfig) -> dict | None:
 
         so_far = distributed.from_main(run.resumed and run.resumed.state)
         if so_far is None:
-            before = evaluate_and_write(setup, run, loop, "before")
+            before = finishing.evaluate_and_write(setup, run, loop, "before")
             so_far = {"settings": settings, "before": msgspec.to_builtins(before), "kept": None, "logs": {}}
             if config.generates:
                 data, so_far["kept"] = loop.run(stages.generate_and_filter(setup, judge, run))
@@ -273,69 +216,22 @@ def train(config: TrainConfig) -> dict | None:
                 data = stages.kept_before(run, so_far["kept"])
         if config.mode == "outcome-rl":
             source = stages.questions_to_play(setup)
-        elif streamed:
-            source = training_data.Streamed(fit, tasks_of_data, rewarder)
+        elif found is not None and found.streamed:
+            source = training_data.Streamed(fit, found.tasks, rewarder)
         else:
             source = loop.run(training_data.with_rewards(data, config, rewarder))
         so_far["wall_s"] = time.perf_counter() - started
         history = learn(setup, source, rewarder if config.mode == "sampled" else None, run, loop, so_far)
         if config.lora:
-            save_merged(setup, run)
-        after = evaluate_and_write(setup, run, loop, "after")
+            finishing.save_merged(setup, run)
+        after = finishing.evaluate_and_write(setup, run, loop, "after")
         with setup.sampling():
-            compare_policies(setup, run)
+            finishing.compare_policies(setup, run)
         if not distributed.is_main():
             return None
         trained_on = None if config.mode == "outcome-rl" else len(source)
         peaks = {"planned_peak_bytes": planned.plan.peak_bytes, "peak_bytes": usage.peak_bytes(device)}
-        return _finish(config, run, before, after, history, started, trained_on, peaks)
-
-
-def save_merged(setup: Setup, run: RunFolder) -> None:
-    """Merge the adapters into the weights, in place and on every rank, and write those as the run's `checkpoint`.
-
-    So what is evaluated from here on is what was written. Raises CheckpointError.
-    """
-    model = merge_lora(setup.policy.engine.model)
-    if distributed.is_main():
-        with deferred():
-            model.save_pretrained(run.path / "checkpoint", setup.tokenizer)
-
-
-def _finish(
-    config: TrainConfig, run: RunFolder, before: list[Score], after: list[Score], history, started, num_trajectories,
-    peaks: dict[str, int],
-) -> dict:  # fmt: skip
-    """Write the summary, the model card and the report, and show both."""
-    summary = _summary(config, before, after, history, started) | peaks
-    run.write("summary.json", summary)
-    card = model_card(config, update=len(history), commit=summary["commit"], summary=summary, kept=num_trajectories)
-    replace_file(run.path / "checkpoint" / CARD, card.encode())
-    write_report([config.out])
-    masked, actions = (sum(metrics[name] for metrics in history) for name in ("masked", "actions"))
-    if masked:
-        command.warn(f"{masked} of {actions} actions had no reward: they were masked, and taught nothing")
-    if after:
-        print_comparison(before, after)
-    print(
-        f"{len(history)} update{'s' * (len(history) != 1)} in {summary['wall_s']:.0f} s; everything is in "
-        f"{config.out}/, the picture in {config.out}/report.html"
-    )
-    return summary
-
-
-def _summary(config: TrainConfig, before: list[Score], after: list[Score], history: list[dict], started: float) -> dict:
-    busy_s = sum(metrics["update_s"] for metrics in history)
-    return {
-        **compared(before, after),
-        "updates": len(history),
-        "tokens_per_s": sum(metrics["tokens"] for metrics in history) / busy_s if busy_s else 0.0,
-        "wall_s": time.perf_counter() - started,
-        "peak_rss_bytes": usage.peak_rss_bytes(),
-        "seed": config.seed,
-        "commit": usage.commit(),
-        "world_size": distributed.world_size(),
-    }
+        return finishing.finish(config, run, before, after, history, started, trained_on, peaks)
 
 
 def main(config: TrainConfig) -> None:
