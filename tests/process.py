@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,13 +33,11 @@ def run_module(
 
     module: its name, or a script's path. Raises TimeoutExpired after `timeout` seconds.
     """
-    words = [str(word) for word in words]
     environment = {key: value for key, value in os.environ.items() if key not in set(without)} | environment
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         # By path, which a process that shares nothing with this one can open.
         files = [f"/proc/{os.getpid()}/fd/{file.fileno()}" for file in (out, err)]
-        process = _FORKS.Process(target=_as_main, args=(module, words, str(cwd), environment, *files))
-        process.start()
+        process = begin_module(module, *words, cwd=cwd, out=files[0], err=files[1], environment=environment)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -50,6 +48,21 @@ def run_module(
             file.seek(0)
             said.append(file.read().decode())
         return subprocess.CompletedProcess([module, *words], process.exitcode, *said)
+
+
+def begin_module(
+    module: str,
+    *words: object,
+    cwd: Path,
+    out: str | Path = os.devnull,
+    err: str | Path = os.devnull,
+    environment: Mapping[str, str] = os.environ,
+) -> multiprocessing.Process:
+    """`run_module`, begun: to be signalled, killed, joined. What it says goes to the files `out` and `err`."""
+    words = [str(word) for word in words]
+    process = _FORKS.Process(target=_as_main, args=(module, words, str(cwd), dict(environment), str(out), str(err)))
+    process.start()
+    return process
 
 
 def run_ranks(num: int, module: str, *words: object, **how) -> list[subprocess.CompletedProcess]:
@@ -72,7 +85,7 @@ def _as_main(module: str, words: list[str], cwd: str, environment: dict[str, str
     os.environ.update(environment)
     os.chdir(cwd)
     for number, (path, flags) in enumerate([(os.devnull, os.O_RDONLY), (out, os.O_WRONLY), (err, os.O_WRONLY)]):
-        os.dup2(os.open(path, flags), number)
+        os.dup2(os.open(path, flags | os.O_CREAT), number)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
     sys.argv = [module, *words]

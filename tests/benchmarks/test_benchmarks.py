@@ -114,6 +114,7 @@ def test_a_later_row_replaces_an_earlier_one(tmp_path):
 
 
 def test_tables_of_the_benchmarks_that_time_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "STEPS", 3)
     for module, arguments in ((packing, ["--tokens", "3000"]), (train_step, ["--trees", "1", "--repeats", "1"])):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(sys, "argv", [name, "--json", "--out", str(tmp_path / f"{name}.jsonl"), *arguments])
@@ -122,7 +123,7 @@ def test_tables_of_the_benchmarks_that_time_themselves(tmp_path, monkeypatch):
     made = tables.tables(tmp_path)
     assert {"train_step", "packing", "client"} <= set(made)
     chain, comb = (line.split(" | ") for line in made["train_step"].splitlines()[4:])
-    assert chain[:3] == ["| chain", "3,600 → 730", "730"] and comb[:3] == ["| comb", "14,400 → 1,350", "14,400"]
+    assert chain[:3] == ["| chain", "750 → 330", "330"] and comb[:3] == ["| comb", "3,000 → 550", "3,000"]
     shapes = [line.split(" | ")[0] for line in made["packing"].splitlines()[4:]]
     assert shapes == [f"| {name}" for name in packing.SHAPES]
     assert "| 8 of 1 ms, 4 in flight | 0% |" in made["client"]

@@ -6,8 +6,6 @@ import asyncio
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -34,7 +32,7 @@ from swirl.tools.search import search_tool
 from swirl.train import train
 from swirl.trajectories.log import write_trajectories
 from swirl.trajectories.record import Step, Trajectory
-from tests.process import run_ranks
+from tests.process import begin_module, run_ranks
 
 
 def told(num, rewards=lambda number, k: float((number + k) % 2)):
@@ -363,17 +361,18 @@ def test_a_peer_that_dies_leaves_the_weights(tiny_folder, small, tmp_path):
     opening.load_model(str(left))
 
 
-def test_sigterm_is_an_exception(tiny_folder, small):
+def test_sigterm_is_an_exception(tiny_folder, small, tmp_path):
     config = small(told(6), updates=100_000)
-    words = [sys.executable, "-m", "swirl.train", "--out", config.out, "--model", tiny_folder, "--data", *config.data]
+    words = ["--out", config.out, "--model", tiny_folder, "--data", *config.data]
     words += ["--mode", "recorded", "--updates", "100000", "--evaluate-on"]
-    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = begin_module("swirl.train", *words, cwd=tmp_path, err=tmp_path / "said")
     metrics = config.out / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+    while process.is_alive() and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said, said
+    process.terminate()
+    process.join(60)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 128 + signal.SIGTERM and "Traceback" not in said, said
     (left,) = config.out.glob("checkpoint-*")
     opening.load_model(str(left))
 

@@ -41,9 +41,10 @@ def drill(folder, *flags):
     return rows
 
 
-def test_generate_and_filter_over_the_wire(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_generate_and_filter_over_the_wire(kills, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # names every module on stderr
-    rows = drill(tmp_path, "--trajectories", "60", "--kills", "5", "--in-flight", "8", "--latency-ms", "20")
+    rows = drill(tmp_path, "--trajectories", "60", "--kills", f"{kills}", "--in-flight", "8", "--latency-ms", "20")
     assert [row["job"] for row in rows] == ["generate", "filter"]
     for row in rows:
         assert row["lines"] == 60 and row["kept"] == row["answers"] > 120

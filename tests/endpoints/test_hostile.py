@@ -33,10 +33,12 @@ SPELLINGS += ("<end_of_image>", "<image_soft_token>", "<|im_start|>", "<|turn>",
 
 
 def post(answer, cache=None, **changes):
-    """What one request to a server that answers so gives: the answer, or the EndpointError."""
+    """What one request to a server that answers so gives: the answer, or the EndpointError. `answer`: a response, or
+    what makes one for each attempt, as aiohttp sends none twice.
+    """
 
     async def run():
-        async with FaultServer(lambda path, payload: answer) as server, Client(cache) as client:
+        async with FaultServer(lambda *_: answer() if callable(answer) else answer) as server, Client(cache) as client:
             where = Endpoint(server.url, **{"backoff_s": 0.01, "read_s": 5.0, **changes})
             try:
                 return await client.post(where, CHAT, {"messages": [{"content": "x"}]})
@@ -255,7 +257,8 @@ ECHOES = {
 def test_a_key_that_is_echoed_reaches_nobody(echo, status, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     content = '{"choices": [{"message": {"content": "your key is KEY."}}]}'.replace("KEY", ECHOES[echo])
-    said = post(body(content.encode(), status), tmp_path / "answers.sqlite", key_env="MY_KEY", retry_deadline_s=0.01)
+    cache = tmp_path / "answers.sqlite"
+    said = post(lambda: body(content.encode(), status), cache, key_env="MY_KEY", retry_deadline_s=0.01)
     written = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     shown = f"{said}" if isinstance(said, EndpointError) else json.dumps(said)
     for length in range(8, len(KEY)):

@@ -1,6 +1,7 @@
 """generate and filter against a server that is not ours: `transformers serve`, offline, on the Almanac base.
 
-The model is exported by swirl; the server reads it by transformers' own tokenizer, chat template and Gemma 2.
+The model is exported by swirl; the server reads it by transformers' own tokenizer, chat template and Gemma 2. It takes
+seconds to start, in each worker that runs one of these tests: one of them is quick.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[2]
 HOTPOTQA = ROOT.parent / "shared" / "data" / "hotpotqa"
-PROTOCOLS = ("chat", "completions")
 START_S = 90
 # The command `transformers`, and a thread that ends it as its standard input closes: however the tests end, so does it.
 SERVE = """
@@ -175,13 +175,14 @@ def greedy_here(server, tmp_path_factory):
     return sorted(read_trajectories(out), key=lambda trajectory: trajectory.id)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["chat", pytest.param("completions", marks=pytest.mark.slow)])
 def test_greedy_trajectories_are_those_of_our_own_policy(server, greedy_here, tmp_path, protocol):
     there = made(server, protocol, tmp_path / "t.jsonl", "--num-questions", 34, "--samples", 1, "--temperature", 0)
     assert len(there) == 34 and {t.stop for t in there} == {"answer"}
     assert texts(there) == texts(greedy_here)
 
 
+@pytest.mark.slow
 def test_draws_go_by_their_seed_in_both_protocols(server, drawn, tmp_path):
     """One after another: this server keeps one generator for all requests, so those in flight disturb each other."""
     _, by_chat = drawn
@@ -191,11 +192,13 @@ def test_draws_go_by_their_seed_in_both_protocols(server, drawn, tmp_path):
     assert [[s.action for s in t.steps] for t in samples[0]] != [[s.action for s in t.steps] for t in samples[1]]
 
 
+@pytest.mark.slow
 def test_an_action_that_was_cut_off_is_none(server, tmp_path):
     cut = made(server, "chat", tmp_path / "t.jsonl", "--num-questions", 2, "--samples", 1, "--max-new-tokens", 3)
     assert [(t.stop, len(t.steps), t.prediction) for t in cut] == [("invalid_action", 1, None)] * 2
 
 
+@pytest.mark.slow
 def test_the_rule_judge_keeps_and_drops_what_the_server_made(drawn, tmp_path):
     out, trajectories = drawn
     flags = ("--data", out, "--kept", "kept.jsonl", "--dropped", "dropped.jsonl", "--judge", "rule")
@@ -205,6 +208,7 @@ def test_the_rule_judge_keeps_and_drops_what_the_server_made(drawn, tmp_path):
     assert all(step.verdict == "GOOD" for t in kept for step in t.steps)
 
 
+@pytest.mark.slow
 def test_a_judge_that_talks_nonsense_scores_nothing_and_is_not_paid_twice(server, drawn, tmp_path):
     out, _ = drawn
     one = tmp_path / "one.jsonl"  # a step takes this judge two long answers
@@ -228,6 +232,7 @@ def test_a_judge_that_talks_nonsense_scores_nothing_and_is_not_paid_twice(server
     assert judged("second") == (counts, dropped) and server.answered() == paid
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_served_is_one_line(server, tmp_path):
     flags = ("--policy", f"http://127.0.0.1:{server.port}/v1#other", "--num-questions", 1, "--out", "t.jsonl")
     done = command("generate", *flags, cwd=tmp_path)
@@ -235,6 +240,7 @@ def test_a_model_that_is_not_served_is_one_line(server, tmp_path):
     assert done.returncode == 1 and len(errors) == 1 and "other" in errors[0] and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_server_ends_with_its_tests(server, tmp_path):
     another = start(server.folder, tmp_path / "server.log")
     try:

@@ -6,9 +6,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +26,9 @@ from swirl.learning.checkpoints import (
     write_checkpoint,
 )
 from swirl.learning.optimizer import make_optimizer
+from tests.process import begin_module
 
+ROOT = Path(__file__).parents[2]
 CONFIG = GemmaConfig(300, 16, 24, 2, 2, 1, head_dim=8, sliding_window=5)
 
 
@@ -218,20 +219,22 @@ writer = CheckpointWriter(Path(sys.argv[1]), keep=2, warn=print)
 for update in range(1, 10_000):
     step(model, optimizer, update)
     writer.save(lambda: snapshot_of(model, optimizer, update))
-    print(update, flush=True)
 """
 
 
 def test_a_kill_while_saving_leaves_whole_checkpoints_alone(tmp_path):
     rng = random.Random(0)
+    script = tmp_path / "saves.py"
+    script.write_text(_SAVES)
     for number in range(3):
         run = tmp_path / str(number)
         run.mkdir()
-        words = [sys.executable, "-c", _SAVES, str(run)]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-            while int(process.stdout.readline()) < 3:
-                pass
-            time.sleep(rng.random() * 0.1)
-            process.send_signal(signal.SIGKILL)
+        process = begin_module(str(script), run, cwd=ROOT)
+        while process.is_alive() and max(checkpoints_in(run), default=0) < 3:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert newest_checkpoint(run, pytest.fail).update >= 1
         assert all(open_checkpoint(folder).update == update for update, folder in checkpoints_in(run).items())

@@ -23,8 +23,18 @@ def running(config):
     return processes
 
 
-@pytest.mark.parametrize(("sent", "said"), [(signal.SIGKILL, "was killed, or failed"), (signal.SIGSTOP, "is stopped")])
-@pytest.mark.parametrize("lost", [0, 1])
+KILLED, STOPPED = (signal.SIGKILL, "was killed, or failed"), (signal.SIGSTOP, "is stopped")
+
+
+@pytest.mark.parametrize(
+    ("lost", "sent", "said"),
+    [
+        (0, *KILLED),
+        pytest.param(1, *KILLED, marks=pytest.mark.slow),
+        pytest.param(0, *STOPPED, marks=pytest.mark.slow),
+        (1, *STOPPED),
+    ],
+)
 def test_a_lost_rank_is_named_and_the_last_update_is_there(tiny_folder, tmp_path, lost, sent, said):
     make_inputs(tmp_path, tiny_folder, list(told(6)))
     torch.set_num_threads(1)

@@ -55,7 +55,11 @@ def require_equal(found, truth, tolerance):
             assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max(), name
 
 
-@pytest.mark.parametrize(("ranks", "per_node", "shard"), [(2, 2, "all"), (4, 4, "all"), (4, 2, "node"), (4, 2, "all")])
+RANKS = [(2, 2, "all"), (4, 2, "node")]
+RANKS += [pytest.param(*widest, marks=pytest.mark.slow) for widest in ((4, 4, "all"), (4, 2, "all"))]
+
+
+@pytest.mark.parametrize(("ranks", "per_node", "shard"), RANKS)
 def test_losses_gradients_and_weights_are_those_of_one_rank(ranks, per_node, shard):
     changes = {"kl_coefficient": 0.3, "tokens_per_micro_batch": 40}
     truth = updates(3, **changes)
@@ -120,7 +124,7 @@ def test_the_sampler_has_the_weights_of_the_moment_and_frees_them():
     assert all(found == truth for found in in_ranks(2, work))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_each_rank_reads_its_rows_and_the_checkpoint_is_whole(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(tensor_file, "PIECE_BYTES", 256)
     some_model(torch.float32).save_pretrained(tmp_path / "model")
