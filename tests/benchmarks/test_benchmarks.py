@@ -35,6 +35,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import benchmarks
 from swirl.kernels.tree_attention import tree_mask
+from tests.process import run_module
 
 COMMANDS = {"attention": attention, "decode": decode, "linear_log_prob": linear_log_prob, "pointwise": pointwise}
 
@@ -348,10 +349,8 @@ def test_tune_finds_the_better_one_and_stops_in_time(tmp_path, capsys):
     assert "better None" in (said := capsys.readouterr().err) and "(2 tried, 0 of them skipped, 5 not reached)" in said
 
 
-def test_tune_needs_kernels_that_run():
-    command = [sys.executable, "-m", "benchmarks.tune", "--tiny", "--device", "cpu"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_tune_needs_kernels_that_run(tmp_path):
+    run = run_module("benchmarks.tune", "--tiny", "--device", "cpu", cwd=tmp_path, without=["TRITON_INTERPRET"])
     assert run.returncode == 1 and run.stderr.startswith("tune: needs a CUDA GPU")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from swirl.storage.digest import unseal
 from swirl.trajectories.actions import Call
 from swirl.trajectories.log import iter_trajectories, read_trajectories
 from swirl.trajectories.record import encode_trajectory
-from tests.process import run_module, run_ranks
+from tests.process import begin_module, run_module, run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,13 +129,11 @@ def test_generate_killed_at_any_moment_resumes_to_the_same_file(trajectories, ti
         "1",
     ]
     out = tmp_path / "t.jsonl"
-    words = [sys.executable, "-m", "swirl.generate", "--out", str(out), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (out.exists() and out.stat().st_size):
+    process = begin_module("swirl.generate", "--out", out, *flags, cwd=tmp_path)
+    while process.is_alive() and not (out.exists() and out.stat().st_size):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     with open(out, "ab") as file:
         file.write(b'{"id": "half a li')
     command("generate", "--out", out, *flags, cwd=tmp_path, check=0)
