@@ -397,6 +397,9 @@ def test_packed_equals_separate_in_float32(options, attention_path):
         assert_close(log_probs_and_gradients(model, [pack(pairs)]), separately, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "attention_path", ["default", pytest.param("reference", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
 def test_packed_bfloat16_is_as_near_to_the_truth_as_separate_passes(attention_path):
     pairs = [pair for seed in range(10) for pair in random_forest(seed)]
     model = small_gemma(dtype=torch.bfloat16)
