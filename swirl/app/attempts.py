@@ -120,7 +120,9 @@ class Draws:
 
         G = self._setup.config.samples_per_state
         wanted = [(state, g) for state in states_of(trajectories) for g in range(G)]
-        drawing = [asyncio.create_task(draw(state, g)) for state, g in wanted]
+        with self._setup.policy.engine.together():
+            drawing = [asyncio.create_task(draw(state, g)) for state, g in wanted]
+            await asyncio.sleep(0)  # each has asked
         judging = asyncio.gather(*(rewarded(state, drawn) for (state, _), drawn in zip(wanted, drawing, strict=True)))
         judging.add_done_callback(lambda future: future.cancelled() or future.exception())  # who waits is told
         return await asyncio.gather(*drawing), judging

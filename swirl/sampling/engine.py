@@ -13,7 +13,8 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,7 +124,7 @@ class Engine:
         """One Completion a state, in order; a state given n times is drawn from n times, prefilled once.
 
         Temperature 0 is greedy. Sequence i draws by seeds[i] alone; what it is batched with changes its logits by
-        rounding only, and on a CPU in float32 and float64 not at all.
+        rounding only: by what is prefilled with it, and on a GPU by what is decoded with it.
         `progress` is called with the number of sequences finished so far.
         Raises ValueError on an empty state, an id outside the vocabulary, or arguments that do not fit, ConfigError on
         a state too large for the cache, and NonFiniteError where the model's log-probs are not finite.
@@ -153,6 +154,16 @@ class Engine:
             if isinstance(result, BaseException):
                 raise result
         return [ended[i] for i in range(len(wanted))]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is asked for while the body runs begins when it ends, all in one prefill.
+
+        What is prefilled together decides how keys are rounded: so the same draws have the same log-probs, to the bit,
+        whenever their requests happen to come.
+        """
+        with self._at_work:
+            yield
 
     async def generate(
         self,

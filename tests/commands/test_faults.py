@@ -64,7 +64,9 @@ def goes_on_to_the_same_end(folder, config):
 
 @pytest.mark.parametrize("room", ["none for a checkpoint", "none for a line of metrics"])
 def test_a_full_disk_loses_nothing_that_was_there(folder, room):
-    config = config_in(folder, UPDATES, out=folder / room.replace(" ", "-"))
+    here = folder / room.replace(" ", "-")  # with a stderr of its own: that of another run would fill the disk
+    here.mkdir()
+    config = config_in(folder, UPDATES, out=here / "run")
 
     def fill():
         weights, metrics = config.out / "checkpoint-4" / "model.safetensors", config.out / "metrics.jsonl"
@@ -72,7 +74,7 @@ def test_a_full_disk_loses_nothing_that_was_there(folder, room):
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
     assert ended(started(config, prepare=once(4, config.out, fill))) == [1]
-    said = (folder / "stderr-0.txt").read_text()
+    said = (here / "stderr-0.txt").read_text()
     assert "could not be saved" in said and "Traceback" not in said
     assert "File too large" in said.splitlines()[-1] and str(config.out) in said.splitlines()[-1]
     assert whole_checkpoint(config.out) >= 4
