@@ -22,7 +22,8 @@ from aiohttp import web
 
 from swirl.model.tokenizer import CONTROL_TOKENS, Tokenizer
 from swirl.sampling.draw import SamplingParams
-from swirl.sampling.engine import Completion, Engine
+from swirl.sampling.engine import Engine
+from swirl.sampling.in_flight import Completion
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=128)]
 _IGNORED = {"user", "stream_options", "metadata", "store", "echo", "best_of", "suffix", "frequency_penalty",

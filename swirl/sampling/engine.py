@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from swirl.errors import ConfigError, NonFiniteError
 from swirl.model.gemma import Gemma
 from swirl.sampling.cache import KeyCache
 from swirl.sampling.draw import SamplingParams, uniforms
+from swirl.sampling.in_flight import Completion, InFlight
 from swirl.sampling.passes import Drawn, Draws, Tree, passes_for
 from swirl.tree.pack import pack_states
 
@@ -33,45 +33,6 @@ MAX_CACHE_TOKENS = 1 << 18
 MAX_SEQUENCES = 512  # decoded at once
 WAITING_SHARE = 0.25  # of those in flight wait together, so that prefill comes in large pieces,
 WAITING_CALLS = 4  # or for so many decode calls
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One sampled action. `ids` ends with the stop id if `stopped`, else the token limit cut it.
-
-    Where a stop text ended it, `stopped` holds, `stop_text` is that text, and the last of `ids` completes it.
-    `log_probs` has one natural log an id, under the distribution it was drawn from: that of the logits divided by the
-    temperature. A greedy action (temperature 0) is drawn from none, and has those of temperature 1.
-    """
-
-    ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    stopped: bool
-    stop_text: str | None = None
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """A request, and what has become of it. `slots` are held from its prefill on: those of the state, then own ones."""
-
-    state: np.ndarray  # int32
-    seed: int
-    params: SamplingParams
-    on_end: Callable[[Completion | BaseException], None]
-    on_tokens: Callable[[tuple[int, ...], tuple[float, ...]], None] | None = None
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    slots: np.ndarray | None = None
-    packed_index: int = -1
-    dropped: bool = False  # no one waits for it any more
-
-    @property
-    def own_slots(self) -> np.ndarray:
-        return self.slots[self.state.size :]
-
-    @property
-    def num_left(self) -> int:
-        return self.params.max_new_tokens - len(self.ids)
 
 
 class Engine:
@@ -96,12 +57,12 @@ class Engine:
         self._cache = KeyCache(model, max_cache_tokens)
         self._passes = None
         self._weights: tuple = ()
-        self._waiting: list[_Sequence] = []
-        self._running: list[_Sequence] = []
+        self._waiting: list[InFlight] = []
+        self._running: list[InFlight] = []
         self._calls_waited = 0
         self._tree: Tree | None = None
         self._at_work = threading.Lock()
-        self._arrived: list[_Sequence] = []
+        self._arrived: list[InFlight] = []
         self._worker: threading.Thread | None = None
         self._arriving = threading.Lock()
 
@@ -136,7 +97,7 @@ class Engine:
         wanted = []
         for i, (state, seed) in enumerate(zip(states, seeds)):
             ids = self._checked(f"state {i}: ", state, params)
-            wanted.append(_Sequence(ids, seed, params, lambda result, i=i: ended.__setitem__(i, result)))
+            wanted.append(InFlight(ids, seed, params, lambda result, i=i: ended.__setitem__(i, result)))
         with self._at_work:
             self._waiting += wanted
             num_ended = 0
@@ -187,7 +148,7 @@ class Engine:
             future.set_exception(result) if isinstance(result, BaseException) else future.set_result(result)
 
         ids = self._checked("", state, params)
-        sequence = _Sequence(ids, seed, params, lambda result: _call(loop, settle, result))
+        sequence = InFlight(ids, seed, params, lambda result: _call(loop, settle, result))
         if on_tokens is not None:
             sequence.on_tokens = lambda ids, log_probs: _call(loop, on_tokens, ids, log_probs)
         with self._arriving:
@@ -336,11 +297,11 @@ class Engine:
 
     # Decode.
 
-    def _draw_first(self, joining: list[_Sequence], hidden: torch.Tensor) -> None:
+    def _draw_first(self, joining: list[InFlight], hidden: torch.Tensor) -> None:
         draws = self._draws(joining, 1)
         self._take_drawn(joining, self._passes.draw(hidden, draws))
 
-    def _draws(self, sequences: list[_Sequence], steps: int) -> Draws:
+    def _draws(self, sequences: list[InFlight], steps: int) -> Draws:
         limits = np.array([min(steps, one.num_left) for one in sequences], np.int32)
         numbers = uniforms([one.seed for one in sequences], [len(one.ids) for one in sequences], steps)
         is_stop = np.zeros(self.model.config.vocab_size, np.uint8)
@@ -375,7 +336,7 @@ class Engine:
         self._running.sort(key=lambda one: one.packed_index)
         self._tree = Tree(slot, packed.subtree_end, packed.position_ids)
 
-    def _take_drawn(self, sequences: list[_Sequence], drawn: Drawn) -> None:
+    def _take_drawn(self, sequences: list[InFlight], drawn: Drawn) -> None:
         """Append what was drawn; end those that have stopped."""
         for sequence, ids, log_probs, count in zip(
             list(sequences), drawn.ids.tolist(), drawn.log_probs.tolist(), drawn.counts.tolist(), strict=True
@@ -387,26 +348,13 @@ class Engine:
             num_before = len(sequence.ids)
             sequence.ids += ids[:count]
             sequence.log_probs += log_probs[:count]
-            stop_text = self._find_stop_text(sequence, num_before) if sequence.params.stop_texts else None
+            stop_text = sequence.cut_at_stop_text(num_before, self._decode) if sequence.params.stop_texts else None
             if stops or stop_text is not None or sequence.num_left == 0:
                 self._end(sequence, stopped=bool(stops) or stop_text is not None, stop_text=stop_text)
             elif sequence.on_tokens is not None:
                 sequence.on_tokens(tuple(sequence.ids), tuple(sequence.log_probs))
 
-    def _find_stop_text(self, sequence: _Sequence, num_before: int) -> str | None:
-        """The stop text that the new tokens complete, if any; the sequence then ends with the token that does so."""
-        texts = sequence.params.stop_texts
-        if not any(text in self._decode(sequence.ids) for text in texts):
-            return None
-        for count in range(num_before + 1, len(sequence.ids) + 1):
-            text = self._decode(sequence.ids[:count])
-            for stop in texts:
-                if stop in text:
-                    del sequence.ids[count:], sequence.log_probs[count:]
-                    return stop
-        return None
-
-    def _end(self, sequence: _Sequence, *, stopped: bool = False, stop_text: str | None = None) -> None:
+    def _end(self, sequence: InFlight, *, stopped: bool = False, stop_text: str | None = None) -> None:
         """Make room, and tell who waits. Keys of all its tokens but the last, which none was drawn after, are kept."""
         self._running.remove(sequence)
         self._tree = None

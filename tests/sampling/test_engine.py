@@ -16,7 +16,8 @@ from swirl.errors import NonFiniteError
 from swirl.model.config import GEMMA3
 from swirl.sampling import draw as draw_module
 from swirl.sampling import engine as engine_module
-from swirl.sampling.engine import Completion, Engine
+from swirl.sampling.engine import Engine
+from swirl.sampling.in_flight import Completion
 
 BASE = dict(
     vocab_size=61,
