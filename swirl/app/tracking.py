@@ -94,10 +94,8 @@ def _tensorboard(run: Path, config: dict, update: int) -> Iterator[Tracker]:
 def _wandb(run: Path, config: dict, update: int) -> Iterator[Tracker]:
     import wandb
 
-    # A run that goes on is another one of the same group: what was sent of later updates cannot be taken back.
-    name = run.name if not update else f"{run.name} after {update}"
     with _on_stderr():
-        opened = wandb.init(project=PROJECT, name=name, group=run.name, dir=os.fspath(run), config=config)
+        opened = wandb.init(project=PROJECT, name=_name(run, update), group=run.name, dir=os.fspath(run), config=config)
     try:
         yield lambda update, values: opened.log(dict(values), step=update)
     finally:
@@ -109,14 +107,20 @@ def _wandb(run: Path, config: dict, update: int) -> Iterator[Tracker]:
 def _trackio(run: Path, config: dict, update: int) -> Iterator[Tracker]:
     import trackio
 
-    name = run.name if not update else f"{run.name} after {update}"
     with _on_stderr():
-        trackio.init(project=PROJECT, name=name, group=run.name, config=config, embed=False, auto_log_cpu=False)
+        trackio.init(
+            project=PROJECT, name=_name(run, update), group=run.name, config=config, embed=False, auto_log_cpu=False
+        )
     try:
         yield lambda update, values: trackio.log(dict(values), step=update)
     finally:
         with _on_stderr():
             trackio.finish()
+
+
+def _name(run: Path, update: int) -> str:
+    """A run that goes on is another one of the same group: what was sent of later updates cannot be taken back."""
+    return f"{run.name} after {update}" if update else run.name
 
 
 @contextmanager

@@ -62,6 +62,19 @@ def no_proxy_and_the_key(monkeypatch):
     monkeypatch.setenv("SWIRL_API_KEY", KEY)
 
 
+async def acted(policy, states):
+    return [await policy.act(state) for state in states]
+
+
+def acted_over_the_wire(protocol, here, server, states):
+    async def ask():
+        async with Client() as client:
+            policy = open_wire_policy(f"{protocol}+{server}#almanac", client=client, tokenizer=here[1])
+            return await acted(policy, states)
+
+    return asyncio.run(ask())
+
+
 def test_swirls_own_client_gets_what_the_policy_gives_here(server, here):
     policy, tokenizer = here
     states = [
@@ -69,16 +82,9 @@ def test_swirls_own_client_gets_what_the_policy_gives_here(server, here):
         for t in (0.0, 1.0)
     ]
 
-    async def ask(policy):
-        return [await policy.act(state) for state in states]
-
-    async def over_the_wire(protocol):
-        async with Client() as client:
-            return await ask(open_wire_policy(f"{protocol}+{server}#almanac", client=client, tokenizer=tokenizer))
-
-    mine = asyncio.run(ask(policy))
+    mine = asyncio.run(acted(policy, states))
     for protocol in ("completions", "chat"):
-        for step, truth in zip(asyncio.run(over_the_wire(protocol)), mine, strict=True):
+        for step, truth in zip(acted_over_the_wire(protocol, here, server, states), mine, strict=True):
             assert (step.action, step.action_ids, step.truncated) == (truth.action, truth.action_ids, truth.truncated)
             assert step.log_probs == pytest.approx(truth.log_probs)
 
@@ -91,17 +97,10 @@ def test_an_action_ends_at_its_tag_over_the_wire_as_it_does_here(server, here):
         for seed in range(6)
     ]
 
-    async def act(policy):
-        return [await policy.act(state) for state in states]
-
-    async def over_the_wire(protocol):
-        async with Client() as client:
-            return await act(open_wire_policy(f"{protocol}+{server}#almanac", client=client, tokenizer=tokenizer))
-
-    mine = asyncio.run(act(policy))
+    mine = asyncio.run(acted(policy, states))
     assert any(step.stop_text for step in mine)
     for protocol in ("completions", "chat"):
-        for step, truth in zip(asyncio.run(over_the_wire(protocol)), mine, strict=True):
+        for step, truth in zip(acted_over_the_wire(protocol, here, server, states), mine, strict=True):
             assert (step.action, step.action_ids, step.stop_text) == (truth.action, truth.action_ids, truth.stop_text)
             assert step.log_probs == pytest.approx(truth.log_probs)
 
