@@ -16,6 +16,7 @@ Mode = Annotated[
     Literal["auto", "sampled", "recorded", "imitation", "outcome-rl"], tyro.conf.arg(aliases=["--actions"])
 ]
 ON_POLICY = ("sampled", "outcome-rl")
+MAX_CACHE_TOKENS = 1 << 18  # in every command that samples in its process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class ComputeFlags:
     """How weights, gradients and optimizer state lie on the ranks of a job. none: whole on each. all: in shards over
     all ranks (FSDP2). node: in shards over the ranks of a host, the same on every host (HSDP). auto: none on one rank,
     with --lora, and for models of less than a billion weights; else node."""
-    max_cache_tokens: int = 1 << 18
+    max_cache_tokens: int = MAX_CACHE_TOKENS
     """Tokens whose keys and values the sampler holds at most, of all sequences in flight and of finished ones."""
     memory_check: bool = True
     """Refuse a run that cannot fit into memory, by its plan (`plan --help`); --no-memory-check tries all the same."""

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from swirl.app import command, planning
-from swirl.config import TrainConfig, settled, sized
+from swirl.config import MAX_CACHE_TOKENS, TrainConfig, settled, sized
 from swirl.errors import ConfigError
 from swirl.learning import plan as plans
 from swirl.learning.plan import Job, Plan
@@ -59,7 +59,7 @@ class PlanConfig:
     """How weights lie on the GPUs, as in `train`; a host is taken to have eight."""
     activation_checkpointing: Literal["none", "cheap", "layers"] = "none"
     """What the backward pass computes again, as in `train`."""
-    max_cache_tokens: int = 1 << 18
+    max_cache_tokens: int = MAX_CACHE_TOKENS
     """Tokens whose keys and values the sampler holds, at most."""
 
     def __post_init__(self):

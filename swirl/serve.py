@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from swirl.app import command
+from swirl.config import MAX_CACHE_TOKENS
 from swirl.errors import ConfigError
 
 
@@ -37,7 +38,7 @@ class ServeConfig:
     """Where it computes: auto, cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on CPUs."""
-    max_cache_tokens: int = 1 << 18
+    max_cache_tokens: int = MAX_CACHE_TOKENS
     """Tokens whose keys and values are held at most, states and new ones of all requests together."""
     max_concurrency: int = 256
     """Sequences in flight at most; a request beyond is answered 429, to be asked again."""

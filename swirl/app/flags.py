@@ -8,6 +8,7 @@ from typing import Literal
 
 from swirl.app import command
 from swirl.app.resolve import open_policy, tokens_in_an_action
+from swirl.config import MAX_CACHE_TOKENS
 from swirl.endpoints.address import EndpointLimits
 from swirl.endpoints.client import Client
 from swirl.rollout.rollout import RolloutSpec
@@ -45,7 +46,7 @@ class PolicyFlags:
     """Where a checkpoint runs: auto, cpu or cuda."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What it computes in; auto: bfloat16 on cuda, else float32."""
-    max_cache_tokens: int = 1 << 18
+    max_cache_tokens: int = MAX_CACHE_TOKENS
     """Tokens whose keys and values the sampler holds at most, of all sequences in flight and of finished ones."""
 
     def check_policy(self) -> None:

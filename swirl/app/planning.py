@@ -20,7 +20,7 @@ from swirl.learning import usage
 from swirl.learning.plan import Job, Plan
 from swirl.model import checkpoint
 from swirl.model.config import PRESETS, GemmaConfig
-from swirl.model.lora import base_of, is_adapter
+from swirl.model.lora import model_of
 from swirl.tree.pack import pack
 
 LATER_BYTES = 30_000_000  # tools, logs and records of a run under way, as measured
@@ -39,7 +39,7 @@ def shape_of(spec: str) -> GemmaConfig:
     if not folder.is_dir():
         expected = f"expected `almanac`, a folder of a Gemma, its name on the hub, or one of {', '.join(PRESETS)}"
         raise CheckpointError(folder, f"no such folder: {expected}")
-    file = (base_of(folder) if is_adapter(folder) else folder) / "config.json"
+    file = model_of(folder) / "config.json"
     try:
         return GemmaConfig.from_json(checkpoint.read_json(file))
     except ConfigError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from swirl import tasks
 from swirl.app.hub import hub_folder, is_hub_name
 from swirl.app.loader import is_reference, load_object, name_of
-from swirl.config import tokens_of_an_action
+from swirl.config import MAX_CACHE_TOKENS, tokens_of_an_action
 from swirl.endpoints.address import EndpointLimits, open_wire_policy
 from swirl.endpoints.client import Client
 from swirl.errors import CheckpointError, ConfigError
@@ -67,7 +67,7 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree", 
 
     from swirl.model.checkpoint import check_tokenizer_fits
     from swirl.model.gemma import Gemma
-    from swirl.model.lora import base_of, is_adapter, load_adapter, merge_lora
+    from swirl.model.lora import is_adapter, load_adapter, merge_lora, model_of
     from swirl.model.tokenizer import Tokenizer
 
     folder, device = model_folder(spec), device_for(str(device))
@@ -75,7 +75,7 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree", 
         expected = "expected `almanac`, a Hugging Face folder of a Gemma 2 or 3, or its owner/name on the hub"
         raise CheckpointError(folder, f"no such folder: {expected}")
     adapter = folder if is_adapter(folder) else None
-    folder = base_of(folder) if adapter else folder
+    folder = model_of(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Gemma.from_pretrained(
         folder, dtype=dtype or torch.float32, device=device, attention=attention, prepare=prepare
@@ -94,7 +94,7 @@ def open_policy(
     client: Client | None = None,
     limits: EndpointLimits | None = None,
     tokenizer: Path | None = None,
-    max_cache_tokens: int = 1 << 18,
+    max_cache_tokens: int = MAX_CACHE_TOKENS,
 ):
     """(policy, tokenizer or None) from `almanac`, a checkpoint's folder or hub name, or a server's URL, by `client`.
 
@@ -176,10 +176,9 @@ def require_judge_knows(spec: str | None, task: str, flag: str = "--judge") -> N
 def num_weights(spec: str) -> int:
     """Of a model, by its config.json. Raises CheckpointError."""
     from swirl.model.checkpoint import read_config
-    from swirl.model.lora import base_of, is_adapter
+    from swirl.model.lora import model_of
 
-    folder = model_folder(spec)
-    return read_config(base_of(folder) if is_adapter(folder) else folder)[1].num_weights
+    return read_config(model_of(model_folder(spec)))[1].num_weights
 
 
 def tokens_in_an_action(asked: int | None, policy: str) -> int:

@@ -224,6 +224,11 @@ def base_of(folder: Path) -> Path:
     return Path(name)
 
 
+def model_of(folder: Path) -> Path:
+    """The folder of the model: the base where it holds adapters, else itself. Raises CheckpointError."""
+    return base_of(folder) if is_adapter(folder) else folder
+
+
 def read_adapter(folder: str | os.PathLike) -> tuple[LoRA, dict[str, torch.Tensor]]:
     """(shape, weights by PEFT's names) of a folder that PEFT or swirl wrote.
 
