@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import _triton, cpu
 from ._triton import jit, tl
 from .rms_norm import rms_norm_reference
-from .rope import cos_and_sin, inverse_frequency, rope_reference
+from .rope import cos_and_sin, inverse_frequency, rope_reference, rotated
 
 
 def norm_rope_reference(x, weight, position_ids, *, theta=10_000.0, factor=1.0, eps=1e-6):
@@ -166,6 +166,9 @@ def norm_rope(
     if _triton.takes(x, weight) and x.numel():
         with _triton.on_device(x):
             return _NormRope.apply(x, weight, position_ids.contiguous(), theta, factor, eps)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos_and_sin(position_ids, x.shape[-1] // 2, theta, factor, dtype)
     if x.shape[-1] % 32 == 0 and cpu.supports_pointwise(x, weight):
-        return cpu.norm_rope(x, weight, *cos_and_sin(position_ids, x.shape[-1] // 2, theta, factor), eps=eps)
-    return norm_rope_reference(x, weight, position_ids, theta=theta, factor=factor, eps=eps)
+        return cpu.norm_rope(x, weight, cos, sin, eps=eps)
+    normed = rms_norm_reference(x.to(dtype), weight.to(dtype), eps=eps)
+    return rotated(normed, cos, sin).to(x.dtype)

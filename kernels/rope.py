@@ -3,10 +3,14 @@
 x (T, H, D), position_ids (T,) int -> (T, H, D) as x; angle of pair i is position / factor * theta^(-2i/D).
 Numerics: angles and rotation in float32 (float64 for float64), one cast at the store.
 Floor: the forward moves 2 * T * H * D * itemsize bytes; the backward is the same rotation, turned back.
+The kernel makes cosines and sines from positions, in registers: read instead, they would add 4 * D bytes a token to the
+floor. Elsewhere they are made once a batch.
 Source: arXiv:2104.09864, in the half-split layout of Hugging Face checkpoints.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -16,8 +20,10 @@ from . import _triton, cpu
 from ._triton import jit, tl
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def inverse_frequency(half, theta, factor, dtype, device):
-    """(half,): what each pair is turned by from one position to the next."""
+    """(half,): what each pair is turned by from one position to the next. Made once, and not to be written to."""
     return theta ** (-torch.arange(half, dtype=dtype, device=device) / half) / factor
 
 
@@ -29,25 +35,30 @@ def angles(position_ids, half, theta, factor, dtype):
 _kept = WeakIdKeyDictionary()  # position_ids -> {settings: cos and sin}; gone with the batch
 
 
-def cos_and_sin(position_ids, half, theta, factor):
-    """Two (T, half) float32, made once a batch: kept as long as position_ids lives and is not written to."""
+def cos_and_sin(position_ids, half, theta, factor, dtype=torch.float32):
+    """Two (T, half), made once a batch: kept as long as position_ids lives and is not written to."""
     version = None if position_ids.is_inference() else position_ids._version
-    kept = _kept.setdefault(position_ids, {})
-    found = kept.get((half, theta, factor))
+    kept, key = _kept.setdefault(position_ids, {}), (half, theta, factor, dtype)
+    found = kept.get(key)
     if found is None or found[0] != version:
-        angle = angles(position_ids, half, theta, factor, torch.float32)
-        found = kept[half, theta, factor] = (version, angle.cos(), angle.sin())
+        with torch.inference_mode(position_ids.is_inference()):  # else a backward pass could not be given them
+            angle = angles(position_ids, half, theta, factor, dtype)
+            found = kept[key] = (version, angle.cos(), angle.sin())
     return found[1:]
+
+
+def rotated(x, cos, sin):
+    """x (T, H, D) by cosines and sines (T, D / 2) of the dtype that is computed in."""
+    a, b = (half.to(cos.dtype) for half in x.chunk(2, -1))
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
 def rope_reference(x, position_ids, *, theta=10_000.0, factor=1.0):
     """The definition."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    half = x.shape[-1] // 2
-    angle = angles(position_ids, half, theta, factor, dtype)[:, None, :]
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x[..., :half].to(dtype), x[..., half:].to(dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    angle = angles(position_ids, x.shape[-1] // 2, theta, factor, dtype)
+    return rotated(x, angle.cos(), angle.sin())
 
 
 @jit()
@@ -107,6 +118,7 @@ def rope(x: torch.Tensor, position_ids: torch.Tensor, *, theta: float = 10_000.0
     if _triton.takes(x) and x.numel():
         with _triton.on_device(x):
             return _Rope.apply(x, position_ids.contiguous(), theta, factor)
-    if x.shape[-1] % 32 == 0 and cpu.supports_pointwise(x):
-        return cpu.rope(x, *cos_and_sin(position_ids, x.shape[-1] // 2, theta, factor))
-    return rope_reference(x, position_ids, theta=theta, factor=factor)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos_and_sin(position_ids, x.shape[-1] // 2, theta, factor, dtype)
+    in_cpp = x.shape[-1] % 32 == 0 and cpu.supports_pointwise(x)
+    return cpu.rope(x, cos, sin) if in_cpp else rotated(x, cos, sin)

@@ -54,16 +54,18 @@ def kept_by_layer(model: GemmaConfig, how: Computation) -> list[int]:
     if how.has_kernels:
         return linears + adapters + attention + [b * width for width in normed] + scales + [b * F] * 2
     norms = [4 * width for width in normed] * (1 if how.lora else 2)  # widened, and scaled where a gain is trained
-    rotations = [4 * model.head_dim // 2] * 4  # sines and cosines, for queries and for keys
     again = [b * d, b * d, b * F, b * F] if cheap else []  # what is cheap is made of these
-    return linears + adapters + attention + norms + scales + rotations + [4 * F] * 3 + again
+    return linears + adapters + attention + norms + scales + [4 * F] * 3 + again
 
 
 def kept_by_pass(model: GemmaConfig, how: Computation, tokens: int, action_tokens: int) -> list[int]:
     """Bytes of each tensor that a whole pass keeps, from the embedding to the log-probs."""
     d, b = model.hidden_size, how.itemsize
     last_norm = [b * d] if how.has_kernels else [4 * d] * (1 if how.lora else 2)
-    kept = kept_by_layer(model, how) * model.num_hidden_layers + last_norm
+    kinds = {model.rope(layer) for layer in range(model.num_hidden_layers)}
+    by_batch = not how.on_gpu and how.checkpointing != "layers"
+    rotations = [4 * model.head_dim // 2] * 2 * len(kinds) if by_batch else []  # cosines and sines
+    kept = kept_by_layer(model, how) * model.num_hidden_layers + last_norm + rotations
     return [tokens * width for width in kept] + [action_tokens * (b * d + 16)]
 
 

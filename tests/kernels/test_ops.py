@@ -5,6 +5,7 @@ Fresh memory is filled with NaN throughout, so that nothing can lean on what `to
 
 from __future__ import annotations
 
+import collections
 import math
 
 import pytest
@@ -184,6 +185,28 @@ def test_cos_and_sin_are_made_once_a_batch_and_again_when_it_is_written_to():
         assert cos_and_sin(positions, *other)[0] is not first[0]
     positions += 1
     assert not torch.equal(cos_and_sin(positions, 4, 500.0, 2.0)[0], first[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_layers_share_cosines_and_sines_whatever_serves_them(dtype):
+    q, positions = normal(9, 2, 64, dtype=dtype, requires_grad=True), torch.arange(9, dtype=torch.int32)
+    with torch.inference_mode():  # a sampler's pass, say: what it leaves must do for a backward pass
+        norm_rope(q.detach(), torch.ones(64, dtype=dtype), positions)
+    count = _Count()
+    with count:
+        rope(q, positions).sum().backward()
+        norm_rope(q, torch.ones(64, dtype=dtype), positions)
+    assert count.names["cos"] == count.names["sin"] == count.names["arange"] == 0
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
 
 
 # norm_rope
