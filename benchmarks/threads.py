@@ -1,12 +1,13 @@
 """How should a thread that waits for the others wait? Sampling and an update, quiet and beside a busy process.
 
-    python -m benchmarks.threads [--threads 2] [--repeats 5] [--tiny] [--json] [--out rows.jsonl]
+    python -m benchmarks.threads [--threads 2] [--rounds 5] [--repeats 3] [--tiny] [--json] [--out rows.jsonl]
 
 Ways to wait: swirl's own (GOMP_SPINCOUNT=2000, set by the package where the user has set nothing), libgomp's (300,000),
 sleeping at once (OMP_WAIT_POLICY=PASSIVE) and spinning without end (ACTIVE). Each by hand, swirl's also under make and
 as a rank of torchrun; each on the machine as it is, and beside one process that never rests. Seconds of the comb of
 benchmarks.sampling, drawn by the base that ships with swirl, and of the forward and backward pass of an update of four
-combs; medians.
+combs: a process's medians, and of those the median and the range over rounds. A round runs each case once, since a
+machine's speed drifts by more than what is looked for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +41,7 @@ def work(given: argparse.Namespace) -> None:
     from benchmarks.sampling import COMB, TINY, comb_states
     from benchmarks.train_step import Swirl, workload
     from swirl.app.resolve import load_model
-    from swirl.config import TrainConfig
+    from swirl.config import TrainConfig, sized
     from swirl.sampling.engine import Engine
 
     torch.set_num_threads(given.threads)
@@ -47,7 +49,7 @@ def work(given: argparse.Namespace) -> None:
     comb = TINY if given.tiny else COMB
     new, states = comb["new"], comb_states(comb["trunk"], comb["states"], comb["draws"], model.config.vocab_size)
     actions = workload("comb", 1 if given.tiny else 4, model.config.vocab_size)
-    side = Swirl(model, TrainConfig())
+    side = Swirl(model, sized(TrainConfig(), 0))
 
     def sample():
         Engine(model).sample(states, seeds=range(len(states)), max_new_tokens=new, stop_ids=())
@@ -87,7 +89,7 @@ def measure(given: argparse.Namespace, waiting: str, launcher: str, folder: Path
 
 
 def rows_of(given: argparse.Namespace):
-    """A row for each case, without and with company; the ways to wait in turn, so that a drift meets all."""
+    """A row for each case, without and with company; the cases in turn, so that a drift meets all."""
     import torch
 
     from benchmarks.harness import machine
@@ -97,21 +99,31 @@ def rows_of(given: argparse.Namespace):
         for busy in (False, True):
             company = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
             try:
-                for waiting, launcher in CASES:
-                    found = measure(given, waiting, launcher, Path(folder))
-                    named = {"benchmark": "threads", "waiting": waiting, "launcher": launcher, "busy": busy}
-                    how = {"threads": given.threads, "tiny": given.tiny, "load": os.getloadavg()[0]}
-                    yield facts | named | found | how
+                rounds = [[measure(given, *case, Path(folder)) for case in CASES] for _ in range(given.rounds)]
             finally:
                 if company is not None:
                     company.kill()
                     company.wait()
+            for (waiting, launcher), found in zip(CASES, zip(*rounds)):
+                named = {"benchmark": "threads", "waiting": waiting, "launcher": launcher, "busy": busy}
+                how = {"threads": given.threads, "tiny": given.tiny, "load": os.getloadavg()[0]}
+                yield facts | named | how | {"rounds": given.rounds} | summed_up(found)
+
+
+def summed_up(found: Sequence[dict]) -> dict:
+    """The median of each figure over rounds, and its least and its most."""
+    row = {}
+    for name in found[0]:
+        values = [one[name] for one in found]
+        row |= {name: statistics.median(values), f"{name}_range": [min(values), max(values)]}
+    return row
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="processes a case")
+    parser.add_argument("--repeats", type=int, default=3, help="of each process")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--json", action="store_true", help="one JSON row a line on stdout, no table")
     parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
