@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from swirl.kernels.tree_decode import tree_decode
 from swirl.model.gemma import Gemma
 from swirl.tree.batch import PackedStates
 from swirl.tree.pack import pack_states
@@ -24,14 +25,18 @@ class KeyCache:
 
     def __init__(self, model: Gemma, max_tokens: int):
         self._model, self.max_tokens = model, max_tokens
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
         self.clear()
 
     def clear(self) -> None:
-        """Forget all: of other weights nothing is worth keeping."""
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-        self._holders = np.zeros(1, np.int32)
-        self._free = np.empty(0, np.int32)
+        """Forget all: of other weights nothing is worth keeping. The pools stay, unless the model has moved."""
+        embedding = self._model.model.embed_tokens.weight
+        if self.keys and (self.keys[0].dtype, self.keys[0].device) != (embedding.dtype, embedding.device):
+            self.keys, self.values = [], []
+        size = self.keys[0].shape[0] if self.keys else 1
+        self._holders = np.zeros(size, np.int32)
+        self._free = np.arange(1, size, dtype=np.int32)
         self._finished: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._num_finished = 0
 
@@ -109,3 +114,18 @@ class KeyCache:
                     pools.append(pool)
         self._holders = np.concatenate((self._holders, np.zeros(larger - size, np.int32)))
         self._free = np.concatenate((self._free, np.arange(size, larger, dtype=np.int32)))
+
+
+class Attend:
+    """The attention of one pass, called by the layers in turn: keys and values into their slots `write`, then who sees
+    what: of `seen`, the integers that `tree_decode` takes.
+    """
+
+    def __init__(self, cache: KeyCache, write: torch.Tensor, seen: list[torch.Tensor]):
+        self._pools, self._write, self._seen = iter(zip(cache.keys, cache.values)), write.long(), seen
+
+    def __call__(self, q, k, v, *, scale, softcap, window):
+        keys, values = next(self._pools)
+        keys[self._write] = k
+        values[self._write] = v
+        return tree_decode(q, keys, values, *self._seen, scale=scale, softcap=softcap, window=window)

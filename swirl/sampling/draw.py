@@ -1,4 +1,4 @@
-"""What is drawn, and how: parameters, uniforms hashed from (seed, position), and draws from logits by torch.
+"""What is drawn, and how: parameters, uniforms hashed from (seed, position), and draws that leave unlikely tokens out.
 
 B sequences, V vocabulary.
 """
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from swirl.kernels.head_draw import drawn_from, tempered
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +54,12 @@ class SamplingParams:
 def draw(
     logits: torch.Tensor, uniforms: torch.Tensor, temperatures: torch.Tensor, params: Sequence[SamplingParams]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) token ids and (B,) log-probs from (B, V) logits, (B,) float64 uniforms and temperatures.
-
-    Inverse CDF: the first token whose cumulative probability passes the uniform.
+    """(B,) token ids and (B,) log-probs from (B, V) logits, (B,) float64 uniforms and temperatures, of what `params`
+    leave in. Where they leave out nothing, `head_draw` does the same from hidden states.
     """
-    greedy = temperatures == 0
-    scale = torch.where(greedy, 1.0, temperatures).clamp_(min=torch.finfo(logits.dtype).tiny).to(logits.dtype)
-    # Shifted first, so that no temperature, however small, overflows.
-    logits = (logits - logits.amax(-1, keepdim=True)) / scale[:, None]
-    if any(one.truncated for one in params):
-        logits = torch.stack([_truncated(row, one) for row, one in zip(logits, params, strict=True)])
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    drawn = torch.where(greedy, logits.argmax(-1), drawn.clamp_(max=logits.shape[1] - 1))
-    return drawn, logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(-1)
+    logits = tempered(logits, temperatures)
+    logits = torch.stack([_truncated(row, one) for row, one in zip(logits, params, strict=True)])
+    return drawn_from(logits, uniforms, temperatures)
 
 
 def _truncated(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

@@ -251,7 +251,8 @@ class Engine:
         weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters() if not p.is_inference())
         if weights != self._weights or not weights:
             self._cache.clear()
-            self._passes = passes_for(self.model, self._cache)
+            if self._passes is None or not self._passes.reads_weights_in_place:
+                self._passes = passes_for(self.model, self._cache)
             self._weights = weights
 
     def _make_room(self, joining):

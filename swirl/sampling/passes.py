@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from swirl.kernels import cpu
-from swirl.kernels.tree_decode import tree_decode
+from swirl.kernels.head_draw import head_draw, head_logits
 from swirl.model.gemma import Gemma, Linear
-from swirl.sampling.cache import KeyCache
+from swirl.sampling.cache import Attend, KeyCache
 from swirl.sampling.draw import SamplingParams, draw
-
-HEAD_ROWS = 8192  # vocabulary entries whose weights are widened at a time
+from swirl.sampling.token_step import TokenStep, TokenSteps, replays
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +43,11 @@ class Draws:
     @property
     def temperatures(self) -> np.ndarray:
         return np.array([one.temperature for one in self.params], np.float64)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some sequence leaves tokens out."""
+        return any(one.truncated for one in self.params)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +79,11 @@ def _projections(layer):
 class LayerPasses:
     """By the model's own layers, whose attention is `tree_decode`: any device and dtype."""
 
+    reads_weights_in_place = True  # so that it goes on with others
+
     def __init__(self, model: Gemma, cache: KeyCache):
         self._model, self._cache = model, cache
+        self._captured = TokenSteps(model, cache)
 
     def _tensors(self, *arrays):
         return [torch.from_numpy(np.ascontiguousarray(a)).to(self._model.device) for a in arrays]
@@ -86,12 +93,12 @@ class LayerPasses:
         none = np.zeros((states.size, 1), np.int32)
         ids, write, positions = self._tensors(input_ids, tree.slots[states], tree.position_ids[states])
         seen = self._tensors(tree.slots, tree.subtree_end, tree.position_ids, states, none, none[:, 0])
-        return self._model.model(ids, positions, None, cache=_Attend(self._cache, write, seen))
+        return self._model.model(ids, positions, None, cache=Attend(self._cache, write, seen))
 
     def draw(self, hidden: torch.Tensor, draws: Draws) -> Drawn:
         """One token a sequence from (B, d) hidden, after the final norm."""
         uniforms, temperatures = self._tensors(draws.uniforms[:, 0], draws.temperatures)
-        ids, log_probs = draw(self._logits(hidden), uniforms, temperatures, draws.params)
+        ids, log_probs = self._drawing(draws)(hidden, uniforms, temperatures)
         counts = np.ones(ids.shape[0], np.int32)
         return Drawn(ids[:, None].cpu().numpy(), log_probs[:, None].double().cpu().numpy(), counts)
 
@@ -101,58 +108,33 @@ class LayerPasses:
     ) -> Drawn:  # fmt: skip
         """Go on from `tokens` (B,), of states that end at packed indices `states`, with own_lengths (B,) own tokens in
         own_slots (B, N) before them. A sequence that has stopped goes on unread until the call ends."""
-        steps = draws.uniforms.shape[1]
-        seen = self._tensors(tree.slots, tree.subtree_end, tree.position_ids, states)
-        slots, lengths, uniforms, temperatures, limits = self._tensors(
-            own_slots, own_lengths, draws.uniforms, draws.temperatures, draws.limits
-        )
-        (token,) = self._tensors(tokens)
-        positions = seen[2][seen[3].long()]
-        ids, log_probs = [], []
-        for step in range(steps):
-            # past its limit a sequence writes for no one
-            write = torch.where(limits > step, slots.gather(1, lengths.long()[:, None])[:, 0], 0)
-            lengths = lengths + 1
-            attend = _Attend(self._cache, write, [*seen, slots, lengths])
-            hidden = self._model.model(token, positions + lengths, None, cache=attend)
-            token, log_prob = draw(self._logits(hidden), uniforms[:, step], temperatures, draws.params)
-            ids.append(token)
-            log_probs.append(log_prob)
-        ids = torch.stack(ids, 1).cpu().numpy()
+        B, steps = draws.uniforms.shape
+        given = self._drawing(draws), B, tree.slots.size, own_slots.shape[1], steps
+        if replays(self._model.device) and not draws.truncated:
+            token_step = self._captured.of(*given)
+        else:
+            token_step = TokenStep(self._model, self._cache, *given)
+        token_step.load(tokens, tree, states, own_slots, own_lengths, draws)
+        for _ in range(steps):
+            token_step()
+        ids, log_probs = (x[:B, :steps].cpu().numpy() for x in (token_step.ids, token_step.log_probs.double()))
         stops = draws.is_stop[ids].astype(bool)
         counts = np.where(stops.any(1), stops.argmax(1) + 1, steps)
         counts = np.minimum(counts, draws.limits).astype(np.int32)
-        return Drawn(ids, torch.stack(log_probs, 1).double().cpu().numpy(), counts)
+        return Drawn(ids, log_probs, counts)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, V), float32 at least: a logit of 16 rounded to bfloat16 is off by up to 0.06."""
-        weight = self._model.model.embed_tokens.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if weight.dtype == wide:
-            logits = hidden @ weight.T
-        elif weight.is_cuda:
-            logits = torch.mm(hidden, weight.T, out_dtype=wide)
-        else:
-            logits = torch.cat([hidden.to(wide) @ rows.to(wide).T for rows in weight.split(HEAD_ROWS)], 1)
-        cap = self._model.config.final_logit_softcapping
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-
-
-class _Attend:
-    """The attention of one pass, called by the layers in turn: keys and values into their slots, then who sees what."""
-
-    def __init__(self, cache: KeyCache, write: torch.Tensor, seen: list[torch.Tensor]):
-        self._pools, self._write, self._seen = iter(zip(cache.keys, cache.values)), write.long(), seen
-
-    def __call__(self, q, k, v, *, scale, softcap, window):
-        keys, values = next(self._pools)
-        keys[self._write] = k
-        values[self._write] = v
-        return tree_decode(q, keys, values, *self._seen, scale=scale, softcap=softcap, window=window)
+    def _drawing(self, draws: Draws):
+        """(B, d) after the final norm, uniforms and temperatures to ids and log-probs."""
+        weight, softcap = self._model.model.embed_tokens.weight, self._model.config.final_logit_softcapping
+        if not draws.truncated:
+            return lambda hidden, *numbers: head_draw(hidden, weight, *numbers, softcap=softcap)
+        return lambda hidden, *numbers: draw(head_logits(hidden, weight, softcap), *numbers, draws.params)
 
 
 class StepPasses(LayerPasses):
     """By the C++ step. Draws that leave tokens out go by the layers."""
+
+    reads_weights_in_place = False  # adapters are merged into copies
 
     def __init__(self, model: Gemma, cache: KeyCache):
         super().__init__(model, cache)
@@ -182,14 +164,14 @@ class StepPasses(LayerPasses):
         return hidden
 
     def draw(self, hidden, draws):
-        if any(one.truncated for one in draws.params):
+        if draws.truncated:
             return super().draw(hidden, draws)
         tables, drawn = _tables(draws)
         cpu.draw(hidden.contiguous(), self._embedding(), self._softcap, tables)
         return drawn
 
     def decode(self, tokens, tree, states, own_slots, own_lengths, draws):
-        if any(one.truncated for one in draws.params):
+        if draws.truncated:
             return super().decode(tokens, tree, states, own_slots, own_lengths, draws)
         steps = draws.uniforms.shape[1]
         return self._run(tokens, tree, states, own_slots, own_lengths, draws, steps)

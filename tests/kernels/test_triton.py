@@ -17,6 +17,7 @@ import torch
 
 from swirl.kernels import _triton, cpu, schedule
 from swirl.kernels.geglu import geglu, geglu_reference
+from swirl.kernels.head_draw import head_draw, head_draw_reference, head_logits, tempered
 from swirl.kernels.linear_log_prob import _ChunkedLinearLogProb, linear_log_prob, linear_log_prob_reference
 from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
 from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
@@ -377,12 +378,82 @@ def case_tree_decode(poisoned, dtype, window, softcap, B, Hq, Hkv, D, depth, N):
     assert torch.equal(o, tree_decode(*inputs, **settings))
 
 
+def head_case(B, d, V, dtype, spread=0.3):
+    """hidden, weight, uniforms at both ends and between, temperatures of 0, next to 0, common and enormous."""
+    torch.manual_seed(B)
+    uniforms = torch.rand(B, dtype=torch.float64)
+    uniforms[::4], uniforms[1::4] = 0.0, 1 - 2**-53
+    temperatures = torch.tensor([0.7, 1.0, 0.0, 1.3, 1e-300, 3.0, 1e300, 0.2], dtype=torch.float64)
+    return (
+        *(torch.randn(B, d).to(dtype), (spread * torch.randn(V, d)).to(dtype)),
+        *(uniforms, temperatures.repeat(-(-B // 8))[:B]),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "d", "V", "softcap"), [(1, 8, 3, 30.0), (9, 72, 1000, 30.0), (67, 64, 300, None), (16, 64, 256, 5.0)]
+)
+def case_head_draw(poisoned, dtype, B, d, V, softcap):
+    inputs = head_case(B, d, V, dtype)
+    ids, log_probs = head_draw(*inputs, softcap=softcap)
+    true_ids, truth = head_draw_reference(*(x.double() for x in inputs), softcap=softcap)
+    assert ids.dtype == torch.int64 and log_probs.dtype == torch.float32
+    # at a uniform of 0 or next to 1 the first or last entry is drawn whose probability is not 0, as rounding has it
+    inside = (inputs[2] > 0) & (inputs[2] < 1 - 2**-53) | (inputs[3] == 0)
+    assert int((ids != true_ids)[inside].sum()) == 0
+    of_drawn = tempered(head_logits(*(x.double() for x in inputs[:2]), softcap), inputs[3]).log_softmax(-1)
+    assert torch.equal(ids[inputs[3] == 1e-300], true_ids[inputs[3] == 1e-300])
+    torch.testing.assert_close(
+        log_probs.double(), of_drawn.gather(1, ids[:, None])[:, 0], rtol=TOLERANCE[dtype], atol=3e-5
+    )
+
+
+def case_head_draw_follows_the_distribution(poisoned, monkeypatch):
+    """Every uniform of a grid through one row: each entry as often as its probability says, in its order."""
+    n, V = 60, 150
+    hidden, weight, *_ = head_case(1, 16, V, torch.float32)
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    ids, _ = head_draw(hidden.expand(n, 16), weight, uniforms, torch.full((n,), 0.8, dtype=torch.float64))
+    p = tempered(head_logits(hidden, weight, None), torch.tensor([0.8])).softmax(-1)[0]
+    counts = torch.bincount(ids, minlength=V)
+    assert bool((ids.diff() >= 0).all()) and float((counts - n * p).abs().max()) <= 1 + 1e-4
+
+
+def case_head_draw_of_what_is_not_finite_has_no_log_prob(poisoned):
+    hidden, weight, uniforms, temperatures = head_case(9, 64, 200, torch.float16)
+    hidden[2, 5] = float("nan")
+    hidden[6] = float("nan")
+    ids, log_probs = head_draw(hidden, weight, uniforms, temperatures, softcap=30.0)
+    assert bool(((ids >= 0) & (ids < 200)).all())
+    assert log_probs.isnan().tolist() == [b in (2, 6) for b in range(9)]
+    weight[150, 0] = float("nan")
+    ids, log_probs = head_draw(hidden, weight, uniforms, temperatures, softcap=30.0)
+    assert bool(log_probs.isnan().all()) and bool(((ids >= 0) & (ids < 200)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_head_draw_is_the_inverse_cdf(dtype):
+    hidden, weight, uniforms, temperatures = head_case(24, 16, 97, dtype)
+    ids, log_probs = head_draw(hidden, weight, uniforms, temperatures, softcap=30.0)
+    logits = 30 * ((hidden.double() @ weight.double().T) / 30).tanh()
+    for b, (uniform, temperature) in enumerate(zip(uniforms.tolist(), temperatures.tolist())):
+        log_p = ((logits[b] - logits[b].max()) / (temperature or 1)).log_softmax(-1)
+        assert log_probs[b] == pytest.approx(float(log_p[ids[b]]), abs=1e-4)
+        beyond = log_p.exp().cumsum(0)
+        if temperature == 0:
+            assert ids[b] == logits[b].argmax()
+        else:
+            assert ids[b] == 0 or beyond[ids[b] - 1] <= uniform + 1e-6
+            assert beyond[ids[b]] >= uniform - 1e-6
+
+
 def test_kernel_files_import_and_serve_without_triton():
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from swirl.kernels.geglu import geglu\n"
-        "from swirl.kernels import linear_log_prob, rms_norm, rope, tree_attention, tree_decode\n"
+        "from swirl.kernels import head_draw, linear_log_prob, rms_norm, rope, tree_attention, tree_decode\n"
         "assert geglu(torch.ones(2), torch.ones(2)).shape == (2,)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

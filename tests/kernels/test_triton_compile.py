@@ -18,6 +18,7 @@ import torch
 from swirl.kernels import (
     _triton,
     geglu,
+    head_draw,
     linear_log_prob,
     norm_rope,
     rms_norm,
@@ -37,6 +38,7 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -119,6 +121,11 @@ def decode(D, dtype, softcap=50.0):
         tree_decode.tree_decode(q, pool, pool, *tree, *rows, scale=D**-0.5, softcap=softcap, window=4096)
 
 
+def draw(rows, dtype, softcap=30.0, d=2304, V=256_000):
+    hidden, weight = empty(rows, d, dtype=dtype), empty(V, d, dtype=dtype)
+    head_draw.head_draw(hidden, weight, *[empty(rows, dtype=torch.float64)] * 2, softcap=softcap)
+
+
 CASES = {
     **{
         f"attention-{D}-{TYPES[dtype]}": ((tree_attention,), attention, (D, dtype))
@@ -147,6 +154,11 @@ CASES = {
     "head-entropy-bf16": ((linear_log_prob,), head, (torch.bfloat16, True)),
     "head-fp32": ((linear_log_prob,), head, (torch.float32, True)),
     "head-capless-bf16": ((linear_log_prob,), head, (torch.bfloat16, False, None, 1152, 262_144)),
+    **{
+        f"head-draw-{rows}-{TYPES[dtype]}": ((head_draw,), draw, (rows, dtype))
+        for rows, dtype in ((64, torch.bfloat16), (512, torch.bfloat16), (64, torch.float32))
+    },
+    "head-draw-capless-bf16": ((head_draw,), draw, (64, torch.bfloat16, None, 1152, 262_144)),
     **{
         f"head-norms-{H}x{D}-{TYPES[dtype]}": ((norm_rope,), head_norms, (H, D, dtype))
         for H, D in ((1, 256), (16, 256), (32, 128))
