@@ -3,7 +3,8 @@
 Two integers a token say everything (docs/structure.md, "The packed tree"), so their extremes in a block say
 it for the block: a key block is dead for a query block if all its subtrees end before that, or if it lies
 beyond the window, and full if every pair is visible. What lies between is masked pair by pair; "live" may
-overestimate, but never misses.
+overestimate, but never misses. Where the batch came from the host (`came_from`) they are made there, each when it is
+first wanted, and sent after it: the device is asked for nothing.
 Source: the block skipping of FlashMask (arXiv:2410.01359), with windows measured by position, not by index.
 """
 
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class BlockSchedule:
     num_full: torch.Tensor
     num_live: torch.Tensor
     order: torch.Tensor
+
+    def to(self, device: torch.device) -> BlockSchedule:
+        return BlockSchedule(*to_device([self.columns, self.num_full, self.num_live, self.order], device))
 
 
 def _extremes(x, block, beyond_min, beyond_max):
@@ -76,15 +82,19 @@ class LiveBlocks:
     """Numbers for the live blocks, from 0: row of queries by row, each in the order of its schedule. All int32.
 
     first (query blocks,): the number of a row's first block. by_keys (key blocks, query blocks): the numbers in the
-    order of the schedule by keys. count: how many there are; the host waits for it.
+    order of the schedule by keys. count: how many there are; the host waits for it where they were made on a device.
     """
 
     first: torch.Tensor
     by_keys: torch.Tensor
     count: int
 
+    def to(self, device: torch.device) -> LiveBlocks:
+        return LiveBlocks(*to_device([self.first, self.by_keys], device), self.count)
+
 
 def number_live_blocks(subtree_end, position_ids, block_q, block_k, window) -> LiveBlocks:
+    """Of the schedules of that mask, by queries and by keys."""
     mask = (subtree_end, position_ids, block_q, block_k, window)
     by_queries, by_keys = schedule_of(*mask, "queries"), schedule_of(*mask, "keys")
     ends = by_queries.num_live.cumsum(0, dtype=torch.int32)
@@ -93,26 +103,52 @@ def number_live_blocks(subtree_end, position_ids, block_q, block_k, window) -> L
     return LiveBlocks(first, numbers.T.gather(1, by_keys.columns.long()), int(ends[-1]))
 
 
-_kept = WeakIdKeyDictionary()  # subtree_end -> {what was made of it: the thing}; gone with the batch
-
-
 def _version(x):
     return None if x.is_inference() else x._version
 
 
-def _once_a_batch(make, subtree_end, position_ids, block_q, block_k, window, *more):
-    """`make` of all these, kept as long as subtree_end lives and neither tensor is written to."""
-    if window is not None and window >= subtree_end.numel():
-        window = None  # no two tokens are that far apart, so all layers share one
-    kept = _kept.setdefault(subtree_end, {})
+class _Kept:
+    """What was made of one mask, as long as subtree_end lives and neither tensor is written to."""
+
+    def __init__(self, stamp, position_ids, on_host):
+        self.stamp, self.on_host, self.made = stamp, on_host, {}
+        self.position_ids = position_ids  # held, so that its id cannot come to mean another tensor
+        known = position_ids if on_host is None else on_host[1]
+        # No two tokens of a path are as far apart: those of the deepest, where that is to be had without waiting.
+        self.depth = int(known.max()) + 1 if known.device.type == "cpu" else known.numel()
+
+
+_kept = WeakIdKeyDictionary()  # subtree_end -> _Kept; gone with the batch
+
+
+def _kept_of(subtree_end, position_ids, on_host=None) -> _Kept:
     stamp = (id(position_ids), _version(subtree_end), _version(position_ids))
-    key = (make.__name__, block_q, block_k, window, *more)
-    found = kept.get(key)
-    if found is None or found[0] != stamp:
-        made = make(subtree_end, position_ids, block_q, block_k, window, *more)
-        # position_ids is held, so that its id cannot come to mean another tensor
-        found = kept[key] = (stamp, position_ids, made)
-    return found[2]
+    found = _kept.get(subtree_end)
+    if found is None or found.stamp != stamp:
+        found = _kept[subtree_end] = _Kept(stamp, position_ids, on_host)
+    return found
+
+
+def came_from(subtree_end, position_ids, on_host: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Says that the first two, of at least one token, are copies on a device of the two on the host."""
+    _kept_of(subtree_end, position_ids, on_host)
+
+
+def effective_window(subtree_end, position_ids, window: int | None) -> int | None:
+    """The window, or None where no path is so deep that it hides anything: then all layers share a schedule."""
+    return None if window is None or window >= _kept_of(subtree_end, position_ids).depth else window
+
+
+def _once_a_batch(make, subtree_end, position_ids, block_q, block_k, window, *more):
+    window = effective_window(subtree_end, position_ids, window)
+    kept, key = _kept_of(subtree_end, position_ids), (make.__name__, block_q, block_k, window, *more)
+    if key not in kept.made:
+        if kept.on_host is None:
+            kept.made[key] = make(subtree_end, position_ids, block_q, block_k, window, *more)
+        else:
+            made = _once_a_batch(make, *kept.on_host, block_q, block_k, window, *more)
+            kept.made[key] = made.to(subtree_end.device)
+    return kept.made[key]
 
 
 def schedule_of(subtree_end, position_ids, block_q, block_k, window, rows) -> BlockSchedule:

@@ -19,7 +19,7 @@ import torch
 
 from . import _triton, cpu
 from ._triton import jit, softcap_slope, softcapped, tile, tl
-from .schedule import live_blocks_of, schedule_of
+from .schedule import effective_window, live_blocks_of, schedule_of
 
 
 def tree_mask(subtree_end: torch.Tensor, position_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -348,7 +348,7 @@ def _launch(
         num_columns=num_columns,
         SCALE=scale,
         SOFTCAP=softcap,
-        WINDOW=window if window is None or window < T else None,
+        WINDOW=effective_window(subtree_end, position_ids, window),
         **settings,
         **more,
     )

@@ -12,6 +12,7 @@ import torch
 
 from swirl.errors import ConfigError
 from swirl.kernels.chain_attention import ForkError
+from swirl.kernels.transfer import to_device
 from swirl.learning import distributed
 from swirl.learning.usage import update_flops
 from swirl.model.config import GemmaConfig
@@ -117,10 +118,15 @@ def micro_batches(
 
 def token_advantages(batch: PackedBatch, actions: Sequence[SubTrajectory], like: torch.Tensor) -> torch.Tensor:
     """(M,) the advantage of each token's action, in the dtype and on the device of `like`."""
-    return like.new_tensor([action.advantage for action in actions])[batch.sub_trajectory]
+    return _on_device([action.advantage for action in actions], like)[batch.sub_trajectory]
 
 
 def behaviour_log_probs(actions: Sequence[SubTrajectory], like: torch.Tensor) -> torch.Tensor:
     """(M,) the log-probs that the actions were drawn with, NaN for the tokens of an action that carries none."""
     values = (a.step.log_probs or (float("nan"),) * len(a.step.action_ids) for a in actions)
-    return like.new_tensor([value for of_action in values for value in of_action])
+    return _on_device([value for of_action in values for value in of_action], like)
+
+
+def _on_device(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    """In the dtype and on the device of `like`, which the host does not wait for."""
+    return to_device([torch.tensor(values, dtype=like.dtype, device="cpu")], like.device)[0]

@@ -131,9 +131,9 @@ class Objective:
 
     def __call__(
         self, model: torch.nn.Module, batch: PackedBatch, actions: Sequence[SubTrajectory]
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(loss, differentiable, a sum over the batch's M action tokens; such sums of all that `measures` names, of a
-        name that ends in `_max` the largest).
+        name that ends in `_max` the largest: scalars where the model lies, so that the host need not wait for them).
         """
         hidden = model.action_hidden(batch)
         log_probs, entropy = model.head_log_probs(
@@ -152,7 +152,7 @@ class Objective:
             loss = loss + self.kl_coefficient * kl_loss(kl, log_probs, within)
             measured["kl"] = kl.detach().sum()
         measured |= {"loss": loss.detach(), "entropy": entropy.detach().sum()}
-        return loss, {name: measured[name].item() for name in self.measures}
+        return loss, {name: measured[name] for name in self.measures}
 
     def _old_and_weights(self, batch, actions, log_probs):
         """(M,) log-probs of the policy that the clip is held against, None: there is no ratio; and weights, None: 1."""
@@ -213,8 +213,7 @@ def kl_loss(kl: torch.Tensor, log_probs: torch.Tensor, sub_trajectory: torch.Ten
     if sub_trajectory is None:
         return loss
     values = kl.detach().double()
-    num_actions = int(sub_trajectory[-1]) + 1
-    totals = values.new_zeros(num_actions).index_add(0, sub_trajectory, values)
+    totals = torch.zeros_like(values).index_add(0, sub_trajectory, values)  # there are no more actions than tokens
     through = values.cumsum(0) - (totals.cumsum(0) - totals)[sub_trajectory]  # of the action, this token included
     later = (totals[sub_trajectory] - through).to(log_probs.dtype)
     return loss + (later * (log_probs - log_probs.detach())).sum()

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from swirl.kernels.schedule import came_from
+from swirl.kernels.transfer import to_device
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
@@ -43,9 +46,13 @@ class PackedBatch:
         return self.num_separate_tokens / self.num_tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+        """The same batch with every tensor on `device`, by one transfer that the host does not wait for."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        moved = replace(self, **dict(zip(tensors, to_device(list(tensors.values()), device), strict=True)))
+        if self.subtree_end.device.type == "cpu" != moved.subtree_end.device.type:
+            came_from(moved.subtree_end, moved.position_ids, (self.subtree_end, self.position_ids))
+        return moved
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_refer
 from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
 from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
 from swirl.kernels.rope import cos_and_sin, rope, rope_reference
+from swirl.kernels.transfer import as_one, to_device
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
 
 NARROW = [torch.bfloat16, torch.float16, torch.float32]
@@ -207,6 +208,24 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+
+# transfer
+
+
+def test_tensors_that_travel_as_one_arrive_as_they_were_and_aligned():
+    sent = [
+        torch.arange(3),
+        torch.tensor([True]),
+        torch.empty(0, 2),
+        normal(5, 3).T,
+        torch.tensor(7, dtype=torch.int32),
+    ]
+    arrived = as_one(sent, torch.device("cpu"), pin=False)
+    for x, y in zip(sent, arrived, strict=True):
+        assert torch.equal(x, y) and x.dtype == y.dtype and y.data_ptr() % 16 == 0
+    assert [x.shape for x in to_device(sent, "meta")] == [x.shape for x in sent]
+    assert all(x is y for x, y in zip(to_device(sent, "cpu"), sent, strict=True))
 
 
 # norm_rope

@@ -27,6 +27,7 @@ from swirl.kernels import (
     tree_attention,
     tree_decode,
 )
+from tests.kernels.recording import recorded
 
 triton = pytest.importorskip("triton")
 
@@ -178,27 +179,12 @@ CASES = {
 }
 
 
-class Recorder:
-    """Stands where a kernel stands, and writes down its launches."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda **arguments: self.launches.append((self.kernel, arguments))
-
-
 def launches_of(case, architecture, monkeypatch):
     modules, op, arguments = CASES[case]
-    launches = []
-    monkeypatch.setattr(_triton, "takes", lambda *tensors: True)
-    monkeypatch.setattr(_triton, "architecture", lambda device: architecture)
+    launches = recorded(monkeypatch, architecture, modules)
     blocks = schedule.LiveBlocks(integers(8), integers(8, 8), 30)  # the meta device cannot count them
     monkeypatch.setattr(tree_attention, "live_blocks_of", lambda *mask: blocks)
     monkeypatch.setattr(tree_attention, "SCRATCH_BYTES", tree_attention.SCRATCH_BYTES)
-    for module in modules:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
     op(*arguments)
     return launches
 
