@@ -11,9 +11,11 @@ constexpr int MOST_GROUPS = 4;      // that a thread takes together
 constexpr int64_t ROWS_AT_A_TIME = 48, COLUMNS_AT_A_TIME = 768;  // of a weight, for all groups in turn
 constexpr int64_t CHUNK = 1024;     // of the vocabulary, whose weights are summed in T and then in double
 
-template <class T> struct Decoder {
+// I what weights, keys and values are held in, T what is computed in. Every op's result is rounded to I, as the layers in
+// torch round it: a sampler that rounds less is further from the log-probs that the trainer computes. Logits never are.
+template <class I, class T> struct Decoder {
     const Decode& p;
-    const Attention<T, T> attention;
+    const Attention<I, T> attention;
     const int64_t q_rows, kv_rows, logits_rows, most_keys;
     int64_t window;  // of the layers that have one
 
@@ -29,7 +31,7 @@ template <class T> struct Decoder {
     struct Work {
         T *x, *h, *q, *k, *v, *gate, *up, *logits, *cos, *sin;
         SeenKey* lists;
-        typename Attention<T, T>::Seen seen, near;  // of layers without and with a window
+        typename Attention<I, T>::Seen seen, near;  // of layers without and with a window
         bool running;
         bool live[LANES];
         int64_t token[LANES];
@@ -47,26 +49,47 @@ template <class T> struct Decoder {
         return used;
     }
 
-    // y = W x for every group, W (rows, columns).
+    // A block of a weight, widened in scratch where I is narrower than T: once for all groups.
+    struct Block {
+        const T* at;
+        int64_t row;  // from row to row
+    };
+    Block widened(const I* from, int64_t from_row, int64_t rows, int64_t columns, T* scratch) const {
+        if constexpr (sizeof(I) == sizeof(T)) return {(const T*)from, from_row};
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < columns; i++) scratch[row * columns + i] = widen(from[row * from_row + i]);
+        return {scratch, columns};
+    }
+
+    // y = W x for every group, W (rows, columns), not rounded.
     template <class In, class Out>
-    void project(const void* weight, int64_t rows, int64_t columns, Work* work, int count, In in, Out out) const {
+    void product(const void* weight, int64_t rows, int64_t columns, Work* work, int count, T* scratch, In in, Out out) const {
         for (int64_t row = 0; row < rows; row += ROWS_AT_A_TIME) {
             int64_t some = rows - row < ROWS_AT_A_TIME ? rows - row : ROWS_AT_A_TIME;
             for (int64_t column = 0; column < columns; column += COLUMNS_AT_A_TIME) {
                 int64_t wide = columns - column < COLUMNS_AT_A_TIME ? columns - column : COLUMNS_AT_A_TIME;
+                Block block = widened((const I*)weight + row * columns + column, columns, some, wide, scratch);
                 for (int g = 0; g < count; g++)
                     if (work[g].running)
-                        lane_product(some, wide, (const T*)weight + row * columns + column, columns,
-                                     in(work[g]) + column * LANES, out(work[g]) + row * LANES, column > 0);
+                        lane_product(some, wide, block.at, block.row, in(work[g]) + column * LANES,
+                                     out(work[g]) + row * LANES, column > 0);
             }
         }
     }
 
+    template <class In, class Out>
+    void project(const void* weight, int64_t rows, int64_t columns, Work* work, int count, T* scratch, In in, Out out) const {
+        product(weight, rows, columns, work, count, scratch, in, out);
+        for (int g = 0; g < count; g++)
+            if (work[g].running) lane_round<I>(rows, out(work[g]));
+    }
+
     void embed(const Group& group, Work& w) const {
         for (int lane = 0; lane < LANES; lane++) {
-            const T* from = (const T*)p.draw.embedding + w.token[lane] * p.draw.d;
-            for (int64_t i = 0; i < p.draw.d; i++) w.x[i * LANES + lane] = from[i] * T(p.embed_scale);
+            const I* from = (const I*)p.draw.embedding + w.token[lane] * p.draw.d;
+            for (int64_t i = 0; i < p.draw.d; i++) w.x[i * LANES + lane] = widen(from[i]) * T(p.embed_scale);
         }
+        lane_round<I>(p.draw.d, w.x);
     }
 
     void rotate(const Group& group, const DecodeLayer& layer, Work& w) const {
@@ -78,12 +101,12 @@ template <class T> struct Decoder {
             }
         int64_t size = p.D * LANES;
         for (int64_t head = 0; head < p.Hq; head++) {
-            if (layer.q_norm) lane_norm(p.D, w.q + head * size, (const T*)layer.q_norm, T(p.eps), w.q + head * size, false);
-            lane_rope(p.D, w.q + head * size, w.cos, w.sin);
+            if (layer.q_norm) lane_norm<T>(p.D, w.q + head * size, (const I*)layer.q_norm, T(p.eps), w.q + head * size, false);
+            lane_rope<I>(p.D, w.q + head * size, w.cos, w.sin);
         }
         for (int64_t head = 0; head < p.Hkv; head++) {
-            if (layer.k_norm) lane_norm(p.D, w.k + head * size, (const T*)layer.k_norm, T(p.eps), w.k + head * size, false);
-            lane_rope(p.D, w.k + head * size, w.cos, w.sin);
+            if (layer.k_norm) lane_norm<T>(p.D, w.k + head * size, (const I*)layer.k_norm, T(p.eps), w.k + head * size, false);
+            lane_rope<I>(p.D, w.k + head * size, w.cos, w.sin);
         }
     }
 
@@ -92,20 +115,20 @@ template <class T> struct Decoder {
             if (!w.live[lane]) continue;
             int64_t own = group.row[lane] * p.sequences.N + group.own_length[lane] - 1;
             int64_t at = (p.prefilled ? p.sequences.slot[group.state[lane]] : p.sequences.own_slot[own]) * kv_rows;
-            for (int64_t i = 0; i < kv_rows; i++) ((T*)layer.keys)[at + i] = w.k[i * LANES + lane];
-            for (int64_t i = 0; i < kv_rows; i++) ((T*)layer.values)[at + i] = w.v[i * LANES + lane];
+            for (int64_t i = 0; i < kv_rows; i++) narrow(w.k[i * LANES + lane], ((I*)layer.keys)[at + i]);
+            for (int64_t i = 0; i < kv_rows; i++) narrow(w.v[i * LANES + lane], ((I*)layer.values)[at + i]);
         }
     }
 
     // x -> queries, and new keys and values into the pools.
-    void before_attention(const DecodeLayer& l, const Group* group, Work* work, int count) const {
+    void before_attention(const DecodeLayer& l, const Group* group, Work* work, int count, T* scratch) const {
         int64_t d = p.draw.d;
         auto h = [](Work& w) { return w.h; };
         for (int g = 0; g < count; g++)
-            if (work[g].running) lane_norm(d, work[g].x, (const T*)l.input_norm, T(p.eps), work[g].h, false);
-        project(l.q, q_rows, d, work, count, h, [](Work& w) { return w.q; });
-        project(l.k, kv_rows, d, work, count, h, [](Work& w) { return w.k; });
-        project(l.v, kv_rows, d, work, count, h, [](Work& w) { return w.v; });
+            if (work[g].running) lane_norm<I>(d, work[g].x, (const I*)l.input_norm, T(p.eps), work[g].h, false);
+        project(l.q, q_rows, d, work, count, scratch, h, [](Work& w) { return w.q; });
+        project(l.k, kv_rows, d, work, count, scratch, h, [](Work& w) { return w.k; });
+        project(l.v, kv_rows, d, work, count, scratch, h, [](Work& w) { return w.v; });
         for (int g = 0; g < count; g++)
             if (work[g].running) rotate(group[g], l, work[g]), keep(group[g], l, work[g]);
     }
@@ -120,18 +143,19 @@ template <class T> struct Decoder {
                 if (work[g].running) run(group[g], work[g]);
         };
         each([&](const Group& group, Work& w) {
-            attention.run(group, l.window ? w.near : w.seen, l.window, (const T*)l.keys, (const T*)l.values, w.q, scratch);
+            attention.run(group, l.window ? w.near : w.seen, l.window, (const I*)l.keys, (const I*)l.values, w.q, scratch);
+            lane_round<I>(q_rows, w.q);
         });
-        project(l.o, d, q_rows, work, count, [](Work& w) { return w.q; }, h);
+        project(l.o, d, q_rows, work, count, scratch, [](Work& w) { return w.q; }, h);
         each([&](const Group&, Work& w) {
-            lane_norm(d, w.h, (const T*)l.attention_norm, T(p.eps), w.x, true);
-            lane_norm(d, w.x, (const T*)l.mlp_norm, T(p.eps), w.h, false);
+            lane_norm<I>(d, w.h, (const I*)l.attention_norm, T(p.eps), w.x, true);
+            lane_norm<I>(d, w.x, (const I*)l.mlp_norm, T(p.eps), w.h, false);
         });
-        project(l.gate, p.F, d, work, count, h, gate);
-        project(l.up, p.F, d, work, count, h, [](Work& w) { return w.up; });
-        each([&](const Group&, Work& w) { lane_geglu(p.F, w.gate, w.up); });
-        project(l.down, d, p.F, work, count, gate, h);
-        each([&](const Group&, Work& w) { lane_norm(d, w.h, (const T*)l.output_norm, T(p.eps), w.x, true); });
+        project(l.gate, p.F, d, work, count, scratch, h, gate);
+        project(l.up, p.F, d, work, count, scratch, h, [](Work& w) { return w.up; });
+        each([&](const Group&, Work& w) { lane_geglu<I>(p.F, w.gate, w.up); });
+        project(l.down, d, p.F, work, count, scratch, gate, h);
+        each([&](const Group&, Work& w) { lane_norm<I>(d, w.h, (const I*)l.output_norm, T(p.eps), w.x, true); });
     }
 
     // From logits, softcap not yet applied, the next token of each lane: the first whose cumulative probability passes
@@ -202,8 +226,8 @@ template <class T> struct Decoder {
         }
     }
 
-    void head(Group* group, Work* work, int count, int64_t step, double* sums) const {
-        project(p.draw.embedding, p.draw.V, p.draw.d, work, count, [](Work& w) { return w.h; },
+    void head(Group* group, Work* work, int count, int64_t step, T* scratch, double* sums) const {
+        product(p.draw.embedding, p.draw.V, p.draw.d, work, count, scratch, [](Work& w) { return w.h; },
                 [](Work& w) { return w.logits; });
         for (int g = 0; g < count; g++)
             if (work[g].running) draw(group[g], work[g], step, sums);
@@ -226,12 +250,12 @@ template <class T> struct Decoder {
             else list(group[g], work[g]);
         }
         if (layer >= 0) from_attention(p.layers[layer], group, work, count, scratch);
-        if (layer + 1 < p.num_layers) return before_attention(p.layers[layer + 1], group, work, count);
+        if (layer + 1 < p.num_layers) return before_attention(p.layers[layer + 1], group, work, count, scratch);
         for (int g = 0; g < count; g++) {
-            lane_norm(p.draw.d, work[g].x, (const T*)p.final_norm, T(p.eps), work[g].h, false);
+            lane_norm<I>(p.draw.d, work[g].x, (const I*)p.final_norm, T(p.eps), work[g].h, false);
             for (int lane = 0; lane < group[g].live; lane++)
                 for (int64_t i = 0; i < p.draw.d; i++)
-                    ((T*)p.prefilled)[group[g].row[lane] * p.draw.d + i] = work[g].h[i * LANES + lane];
+                    narrow(work[g].h[i * LANES + lane], ((I*)p.prefilled)[group[g].row[lane] * p.draw.d + i]);
         }
     }
 
@@ -243,12 +267,12 @@ template <class T> struct Decoder {
                 work[g].live[lane] = lane < group[g].live && p.draw.limit[row] > 0;
                 if (p.hidden)
                     for (int64_t i = 0; i < p.draw.d; i++)
-                        work[g].h[i * LANES + lane] = ((const T*)p.hidden)[row * p.draw.d + i];
+                        work[g].h[i * LANES + lane] = widen(((const I*)p.hidden)[row * p.draw.d + i]);
                 else
                     work[g].token[lane] = p.token[row];
             }
         }
-        if (p.hidden) return head(group, work, count, 0, sums);
+        if (p.hidden) return head(group, work, count, 0, scratch, sums);
         for (int g = 0; g < count; g++) list(group[g], work[g]);
         for (int64_t step = 0; step < p.draw.steps; step++) {
             bool running = false;
@@ -261,13 +285,13 @@ template <class T> struct Decoder {
             }
             if (!running) return;
             for (int64_t l = 0; l < p.num_layers; l++) {
-                before_attention(p.layers[l], group, work, count);
+                before_attention(p.layers[l], group, work, count, scratch);
                 from_attention(p.layers[l], group, work, count, scratch);
             }
             for (int g = 0; g < count; g++)
                 if (work[g].running)
-                    lane_norm(p.draw.d, work[g].x, (const T*)p.final_norm, T(p.eps), work[g].h, false);
-            head(group, work, count, step, sums);
+                    lane_norm<I>(p.draw.d, work[g].x, (const I*)p.final_norm, T(p.eps), work[g].h, false);
+            head(group, work, count, step, scratch, sums);
         }
     }
 
@@ -279,7 +303,8 @@ template <class T> struct Decoder {
         Work probe;
         size_t group_bytes = round_up(sizes(&probe, nullptr) * sizeof(T) + 2 * VECTORS<T> * sizeof(SeenKey) * most_keys, 64);
         size_t sums_bytes = round_up((p.draw.V + CHUNK - 1) / CHUNK * LANES * sizeof(double), 64);
-        size_t scratch_bytes = attention.scratch_size(most_keys) * sizeof(T);
+        int64_t to_attend = attention.scratch_size(most_keys), to_widen = ROWS_AT_A_TIME * COLUMNS_AT_A_TIME;
+        size_t scratch_bytes = (sizeof(I) < sizeof(T) && to_widen > to_attend ? to_widen : to_attend) * sizeof(T);
         size_t thread_bytes = round_up(group_bytes * together + sums_bytes + scratch_bytes, 4096);
         size_t between = (p.draw.d + q_rows) * LANES;  // what prefill keeps of a group from layer to layer: x and q
         char* memory = acquire(thread_bytes * threads + (p.prefilled ? groups * between * sizeof(T) : 0));
@@ -318,7 +343,9 @@ template <class T> struct Decoder {
 }  // namespace
 
 bool decode(const Decode& p) {
-    return p.dtype == Dtype::float64 ? Decoder<double>(p).run() : Decoder<float>(p).run();
+    if (p.dtype == Dtype::float64) return Decoder<double, double>(p).run();
+    if (p.dtype == Dtype::float32) return Decoder<float, float>(p).run();
+    return Decoder<Bfloat16, float>(p).run();
 }
 
 }  // namespace swirl::SWIRL_ISA

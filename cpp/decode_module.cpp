@@ -64,22 +64,28 @@ void tree_decode(Tensor q, Tensor keys, Tensor values, std::vector<Tensor> tree,
     if (B && !set.tree_decode(p)) throw std::bad_alloc();
 }
 
-DecodeLayer layer_of(const Layer& tensors, int64_t window, const Decode& p, size_t slots, size_t positions) {
+DecodeLayer layer_of(const Layer& tensors, int64_t window, const Decode& p, nb::dlpack::dtype dtype, size_t slots,
+                     size_t positions) {
     if (tensors.size() != 17) throw std::invalid_argument("expected 17 tensors a layer");
     size_t d = p.draw.d, q = p.Hq * p.D, kv = p.Hkv * p.D, F = p.F, D = p.D, Hkv = p.Hkv;
     DecodeLayer layer = {};
     layer.window = window;
     size_t at = 0;
-    auto take = [&](const void*& to, std::initializer_list<size_t> shape, bool optional = false) {
+    auto take_as = [&](nb::dlpack::dtype dtype, const void*& to, std::initializer_list<size_t> shape, bool optional) {
         const std::optional<Tensor>& x = tensors[at++];
         if (!x && !optional) throw std::invalid_argument("a weight of a layer is missing");
-        if (x) expect(*x, p.dtype == Dtype::float64 ? nb::dtype<double>() : nb::dtype<float>(), shape, "a tensor of a layer");
+        if (x) expect(*x, dtype, shape, "a tensor of a layer");
         to = x ? x->data() : nullptr;
+    };
+    auto take = [&](const void*& to, std::initializer_list<size_t> shape, bool optional = false) {
+        take_as(dtype, to, shape, optional);
     };
     take(layer.input_norm, {d}), take(layer.q, {q, d}), take(layer.k, {kv, d}), take(layer.v, {kv, d});
     take(layer.q_norm, {D}, true), take(layer.k_norm, {D}, true), take(layer.o, {d, q});
     take(layer.attention_norm, {d}), take(layer.mlp_norm, {d}), take(layer.gate, {F, d}), take(layer.up, {F, d});
-    take(layer.down, {d, F}), take(layer.output_norm, {d}), take(layer.cos, {positions, D / 2}), take(layer.sin, {positions, D / 2});
+    take(layer.down, {d, F}), take(layer.output_norm, {d});
+    nb::dlpack::dtype wide = p.dtype == Dtype::float64 ? nb::dtype<double>() : nb::dtype<float>();
+    for (const void** angles : {&layer.cos, &layer.sin}) take_as(wide, *angles, {positions, D / 2}, false);
     const void *keys, *values;
     take(keys, {slots, Hkv, D}), take(values, {slots, Hkv, D});
     layer.keys = (void*)keys, layer.values = (void*)values;
@@ -106,19 +112,12 @@ void fill_draw(swirl::Draw& draw, const Tensor& embedding, double softcap, const
         if (draw.limit[b] < 0 || draw.limit[b] > (int32_t)steps) throw std::invalid_argument("limit must lie in [0, steps]");
 }
 
-Dtype float_dtype(const Tensor& x) {
-    Dtype dtype = dtype_of(x);
-    if (dtype == Dtype::bfloat16) throw std::invalid_argument("expected float32 or float64");
-    return dtype;
-}
-
 void draw(Tensor hidden, Tensor embedding, double softcap, std::vector<Tensor> tables, int threads, const std::string& isa) {
     Decode p = {};
-    p.dtype = float_dtype(hidden), p.threads = threads;
+    p.dtype = dtype_of(embedding), p.threads = threads;
     fill_draw(p.draw, embedding, softcap, tables);
     size_t B = tables[0].shape(0), d = p.draw.d;
-    expect(embedding, hidden.dtype(), {(size_t)p.draw.V, d}, "embedding");
-    expect(hidden, hidden.dtype(), {B, d}, "hidden");
+    expect(hidden, embedding.dtype(), {B, d}, "hidden");
     std::vector<int32_t> none(B, 0);
     p.Hkv = p.Hq = 1, p.hidden = hidden.data(), p.sequences.B = B;
     p.sequences.state = p.sequences.own_length = none.data();
@@ -135,14 +134,14 @@ void decode(std::vector<Layer> layers, std::vector<int64_t> windows, Tensor fina
         !layers[0][13] || !layers[0][15] || layers[0][15]->ndim() != 3 || Hkv < 1 || Hq % Hkv || threads < 1)
         throw std::invalid_argument("expected the tensors of at least one layer, a window for each, and heads that fit");
     Decode p = {};
-    p.dtype = float_dtype(embedding), p.threads = threads;
+    p.dtype = dtype_of(embedding), p.threads = threads;
     fill_draw(p.draw, embedding, final_softcap, tables);
     const Tensor& pool = *layers[0][15];
     p.Hq = Hq, p.Hkv = Hkv, p.D = pool.shape(2), p.F = layers[0][9]->shape(0), p.num_layers = layers.size();
     std::vector<DecodeLayer> weights;
     int64_t positions = layers[0][13]->shape(0), sliding = 0;
     for (size_t i = 0; i < layers.size(); i++) {
-        weights.push_back(layer_of(layers[i], windows[i], p, pool.shape(0), positions));
+        weights.push_back(layer_of(layers[i], windows[i], p, embedding.dtype(), pool.shape(0), positions));
         if (windows[i] < 0 || (sliding && windows[i] && windows[i] != sliding)) throw std::invalid_argument("expected one window");
         sliding = windows[i] ? windows[i] : sliding;
     }

@@ -44,8 +44,20 @@ SWIRL_INLINE void lane_product(int64_t rows, int64_t steps, const T* a, ptrdiff_
     for (; row < rows; row++) lane_tile<1>(steps, a + row * a_row, a_row, b, c + row * LANES, add);
 }
 
+// Below, R is the type that results are rounded to, and T, which holds them, what is computed in.
+template <class R, class T> SWIRL_INLINE Vec<T> rounded(Vec<T> x) {
+    if constexpr (sizeof(R) == sizeof(T)) return x;
+    Int<T> bits = (Int<T>)x;  // to the nearest bfloat16, ties to even
+    Vec<T> y = (Vec<T>)((bits + 0x7fff + ((bits >> 16) & 1)) & ~Whole<T>(0xffff));
+    return x == x ? y : x;
+}
+template <class R, class T> SWIRL_INLINE void lane_round(int64_t n, T* x) {
+    if constexpr (sizeof(R) != sizeof(T))
+        for (int64_t i = 0; i < n * LANES; i += WIDTH<T>) store(x + i, rounded<R, T>(load(x + i)));
+}
 // y = x / rms(x) (1 + weight), or y += that; x and y (d, LANES).
-template <class T> SWIRL_INLINE void lane_norm(int64_t d, const T* x, const T* weight, T eps, T* y, bool add) {
+template <class R, class I, class T>
+SWIRL_INLINE void lane_norm(int64_t d, const T* x, const I* weight, T eps, T* y, bool add) {
     for (int lane = 0; lane < LANES; lane += WIDTH<T>) {
         Vec<T> squares = {};
         for (int64_t i = 0; i < d; i++) {
@@ -55,26 +67,26 @@ template <class T> SWIRL_INLINE void lane_norm(int64_t d, const T* x, const T* w
         Vec<T> rstd;
         for (int i = 0; i < WIDTH<T>; i++) rstd[i] = T(1) / (T)sqrt((double)(squares[i] / T(d) + eps));
         for (int64_t i = 0; i < d; i++) {
-            Vec<T> normed = load(x + i * LANES + lane) * rstd * (T(1) + weight[i]);
+            Vec<T> normed = rounded<R, T>(load(x + i * LANES + lane) * rstd * (T(1) + widen(weight[i])));
             T* to = y + i * LANES + lane;
-            store(to, add ? load(to) + normed : normed);
+            store(to, add ? rounded<R, T>(load(to) + normed) : normed);
         }
     }
 }
 // Halves rotated: (a, b) -> (a cos - b sin, b cos + a sin); x (D, LANES), cos and sin (D / 2, LANES).
-template <class T> SWIRL_INLINE void lane_rope(int64_t D, T* x, const T* cos, const T* sin) {
+template <class R, class T> SWIRL_INLINE void lane_rope(int64_t D, T* x, const T* cos, const T* sin) {
     for (int64_t i = 0, half = D / 2 * LANES; i < half; i += WIDTH<T>) {
         Vec<T> a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
-        store(x + i, a * c - b * s);
-        store(x + half + i, b * c + a * s);
+        store(x + i, rounded<R, T>(a * c - b * s));
+        store(x + half + i, rounded<R, T>(b * c + a * s));
     }
 }
 // gate = gelu_tanh(gate) up, n rows.
-template <class T> SWIRL_INLINE void lane_geglu(int64_t n, T* gate, const T* up) {
+template <class R, class T> SWIRL_INLINE void lane_geglu(int64_t n, T* gate, const T* up) {
     for (int64_t i = 0; i < n * LANES; i += WIDTH<T>) {
         Vec<T> x = load(gate + i);
         Vec<T> inner = x * (x * x * T(0.044715) + T(1)) * T(2 * 0.7978845608028654);
-        store(gate + i, x * T(0.5) * (tanh_of_half<T>(inner) + T(1)) * load(up + i));
+        store(gate + i, rounded<R, T>(x * T(0.5) * (tanh_of_half<T>(inner) + T(1)) * load(up + i)));
     }
 }
 

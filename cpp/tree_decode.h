@@ -27,7 +27,7 @@ struct TreeDecode {
     int threads;
 };
 
-// Weights (out, in) row-major. q_norm and k_norm may be null. cos and sin are (positions, D / 2).
+// Weights (out, in) row-major. q_norm and k_norm may be null. cos and sin (positions, D / 2) are float32 at least.
 struct DecodeLayer {
     const void *input_norm, *q, *k, *v, *q_norm, *k_norm, *o, *attention_norm, *mlp_norm, *gate, *up, *down, *output_norm;
     const void *cos, *sin;
@@ -51,7 +51,7 @@ struct Draw {
 };
 
 struct Decode {
-    Dtype dtype;  // float32 or float64
+    Dtype dtype;  // of weights, keys, values and hidden states
     int64_t Hq, Hkv, D, F, num_layers;
     const DecodeLayer* layers;
     const void* final_norm;

@@ -310,10 +310,7 @@ def norm_rope(
 
 
 def supports_decode(x: torch.Tensor) -> bool:
-    """Whether `tree_decode` here is built and takes this; `draw` and `decode` too, where it is not bfloat16.
-
-    A library built before these were written has none of them.
-    """
+    """Whether `tree_decode`, `draw` and `decode` here are built and take this."""
     taken = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
     return taken and hasattr(_extension(), "tree_decode")
 
@@ -339,7 +336,7 @@ def tree_decode(
 
 
 def draw(hidden: torch.Tensor, embedding: torch.Tensor, softcap: float | None, tables: list) -> None:
-    """A token from each row of hidden (B, d), float32 or float64, by the tables of `decode`. Raises ValueError."""
+    """A token from each row of hidden (B, d), by the tables of `decode`. Raises ValueError."""
     _extension().draw(hidden.detach(), embedding, softcap or 0.0, tables, *_machine())
 
 
@@ -348,12 +345,14 @@ def decode(
     embed_scale: float, scale: float, softcap: float | None, final_softcap: float | None, token, tree: list, rows: list,
     tables: list, prefilled: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """Whole steps of a Gemma, float32 or float64: draws into tables (uniform (B, steps), temperature (B,), is_stop (V,)
-    uint8, limit (B,), ids (B, steps), log_probs, counts (B,)), going on from token (B,).
+    """Whole steps of a Gemma: draws into tables (uniform (B, steps), temperature (B,), is_stop (V,) uint8, limit (B,),
+    ids (B, steps), log_probs, counts (B,)), going on from token (B,).
 
     layers: for each, the weights input_norm, q, k, v, q_norm, k_norm (or None), o, post-attention norm, pre-mlp norm,
     gate, up, down, post-mlp norm, then cos and sin (positions, D / 2), and the pools of keys and values, written to.
-    tree and rows as for `tree_decode`. With `prefilled` (B, d), the tree's tokens at the states instead. ValueError.
+    tree and rows as for `tree_decode`. With `prefilled` (B, d), the tree's tokens at the states instead. Weights and
+    pools and `prefilled` have the embedding's dtype, which every op rounds to but the logits; angles, and what is
+    computed within an op, are float32 where that is bfloat16. Raises ValueError.
     """
     threads, isa = _machine()
     _extension().decode(

@@ -1,8 +1,8 @@
 """Tokens through the model, their keys and values into the cache: by the C++ step where it serves, else layer by layer.
 
 Both do the same: `prefill` takes the tree's tokens that have no keys yet, `draw` the first token after a state, and
-`decode` goes on from tokens drawn. On a CPU in float32 and float64 the C++ step serves. There a sequence's numbers do
-not depend on what is computed beside it, to the last bit.
+`decode` goes on from tokens drawn. On a CPU the C++ step serves, rounding where the
+layers round. There a sequence's numbers do not depend on what is computed beside it, to the last bit.
 Shapes: T packed tokens, B sequences, N own tokens at most, d model, V vocabulary.
 """
 
@@ -63,9 +63,9 @@ def passes_for(model: Gemma, cache: KeyCache) -> StepPasses | LayerPasses:
     """The C++ step where it is built and takes this model, else its layers."""
     embedding = model.model.embed_tokens.weight
     plain = all(isinstance(m, Linear) for layer in model.model.layers for m in _projections(layer))
-    served = embedding.dtype in (torch.float32, torch.float64) and cpu.supports_decode(embedding)
     windows = {layer.self_attn.window for layer in model.model.layers} - {None}
-    return StepPasses(model, cache) if plain and served and len(windows) < 2 else LayerPasses(model, cache)
+    served = plain and cpu.supports_decode(embedding) and len(windows) < 2
+    return StepPasses(model, cache) if served else LayerPasses(model, cache)
 
 
 def _projections(layer):
@@ -207,14 +207,14 @@ class StepPasses(LayerPasses):
         """Of every layer, cos and sin (positions, D / 2); made anew where a longer sequence comes."""
         if num_positions > self._angles[0]:
             num_positions = max(1024, 1 << (num_positions - 1).bit_length())
-            made = {}
+            made, dtype = {}, torch.promote_types(self._dtype, torch.float32)
             for layer in self._model.model.layers:
                 attention = layer.self_attn
                 kind = attention.rope_theta, attention.rope_factor
                 if kind not in made:
                     half = attention.head_dim // 2
-                    frequency = kind[0] ** (-torch.arange(half, dtype=self._dtype) / half) / kind[1]
-                    angle = torch.arange(num_positions, dtype=self._dtype)[:, None] * frequency
+                    frequency = kind[0] ** (-torch.arange(half, dtype=dtype) / half) / kind[1]
+                    angle = torch.arange(num_positions, dtype=dtype)[:, None] * frequency
                     made[kind] = angle.cos(), angle.sin()
             kinds = [(layer.self_attn.rope_theta, layer.self_attn.rope_factor) for layer in self._model.model.layers]
             self._angles = num_positions, [made[kind] for kind in kinds]

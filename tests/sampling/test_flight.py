@@ -14,10 +14,12 @@ from swirl.app.resolve import load_model
 from swirl.errors import ConfigError
 from swirl.rollout.policy import PolicyState
 from swirl.sampling import engine as engine_module
+from swirl.sampling.cache import KeyCache
 from swirl.sampling.draw import SamplingParams
 from swirl.sampling.engine import Engine
 from swirl.sampling.local_policy import LocalPolicy
-from swirl.sampling.passes import LayerPasses, StepPasses
+from swirl.sampling.passes import LayerPasses, StepPasses, Tree, passes_for
+from swirl.tree.pack import pack_states
 from tests.sampling.test_engine import BASE, STOP, assert_log_probs_are_the_models, forest, loud_gemma
 
 
@@ -61,7 +63,7 @@ def test_200_greedy_prompts_are_those_of_transformers():
         assert alone.sample([state], **options([state], temperature=0, max_new_tokens=12))[0].ids == ids
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("changes", [{}, dict(attn_logit_softcapping=None, final_logit_softcapping=None)])
 def test_a_sequence_is_the_same_to_the_last_bit_whatever_is_in_flight(dtype, changes, monkeypatch):
     model, states = loud_gemma(**changes).to(dtype), forest(count=60)
@@ -74,9 +76,10 @@ def test_a_sequence_is_the_same_to_the_last_bit_whatever_is_in_flight(dtype, cha
     assert Engine(model).sample(states, **options(states)) == together
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_change_nothing(threads):
-    model, states, before = loud_gemma(), forest(count=60), torch.get_num_threads()
+def test_threads_change_nothing(threads, dtype):
+    model, states, before = loud_gemma().to(dtype), forest(count=60), torch.get_num_threads()
     together = Engine(model).sample(states, **options(states))
     try:
         torch.set_num_threads(threads)
@@ -85,9 +88,9 @@ def test_threads_change_nothing(threads):
         torch.set_num_threads(before)
 
 
-def gemma_3() -> Gemma:
+def gemma_3(**changes) -> Gemma:
     fields = dict(num_hidden_layers=4, attn_logit_softcapping=None, final_logit_softcapping=None, qk_norm=True)
-    return loud_gemma(**fields, model_type="gemma3_text", rope_local_base_freq=100.0, rope_factor=2.0)
+    return loud_gemma(**fields, **changes, model_type="gemma3_text", rope_local_base_freq=100.0, rope_factor=2.0)
 
 
 @pytest.mark.parametrize("make", [loud_gemma, gemma_3])
@@ -99,6 +102,30 @@ def test_layers_and_the_step_in_cpp_agree(make, monkeypatch):
     by_layers = Engine(model).sample(states, **options(states))
     assert [one.ids for one in by_layers] == [one.ids for one in by_step]
     assert_log_probs_are_the_models(model, states, by_layers, 1e-9)
+
+
+def states_apart(model, states) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Hidden states of distinct states by one prefill of the C++ step, and what that wrote into the cache."""
+    cache = KeyCache(model, 1 << 12)
+    packed = pack_states([np.array(state, np.int32) for state in states])
+    slots = cache.take(packed.input_ids.size)
+    tree = Tree(slots, packed.subtree_end, packed.position_ids)
+    every = np.arange(packed.input_ids.size, dtype=np.int32)
+    hidden = passes_for(model, cache).prefill(packed.input_ids.astype(np.int64), every, tree)
+    return hidden, [pool[slots] for pool in (*cache.keys, *cache.values)]
+
+
+@pytest.mark.parametrize("make", [loud_gemma, gemma_3])
+def test_the_step_rounds_to_bfloat16_where_the_layers_do(make, monkeypatch):
+    """Sums are taken in another order, so now and then a rounding falls to the other side, and is a neighbour away."""
+    model = make(std=0.1).bfloat16()
+    hidden, pools = states_apart(model, forest())
+    assert hidden.dtype == pools[0].dtype == torch.bfloat16
+    monkeypatch.setattr(StepPasses, "prefill", LayerPasses.prefill)
+    by_layers, layers_pools = states_apart(model, forest())
+    for found, expected in [(hidden, by_layers), *zip(pools, layers_pools, strict=True)]:
+        assert (found != expected).float().mean() < 0.02
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
 
 
 def test_prefixes_are_prefilled_once(monkeypatch):
