@@ -1,8 +1,8 @@
 """Tokens through the model, their keys and values into the cache: by the C++ step where it serves, else layer by layer.
 
 Both do the same: `prefill` takes the tree's tokens that have no keys yet, `draw` the first token after a state, and
-`decode` goes on from tokens drawn. On a CPU the C++ step serves, rounding where the
-layers round. There a sequence's numbers do not depend on what is computed beside it, to the last bit.
+`decode` goes on from tokens drawn. On a CPU the C++ step serves, rounding where the layers round. There a sequence's
+numbers do not depend on what is computed beside it, to the last bit.
 Shapes: T packed tokens, B sequences, N own tokens at most, d model, V vocabulary.
 """
 
@@ -63,6 +63,7 @@ def passes_for(model: Gemma, cache: KeyCache) -> StepPasses | LayerPasses:
     """The C++ step where it is built and takes this model, else its layers."""
     embedding = model.model.embed_tokens.weight
     plain = all(isinstance(m, Linear) for layer in model.model.layers for m in _projections(layer))
+    plain &= model.lora is None or embedding.dtype != torch.bfloat16  # merged weights round small adapters away
     windows = {layer.self_attn.window for layer in model.model.layers} - {None}
     served = plain and cpu.supports_decode(embedding) and len(windows) < 2
     return StepPasses(model, cache) if served else LayerPasses(model, cache)

@@ -12,6 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from swirl import Gemma
 from swirl.app.resolve import load_model
 from swirl.errors import ConfigError
+from swirl.model.lora import LoRA, add_lora
 from swirl.rollout.policy import PolicyState
 from swirl.sampling import engine as engine_module
 from swirl.sampling.cache import KeyCache
@@ -126,6 +127,14 @@ def test_the_step_rounds_to_bfloat16_where_the_layers_do(make, monkeypatch):
     for found, expected in [(hidden, by_layers), *zip(pools, layers_pools, strict=True)]:
         assert (found != expected).float().mean() < 0.02
         torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+
+
+def test_adapters_on_bfloat16_weights_are_not_merged():
+    model = loud_gemma().bfloat16()
+    assert type(passes_for(model, KeyCache(model, 9))) is StepPasses
+    add_lora(model, LoRA(2, 4.0))
+    assert type(passes_for(model, KeyCache(model, 9))) is LayerPasses
+    assert type(passes_for(model.float(), KeyCache(model, 9))) is StepPasses
 
 
 def test_prefixes_are_prefilled_once(monkeypatch):
