@@ -30,7 +30,8 @@ def _computes_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _is_wide(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def goes_through_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` widens these, since torch's own product of theirs crawls on this CPU."""
     narrow = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
     return narrow and x.shape[:-1].numel() >= FEW_ROWS and x.shape[-1] == weight.shape[1] and not _computes_bfloat16()
 
@@ -63,6 +64,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (..., K), weight (N, K) -> (..., N) in x's dtype, differentiable. Raises RuntimeError on shapes that differ."""
     if cpu.supports_linear(x, weight) and x.shape[-1] == weight.shape[1]:
         return cpu.linear(x, weight)
-    if _is_wide(x, weight):
+    if goes_through_float32(x, weight):
         return _WideLinear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
     return linear_reference(x, weight)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from swirl.kernels.linear import linear
+from swirl.kernels.linear import goes_through_float32, linear
 
 
 def num_adapter_weights(config, rank: int) -> int:
@@ -47,13 +47,14 @@ def flops_of(config, position_ids: torch.Tensor, num_action_tokens: int, *, lora
 def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """FLOP/s of a square matrix product, the best of a few, torch's or ours: what utilization is held against.
 
-    Measured once. A few are no more than fit into a second, one of each at least: some CPUs take eight for one in
-    bfloat16.
+    Measured once. A few are no more than fit into a second, one of each at least. Where ours goes through float32,
+    torch's is left out: one in bfloat16 takes such a CPU eight seconds.
     """
     size = size if device.type == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best, began = float("inf"), time.perf_counter()
-    for number, product in enumerate((linear, torch.matmul) * 4):
+    products = (linear,) if goes_through_float32(a, b) else (linear, torch.matmul)
+    for number, product in enumerate(products * 4):
         if number >= 2 and time.perf_counter() - began > 1:
             break
         _synchronize(device)

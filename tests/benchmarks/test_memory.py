@@ -42,3 +42,16 @@ def test_what_is_held_out_is_answered_and_not_trained_on(tiny_folder):
     train, others = precision.demonstrated("train", 3), precision.demonstrated("validation", 3)
     assert not {t.question.question for t in train} & {t.question.question for t in others}
     assert precision.held_out(tiny_folder, [with_ids(t, tokenizer) for t in others]) < -5  # of 512 words, at random
+
+
+def test_bfloat16_is_held_to_the_spread_of_float32s_seeds():
+    found = {"float32": ((0.6, -0.02), (0.7, -0.01)), "bfloat16": ((0.5, -0.015), (0.8, -0.04))}
+    rows = [
+        {"updates": 9, "dtype": dtype, "seed": seed, "accuracy_bridge": accuracy, "held_out_log_prob": log_prob}
+        for dtype, seeds in found.items()
+        for seed, (accuracy, log_prob) in enumerate(seeds)
+    ]
+    accuracy, log_prob = precision.verdicts([*rows, rows[0] | {"job": "default"}])
+    assert accuracy.startswith("imitation, 9 updates, accuracy_bridge: float32 0.6000 to 0.7000, bfloat16 0.5000, ")
+    assert accuracy.endswith("0.8000: within")
+    assert log_prob.endswith("float32 -0.0200 to -0.0100, bfloat16 -0.0150, -0.0400: 0.0075 outside")
