@@ -28,20 +28,24 @@ def jit(**options):
 
 @jit()
 def tile(
-    source, o_row, o_column, num_rows,
-    NUM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    source, o_row, o_column, num_rows, num_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) of a dense (num_rows, NUM_COLUMNS), zeros beyond; source: descriptor or pointer."""
+    """(ROWS, COLUMNS) of a dense (num_rows, num_columns), zeros beyond; source: descriptor or pointer.
+
+    num_columns is compiled in, or WHOLE: it is a multiple of COLUMNS.
+    """
     if TMA:
         block = source.load([o_row, o_column])
     else:
         i_row, i_column = tl.arange(0, ROWS), o_column + tl.arange(0, COLUMNS)
         inside = (o_row + i_row < num_rows)[:, None]
-        if NUM_COLUMNS % COLUMNS != 0:
-            inside &= i_column[None, :] < NUM_COLUMNS
+        if not WHOLE:
+            if num_columns % COLUMNS != 0:
+                inside &= i_column[None, :] < num_columns
         # int64 in the base alone: offsets within a tile are small, and half as many registers
-        source += tl.cast(o_row, tl.int64) * NUM_COLUMNS
-        block = tl.load(source + (i_row[:, None] * NUM_COLUMNS + i_column[None, :]), mask=inside, other=0.0)
+        source += tl.cast(o_row, tl.int64) * num_columns
+        block = tl.load(source + (i_row[:, None] * num_columns + i_column[None, :]), mask=inside, other=0.0)
     return block
 
 

@@ -5,9 +5,10 @@ request the entropy of each row's whole distribution, (M,), from the same pass.
 Never more than a chunk of logits is alive, forward or backward; the backward recomputes them. On CPUs, C++ makes them
 tile by tile in the cache (cpp/linear_log_prob.cpp) and torch, where that is not built or float64 or float16 comes in,
 some rows at a time.
-Numerics: logits, log-sum-exp and gradients in float32, summed in a fixed order. The Triton backward keeps
-d_hidden in float32 as two 16-bit halves, the upper of which lives in the result, so that beside the gradients
-it takes `EXTRA_BYTES` (for at most 8k rows of Gemma-2 2b; from there on M * d * 2 bytes more).
+Numerics: logits, log-sum-exp and gradients in float32, summed in a fixed order, d_hidden in the same one whatever the
+chunks. The Triton backward keeps d_hidden in float32 between chunks, as two 16-bit halves, the upper of which lives in
+the result. The larger the chunks, the fewer times it is read and written: beside the gradients they take what
+`extra_bytes` allows, EXTRA_BYTES at least (for at most 8k rows of Gemma-2 2b; from there on M * d * 2 bytes more).
 Floor: 2 * M * d * V FLOPs forward, 6 * M * d * V forward + backward (the recomputation is not counted).
 Source: the recomputation is that of cut-cross-entropy (arXiv:2411.09009).
 """
@@ -23,7 +24,7 @@ from . import _triton, cpu
 from ._triton import LOG2E, jit, softcap_slope, softcapped, tile, tl
 
 CHUNK_BYTES = 32 << 20
-EXTRA_BYTES = 64 << 20
+EXTRA_BYTES, MOST_EXTRA_BYTES = 64 << 20, 1 << 30  # at 8k rows of Gemma-2 2b: 167 chunks, and 5
 
 
 def linear_log_prob_reference(hidden, weight, target_ids, *, softcap=None, return_entropy=False):
@@ -153,14 +154,15 @@ def _linear_log_prob_fwd_kernel(
     tl.store(p_target_logit + i_m, target_logit, mask=m_m & (target >= first) & (target < last))
 
 
-@jit(do_not_specialize=["M", "V", "first"])
+@jit(do_not_specialize=["M", "V", "first", "num_blocks"])
 def _d_logits_kernel(
     h_rows, w_rows, p_target, p_lse, p_entropy, p_d_log_prob, p_d_entropy, p_d_logits,
-    M, V, first,
-    NUM_COLUMNS: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+    M, V, first, num_blocks,
+    D: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """One chunk of num_blocks * BLOCK_V vocabulary entries."""
     o_m, o_column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_V
     o_v = first + o_column
     dots = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -184,19 +186,23 @@ def _d_logits_kernel(
     d_logits += tl.where(i_v[None, :] == target[:, None], d_log_prob[:, None], 0.0)
     d_logits *= softcap_slope(logits, SOFTCAP)
     d_logits = tl.where(i_v[None, :] < V, d_logits, 0.0)
-    p_d_logits += o_m.to(tl.int64) * NUM_COLUMNS + o_column
-    o = tl.arange(0, BLOCK_M)[:, None] * NUM_COLUMNS + tl.arange(0, BLOCK_V)[None, :]
+    num_columns = num_blocks * BLOCK_V
+    p_d_logits += o_m.to(tl.int64) * num_columns + o_column
+    o = tl.arange(0, BLOCK_M)[:, None] * num_columns + tl.arange(0, BLOCK_V)[None, :]
     tl.store(p_d_logits + o, d_logits.to(p_d_logits.dtype.element_ty), mask=m_m[:, None])
 
 
-@jit(do_not_specialize=["M", "V", "first"])
+@jit(do_not_specialize=["M", "V", "first", "num_blocks"])
 def _d_hidden_kernel(
-    g_rows, w_rows, p_d_hidden, p_upper, p_lower, M, V, first,
-    NUM_COLUMNS: tl.constexpr, D: tl.constexpr, HALVES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    g_rows, w_rows, p_d_hidden, p_upper, p_lower, M, V, first, num_blocks,
+    D: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """d_hidden += d_logits weight, one chunk. HALVES: between chunks, the float32 sum is two 16-bit words."""
+    """d_hidden += d_logits weight, one chunk. HALVES: between chunks, the float32 sum is two 16-bit words.
+
+    A chunk goes on from the sum of those before it, so that the order of the sum does not depend on where they end.
+    """
     o_m, o_d = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_D
     i_m, i_d = o_m + tl.arange(0, BLOCK_M), o_d + tl.arange(0, BLOCK_D)
     o = tl.arange(0, BLOCK_M)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
@@ -204,18 +210,21 @@ def _d_hidden_kernel(
     p_d_hidden, p_upper, p_lower = p_d_hidden + o_tile, p_upper + o_tile, p_lower + o_tile
     m = (i_m < M)[:, None] & (i_d < D)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for o_v in range(0, NUM_COLUMNS, BLOCK_V):
-        g = tile(g_rows, o_m, o_v, M, NUM_COLUMNS, BLOCK_M, BLOCK_V, TMA)
-        w = tile(w_rows, first + o_v, o_d, V, D, BLOCK_V, BLOCK_D, TMA)
-        total = tl.dot(g, w, total, input_precision=PRECISION)
-    if not FIRST:
+    if first > 0:
         if HALVES:
             upper = tl.load(p_upper + o, mask=m, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
             lower = tl.load(p_lower + o, mask=m, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
-            total += ((upper << 16) | lower).to(tl.float32, bitcast=True)
+            total = ((upper << 16) | lower).to(tl.float32, bitcast=True)
         else:
-            total += tl.load(p_d_hidden + o, mask=m, other=0.0)
-    if LAST or not HALVES:
+            total = tl.load(p_d_hidden + o, mask=m, other=0.0)
+    num_columns = num_blocks * BLOCK_V
+    for o_v in range(0, num_columns, BLOCK_V):
+        g = tile(g_rows, o_m, o_v, M, num_columns, BLOCK_M, BLOCK_V, TMA, WHOLE=True)
+        w = tile(w_rows, first + o_v, o_d, V, D, BLOCK_V, BLOCK_D, TMA)
+        total = tl.dot(g, w, total, input_precision=PRECISION)
+    if not HALVES:
+        tl.store(p_d_hidden + o, total, mask=m)
+    elif first + num_columns >= V:
         tl.store(p_d_hidden + o, total.to(p_d_hidden.dtype.element_ty), mask=m)
     else:
         bits = total.to(tl.uint32, bitcast=True)
@@ -293,13 +302,19 @@ def _linear_log_prob_fwd(hidden, weight, target_ids, softcap, return_entropy):
     return target_logit * ln2 - log_z, log_z, entropy
 
 
-def _round_down(n):
-    """To 2^k or 3 * 2^(k-1): the chunk is compiled in, and must not take a new value with every M."""
-    power = 1 << (n.bit_length() - 1)
-    return power + power // 2 if n >= power + power // 2 else power
+def _extra_bytes(device):
+    """A quarter of the memory that is free on CUDA, within bounds; a power of two, since the rounding of d_weight may
+    depend on how much of it is computed at a time.
+    """
+    if device.type != "cuda":
+        return EXTRA_BYTES
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(EXTRA_BYTES, min(1 << max(free // 4, 1).bit_length() - 1, MOST_EXTRA_BYTES))
 
 
-def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log_z, entropy, softcap, needs_d_weight):
+def _linear_log_prob_bwd(
+    d_log_probs, d_entropy, hidden, weight, target_ids, log_z, entropy, softcap, needs_d_weight, extra_bytes
+):
     (M, d), V = hidden.shape, weight.shape[0]
     for_logits, for_hidden = _CONFIGS[_triton.architecture(hidden.device), hidden.element_size()]
     with_logits, with_hidden = _settings(hidden, for_logits), _settings(hidden, for_hidden)
@@ -308,10 +323,11 @@ def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log
     upper, lower = d_hidden, d_hidden  # in float32, the sum lives in d_hidden itself
     if halves:
         upper, lower = d_hidden.view(torch.int16), torch.empty(M, d, dtype=torch.int16, device=hidden.device)
-    spare = EXTRA_BYTES - (lower.nbytes if halves else 0)
+    spare = (_extra_bytes(hidden.device) if extra_bytes is None else extra_bytes) - (lower.nbytes if halves else 0)
     block = max(for_logits.block_v, for_hidden.block_v)
-    columns = _round_down(max(4, spare // (M * hidden.element_size() * block))) * block
-    columns = min(columns, -(-V // block) * block)
+    most_blocks = max(4, spare // (M * hidden.element_size() * block))
+    num_chunks = -(-V // (most_blocks * block))
+    columns = -(-V // (num_chunks * block)) * block
     d_logits = torch.empty(M, columns, dtype=hidden.dtype, device=hidden.device)
     tma = with_logits["TMA"]
     for first in range(0, V, columns):
@@ -327,7 +343,7 @@ def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log
             M=M,
             V=V,
             first=first,
-            NUM_COLUMNS=columns,
+            num_blocks=columns // for_logits.block_v,
             D=d,
             SOFTCAP=softcap,
             ENTROPY=d_entropy is not None,
@@ -345,11 +361,9 @@ def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log
             M=M,
             V=V,
             first=first,
-            NUM_COLUMNS=columns,
+            num_blocks=columns // for_hidden.block_v,
             D=d,
             HALVES=halves,
-            FIRST=first == 0,
-            LAST=first + columns >= V,
             **with_hidden,
         )
     return d_hidden, d_weight
@@ -357,21 +371,24 @@ def _linear_log_prob_bwd(d_log_probs, d_entropy, hidden, weight, target_ids, log
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target_ids, softcap, return_entropy):
+    def forward(ctx, hidden, weight, target_ids, softcap, return_entropy, extra_bytes):
         hidden, weight, target_ids = hidden.contiguous(), weight.contiguous(), target_ids.contiguous()
         log_probs, log_z, entropy = _linear_log_prob_fwd(hidden, weight, target_ids, softcap, return_entropy)
         ctx.save_for_backward(hidden, weight, target_ids, log_z, entropy)
-        ctx.settings = softcap, return_entropy
+        ctx.settings = softcap, return_entropy, extra_bytes
         return log_probs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_log_probs, d_entropy):
-        softcap, return_entropy = ctx.settings
+        softcap, return_entropy, extra_bytes = ctx.settings
         d_log_probs = d_log_probs.contiguous()
         d_entropy = d_entropy.contiguous() if return_entropy else None
-        gradients = _linear_log_prob_bwd(d_log_probs, d_entropy, *ctx.saved_tensors, softcap, ctx.needs_input_grad[1])
-        return *gradients, None, None, None
+        needs_d_weight = ctx.needs_input_grad[1]
+        gradients = _linear_log_prob_bwd(
+            d_log_probs, d_entropy, *ctx.saved_tensors, softcap, needs_d_weight, extra_bytes
+        )
+        return *gradients, None, None, None, None
 
 
 def linear_log_prob(
@@ -381,6 +398,7 @@ def linear_log_prob(
     *,
     softcap: float | None = None,
     return_entropy: bool = False,
+    extra_bytes: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target under softmax(softcap * tanh(hidden weight^T / softcap)).
 
@@ -388,6 +406,7 @@ def linear_log_prob(
     (float64 for float64 inputs), differentiable in hidden and weight. With return_entropy: (log_probs,
     entropy), the entropy (M,) in nats of each row's distribution, differentiable too.
     On CPUs a row of the result depends on its own row of hidden alone, not on M.
+    extra_bytes: of the Triton backward, None: by the memory that is free, EXTRA_BYTES to MOST_EXTRA_BYTES.
     Raises ValueError on shapes that do not fit and, on CPUs, on target_ids outside [0, V); elsewhere their log-probs
     are NaN.
     """
@@ -403,7 +422,7 @@ def linear_log_prob(
             raise ValueError(f"target_ids must lie in [0, {weight.shape[0]}), got {low} to {high}")
     # rows of 16 bytes are what TMA can read, and the kernels are written for
     if _triton.takes(hidden, weight) and M > 0 and d * hidden.element_size() % 16 == 0:
-        op = _LinearLogProb.apply
+        op = lambda *inputs: _LinearLogProb.apply(*inputs, extra_bytes)  # noqa: E731
     else:
         op = cpu.linear_log_prob if cpu.supports_linear_log_prob(hidden, weight) else _ChunkedLinearLogProb.apply
     with _triton.on_device(hidden):

@@ -170,12 +170,11 @@ def eager_head(hidden, weight, target_ids, softcap, return_entropy):
 @pytest.mark.parametrize(
     ("M", "d", "V", "softcap"), [(63, 72, 1000, 30.0), (1000, 2304, 5000, 30.0), (700, 256, 33000, None)]
 )
-def test_linear_log_prob(dtype, return_entropy, M, d, V, softcap, monkeypatch):
-    monkeypatch.setattr("swirl.kernels.linear_log_prob.EXTRA_BYTES", 4 << 20)  # several chunks
+def test_linear_log_prob(dtype, return_entropy, M, d, V, softcap):
     target_ids = torch.randint(0, V, (M,), device="cuda")
     options = {"softcap": softcap, "return_entropy": return_entropy}
     hold(
-        lambda *x: linear_log_prob(*x, target_ids, **options),
+        lambda *x: linear_log_prob(*x, target_ids, **options, extra_bytes=4 << 20),  # several chunks
         lambda *x: eager_head(*x, target_ids, **options),
         lambda *x: linear_log_prob_reference(*x, target_ids, **options),
         [random(M, d, dtype=dtype), random(V, d, dtype=dtype) / 16],
@@ -183,16 +182,17 @@ def test_linear_log_prob(dtype, return_entropy, M, d, V, softcap, monkeypatch):
     )
 
 
-def test_a_head_over_8k_rows_is_the_same_in_chunks(monkeypatch):
+def test_a_head_over_8k_rows_is_the_same_in_chunks():
     target_ids = torch.randint(0, 33_000, (8192,), device="cuda")
     inputs = [random(8192, 2304, dtype=torch.bfloat16), random(33_000, 2304, dtype=torch.bfloat16) / 16]
     weights = [random(8192, dtype=torch.float32)] * 2
     found = []
     for extra_bytes in (4 << 30, 4 << 20):  # one chunk, many
-        monkeypatch.setattr("swirl.kernels.linear_log_prob.EXTRA_BYTES", extra_bytes)
-        head = lambda *x: linear_log_prob(*x, target_ids, softcap=30.0, return_entropy=True)  # noqa: E731
+        options = {"softcap": 30.0, "return_entropy": True, "extra_bytes": extra_bytes}
+        head = lambda *x, o=options: linear_log_prob(*x, target_ids, **o)  # noqa: E731
         found.append(outputs_and_gradients(head, inputs, weights))
     require_near(*found, SLACK[torch.bfloat16])
+    assert torch.equal(found[0][2], found[1][2]), "d_hidden depends on where chunks end"
 
 
 def test_a_target_outside_the_vocabulary_has_no_log_prob():
@@ -203,14 +203,15 @@ def test_a_target_outside_the_vocabulary_has_no_log_prob():
 
 
 def test_linear_log_prob_memory():
-    """Gemma-2 2b's head over 8192 rows: beside the gradients, at most 64 MB."""
+    """Gemma-2 2b's head over 8192 rows: beside the gradients, at most what is allowed."""
     hidden = random(8192, 2304, dtype=torch.bfloat16).requires_grad_()
     weight = (random(256_000, 2304, dtype=torch.bfloat16) / 16).requires_grad_()
     target_ids = torch.randint(0, 256_000, (8192,), device="cuda")
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    gradients = torch.autograd.grad(linear_log_prob(hidden, weight, target_ids, softcap=30.0).sum(), (hidden, weight))
+    log_probs = linear_log_prob(hidden, weight, target_ids, softcap=30.0, extra_bytes=64 << 20)
+    gradients = torch.autograd.grad(log_probs.sum(), (hidden, weight))
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients)
     # the poisoning fixture allocates nothing, and cuBLAS keeps a workspace of its own, 32 MiB on Hopper

@@ -60,6 +60,34 @@ def test_launches_of_a_layer(monkeypatch):
     )  # fmt: skip
 
 
+def compiled_for(kernel, arguments) -> tuple:
+    """What Triton's just-in-time compiler would compile this launch for, as far as a batch can change it."""
+    of_launch = []
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        if isinstance(value, _triton.TensorDescriptor):
+            value = value.base.dtype, tuple(value.block_shape)
+        elif isinstance(value, torch.Tensor):
+            value = value.dtype
+        elif isinstance(value, int) and not parameter.is_constexpr:
+            value = "int" if parameter.do_not_specialize else (value == 1, value % 16 == 0)
+        of_launch.append(value)
+    return kernel.fn.__name__, *of_launch
+
+
+def test_kernels_are_compiled_once_whatever_the_sizes_of_a_batch(monkeypatch):
+    launches, compiled = recorded(monkeypatch, 90), set()
+    model = meta_model("gemma-2-2b", 2)
+    for state, action in ((1, 1), (300, 3), (16, 128), (11, 1500), (100, 5001)):
+        model.token_log_probs(pack([(range(state), range(action))]).to("meta")).sum().backward()
+        compiled |= {compiled_for(*launch) for launch in launches}
+        launches.clear()
+    # Rotations: there and back, of queries and of keys. Attention where windows hide something, and where not.
+    of_kernel = {"_rope_kernel": 4, "_tree_attention_fwd_kernel": 2, "_tree_attention_dq_kernel": 2}
+    expected = dict.fromkeys({name for name, *_ in compiled}, 1) | of_kernel | {"_stored_dkv_kernel": 2}  # dK, dV
+    assert Counter(name for name, *_ in compiled) == expected
+
+
 @pytest.mark.parametrize(
     "settings",
     [
