@@ -19,6 +19,7 @@ from swirl.app import command
 from swirl.evaluate import EvaluateConfig
 from swirl.filter import FilterConfig
 from swirl.generate import GenerateConfig
+from swirl.plan import PlanConfig
 from swirl.report import ReportConfig
 from swirl.train import TrainConfig
 from tests.process import run_module
@@ -29,6 +30,7 @@ KINDS = {
     "filter": FilterConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "plan": PlanConfig,
 }
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
