@@ -4,9 +4,8 @@
     python -m benchmarks.sharded_memory --dtype bfloat16 --ranks 2
 
 Each rank is a process of its own. The peak is the largest resident memory of a rank during two updates of 256 tokens,
-less what the process held before there was a model. Beside it stands what is counted: float32 weights, gradients and
-AdamW's moments, 16 bytes a weight over the ranks; and what cannot be split, the gathered embedding with its gradient
-and two layers (the one that is computed and the next).
+less what the process held before there was a model. Beside it stands what the plan of such a run counts
+(swirl.learning.plan), and of that what is split over ranks: float32 weights, gradients and AdamW's moments.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import resource
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,9 +27,10 @@ from benchmarks.harness import append, machine
 from benchmarks.train_step import workload
 from swirl.config import TrainConfig, sized
 from swirl.learning import distributed, gradient, sharding
-from swirl.learning.batches import num_tokens
+from swirl.learning.batches import num_tokens, rank_micro_batches
 from swirl.learning.objective import Objective
 from swirl.learning.optimizer import clip_grad_norm, make_optimizer
+from swirl.learning.plan import Job, plan
 from swirl.model.config import GemmaConfig
 from swirl.model.gemma import Gemma
 
@@ -65,17 +66,20 @@ def one_rank(dtype: torch.dtype) -> dict:
             optimizer.step()
             optimizer.zero_grad()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
-        weights, ranks = sum(weight.numel() for weight in model.parameters()), distributed.world_size()
-        unsplit = dtype.itemsize * (2 * model.model.embed_tokens.weight.numel() + 3 * layer) if ranks > 1 else 0
+        ranks = distributed.world_size()
+        tokens = max(batch.num_tokens for batch, *_ in rank_micro_batches(actions, actions, config))
+        asked = replace(
+            config, shard="all", dtype=str(dtype)[6:], tokens_per_micro_batch=tokens, evaluate_on=(), save_minutes=0
+        )
+        planned = plan(Job(CONFIG, asked, ranks=ranks, ranks_of_host=ranks))
         return {
             "benchmark": "sharded_memory",
             "model": f"{CONFIG.num_hidden_layers} layers of {CONFIG.hidden_size}",
             "shard": "all" if ranks > 1 else "none",
             "ranks": ranks,
-            "weights": weights,
-            "state_bytes": 16 * weights // ranks,
-            "unsplit_bytes": unsplit,
+            "weights": CONFIG.num_weights,
+            "split_bytes": sum(planned.moments["step"][name] for name in ("weights", "gradients", "optimizer")),
+            "planned_bytes": planned.peak_bytes,
             "peak_bytes": max(distributed.gather_shares([peak], int)),
             "dtype": str(dtype)[6:],
             **machine(torch.device("cpu")),

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from benchmarks.harness import RESULTS
 
-READMES = (RESULTS.parent / "README.md", *(RESULTS.parents[1] / name for name in ("README.md", "docs/models.md")))
+MARKED_FILES = ("benchmarks/README.md", "README.md", "docs/models.md", "docs/memory.md")
+READMES = tuple(RESULTS.parents[1] / name for name in MARKED_FILES)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What tells one measurement from another, by file; all else in a row is its outcome, or how it was come by.
@@ -216,15 +217,15 @@ def sharded_memory(rows: list[dict]) -> str:
     lines = [
         [
             row["ranks"],
-            *(f"{row[name] / 1e6:,.0f}" for name in ("state_bytes", "unsplit_bytes", "peak_bytes")),
+            *(f"{row[name] / 1e6:,.0f}" for name in ("split_bytes", "planned_bytes", "peak_bytes")),
             f"{row['peak_bytes'] / rows[0]['peak_bytes']:.2f}",
         ]
         for row in rows
     ]
     headers = [
         "ranks",
-        "weights, gradients, moments, MB a rank",
-        "gathered at a time",
+        "split, MB a rank",
+        "planned",
         "measured peak",
         "of one rank's",
     ]
@@ -371,6 +372,7 @@ CARD_MODES = {
     "LoRA, `layers`": ({"activation_checkpointing": "layers", "lora": 16}, 1),
     "all weights, 8 GPUs": ({"shard": "all"}, 8),
     "`layers`, 8 GPUs": ({"shard": "all", "activation_checkpointing": "layers"}, 8),
+    "LoRA, `layers`, 8 GPUs": ({"shard": "all", "activation_checkpointing": "layers", "lora": 16}, 8),
 }
 
 

@@ -42,7 +42,8 @@ class _LinearKL(torch.autograd.Function):
         for rows in _chunks(hidden.shape[0], weight.shape[0], dtype):
             log_p = _logits(hidden[rows], weight, softcap, dtype).log_softmax(-1)
             log_q = _logits(reference_hidden[rows], reference_weight, softcap, dtype).log_softmax(-1)
-            kl[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
+            torch.sub(log_p, log_q, out=log_q)
+            kl[rows] = log_p.exp_().mul_(log_q).sum(-1)
         ctx.save_for_backward(hidden, weight, reference_hidden, reference_weight, kl)
         ctx.softcap = softcap
         return kl
@@ -57,9 +58,11 @@ class _LinearKL(torch.autograd.Function):
             logits = _logits(hidden[rows], weight, ctx.softcap, kl.dtype)
             log_p = logits.log_softmax(-1)
             log_q = _logits(reference_hidden[rows], reference_weight, ctx.softcap, kl.dtype).log_softmax(-1)
-            d_logits = log_p.exp() * (log_p - log_q - kl[rows, None]) * d_kl[rows, None]
-            if ctx.softcap is not None:
-                d_logits *= 1 - (logits / ctx.softcap).square()
+            torch.sub(log_p, log_q, out=log_q)
+            d_logits = log_p.exp_().mul_(log_q.sub_(kl[rows, None])).mul_(d_kl[rows, None])
+            del log_q  # so that four chunks are alive at most
+            if ctx.softcap is not None:  # 1 - tanh^2
+                d_logits.addcmul_(d_logits, logits.div_(ctx.softcap).square_(), value=-1)
             d_rows = torch.zeros(d_logits.shape[0], hidden.shape[1], dtype=kl.dtype, device=kl.device)
             for part in _vocabulary_parts(weight):
                 d_rows.addmm_(d_logits[:, part], weight[part].to(kl.dtype))

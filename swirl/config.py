@@ -205,7 +205,8 @@ class ComputeFlags:
     shard: Literal["auto", "none", "node", "all"] = "auto"
     """How weights, gradients and optimizer state lie on the ranks of a job. none: whole on each. all: in shards over
     all ranks (FSDP2). node: in shards over the ranks of a host, the same on every host (HSDP). auto: none on one rank,
-    with --lora, and for models of less than a billion weights; else node."""
+    with --lora, and for models of less than a billion weights; else node. With --lora the frozen weights lie in shards,
+    adapters whole on each rank."""
     max_cache_tokens: int = MAX_CACHE_TOKENS
     """Tokens whose keys and values the sampler holds at most, of all sequences in flight and of finished ones."""
     memory_check: bool = True
@@ -264,7 +265,6 @@ class TrainConfig(
                  "keep", "max_cache_tokens")  # fmt: skip
         at_least(0, "save_minutes", "save_every", "evaluate_every", "warmup", "weight_decay", "kl_coefficient",
                  "proximal_every", "generate_temperature", "lora")  # fmt: skip
-        require(not self.lora or self.shard in ("auto", "none"), "shard", "none beside --lora, whose state is small")
         for flag in ("learning_rate", "lora_alpha", "max_grad_norm", "clip", "temperature", "rank_timeout_s"):
             value = getattr(self, flag)
             require(value is None or 0 < value < float("inf"), flag, "more than 0, and finite")

@@ -81,7 +81,7 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
         state["drawn"] = draws.state(update)
         return snapshot_of(model, optimizer, objective, tokenizer, update, state, copy=copy)
 
-    run.together = model.sharding is not None
+    run.together = sharding.trains_shards(model)
     bar = progress("train", config.updates, completed=update, show=distributed.is_main())
     # ranks that hold parts of the weights must stop at the same place to save them: signals wait for an update's end
     waiting = deferred() if run.together else nullcontext()
@@ -174,7 +174,9 @@ def train(config: TrainConfig) -> dict | None:
         closing.enter_context(planning.told_if_out_of_memory(planned))
         model, tokenizer = resolve.load_model(
             config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention,
-            prepare=lambda model: sharding.shard_as_asked(model, "none" if config.lora else config.shard, device.type),
+            prepare=lambda model: sharding.shard_as_asked(
+                model.requires_grad_(not config.lora), config.shard, device.type
+            ),
         )  # fmt: skip
         model.activation_checkpointing = config.activation_checkpointing
         if config.lora:

@@ -60,10 +60,14 @@ def save_merged(setup: Setup, run: RunFolder) -> None:
 
     So what is evaluated from here on is what was written. Raises CheckpointError.
     """
-    model = merge_lora(setup.policy.engine.model)
-    if distributed.is_main():
-        with deferred():
-            model.save_pretrained(run.path / "checkpoint", setup.tokenizer)
+    sampler = setup.policy.engine.model
+    merge_lora(setup.model)
+    if sampler is not setup.model:
+        merge_lora(sampler)  # it holds nothing now
+    with setup.sampling():
+        if distributed.is_main():
+            with deferred():
+                sampler.save_pretrained(run.path / "checkpoint", setup.tokenizer)
 
 
 def finish(

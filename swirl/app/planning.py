@@ -134,11 +134,11 @@ def _changes(job: Job) -> Iterator[dict[str, object]]:
         yield {"max_cache_tokens": SMALL_CACHE}
     if job.on_gpu and not config.offload_optimizer:
         yield {"offload_optimizer": True}
-    if job.shards < job.ranks and not config.lora:
+    if job.shards < job.ranks:
         yield {"shard": "all"}
     if config.dtype == "float32":
         yield {"dtype": "bfloat16"}
-    if config.optimizer == "adamw" and job.shards == 1:
+    if config.optimizer == "adamw" and (job.shards == 1 or config.lora):
         yield {"optimizer": "adamw-8bit"}
     if not config.lora:
         yield {"lora": 16}

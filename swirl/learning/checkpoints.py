@@ -92,7 +92,8 @@ def snapshot_of(
     model, optimizer: Optimizer, objective: Objective, tokenizer, update: int, state: dict, *, copy: bool = True
 ) -> Snapshot:
     """What a run is after `update`; without `copy` it is good for as long as nothing trains on."""
-    gathers = sharding.Gathers() if model.sharding else None
+    trains_shards = sharding.trains_shards(model)
+    gathers = sharding.Gathers() if trains_shards else None
 
     def take(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
         if gathers is not None:
@@ -102,7 +103,7 @@ def snapshot_of(
     config = model.config.to_json(model.dtype, model.origin and model.origin.config)
     weights = take(lora.adapter_weights(model) if model.lora else model.state_dict(), model.dtype)
     training = {**optimizer.state_tensors(), **objective.state_tensors()}
-    if model.sharding and model.dtype.itemsize < 4:  # shards are the float32 copies themselves
+    if trains_shards and model.dtype.itemsize < 4:  # shards are the float32 copies themselves
         training |= {f"{number}.copy": weight for number, weight in optimizer.weights_by_number().items()}
     training = take(training)
     adapter = lora.adapter_config(model) if model.lora else None

@@ -255,9 +255,9 @@ def sum_gradients(model: torch.nn.Module) -> None:
     A gradient stays in the dtype that the weight's are summed in (`grad_dtype`), float32 for bfloat16 weights. Those of
     sharded weights have been summed by the backward passes.
     """
-    if world_size() == 1 or model.sharding is not None:
+    weights = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "device_mesh")]
+    if world_size() == 1 or not weights:
         return
-    weights = [p for p in model.parameters() if p.requires_grad]
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().to(wide) for p in weights])
     _sum(flat)

@@ -26,6 +26,7 @@ TREE_TOKENS = 800  # depth of a tree that time is planned for: a prompt of 150 a
 ACTION_SHARE = {"recorded": 0.3, "sampled": 0.5}  # of packed tokens, those of actions: a chain's, a comb's
 PREFILL_TOKENS, SEQUENCES = 1024, 512  # of swirl/sampling/engine.py
 HEAP_BLOCK_BYTES = 32 << 20  # glibc's M_MMAP_THRESHOLD, where it ends up
+SHARDED_BLOCK_BYTES = 128 << 10  # what sharding.py sets it to
 HEAP_FRAGMENTS, UNFRAGMENTED_BYTES = 0.4, 64 << 20  # as measured: of what goes beyond so much
 LOGITS = 4  # tensors of a row a sequence that a draw has at a time
 
@@ -72,8 +73,8 @@ class Job:
         """Ranks that hold a part each of the weights; 1: each holds them all. As sharding.py decides it."""
         shard = self.config.shard
         if shard == "auto":
-            shard = "node" if self.model.num_weights >= LARGE else "none"
-        if shard == "none" or self.config.lora:
+            shard = "node" if self.model.num_weights >= LARGE and not self.config.lora else "none"
+        if shard == "none":
             return 1
         return self.ranks if shard == "all" else min(self.ranks, self.ranks_of_host)
 
@@ -81,6 +82,11 @@ class Job:
     def trained(self) -> int:
         """Weights that are."""
         return num_adapter_weights(self.model, self.config.lora) or self.model.num_weights
+
+    @property
+    def trained_here(self) -> int:
+        """Of them, those whose gradients and moments this rank holds: a shard's, but all of adapters."""
+        return self.trained if self.config.lora else self.trained // self.shards
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def plan(job: Job) -> Plan:
     """The plan of a job."""
     position_ids = torch.arange(job.tokens) % TREE_TOKENS
     flops = flops_of(job.model, position_ids, job.action_tokens, lora_rank=job.config.lora)
-    always, gradients = _always(job), {"gradients": 4 * job.trained // job.shards}
+    always, gradients = _always(job), {"gradients": 4 * job.trained_here}
     moments = {"sampling": always | _sampling(job)} if job.cache_tokens else {}
     moments |= {"passes": always | gradients | _passes(job), "step": always | gradients | _step(job)}
     if job.config.evaluate_on and not job.on_gpu:
@@ -124,16 +130,18 @@ def _always(job: Job) -> Parts:
     """What lies in memory from the first update to the last."""
     config, b, n, adapters = job.config, job.itemsize, job.shards, bool(job.config.lora)
     weights = job.model.num_weights
-    moments = job.trained * (2 if config.optimizer == "adamw-8bit" else 8) // n
+    moments = job.trained_here * (2 if config.optimizer == "adamw-8bit" else 8)
     copies = 4 * job.trained if b < 4 and not adapters and n == 1 else 0  # shards are float32 themselves
     optimizer = 0 if config.offload_optimizer and job.on_gpu else moments + copies
     reference = weights * b // n if config.kl_coefficient and not adapters else 0
-    proximal = (4 * job.trained if adapters else weights * b // n) if config.proximal_every else 0
-    # of weights in shards a save is no copy, and from a GPU the copy goes to the host
-    saves = (config.save_every or config.save_minutes) and n == 1 and not job.on_gpu
+    proximal = weights * b // n if config.proximal_every else 0
+    if adapters and proximal:  # whole frozen weights are the policy's own
+        proximal = 4 * job.trained + (proximal if n > 1 else 0)
+    # of trained weights in shards a save is no copy, and from a GPU the copy goes to the host
+    saves = (config.save_every or config.save_minutes) and (n == 1 or adapters) and not job.on_gpu
     return {
         "process": job.process_bytes,
-        "weights": weights * b + 4 * job.trained if adapters else weights * (b if n == 1 else 4) // n,
+        "weights": weights * b // n + 4 * job.trained if adapters else weights * (b if n == 1 else 4) // n,
         "optimizer": optimizer,
         "reference": reference + proximal,
         "keys and values": _keys_and_values(job),
@@ -171,6 +179,7 @@ def _passes(job: Job) -> Parts:
     kl = job.config.kl_coefficient > 0
     blocks = activations.kept_by_pass(model, how, job.tokens, job.action_tokens)
     kept = sum(blocks)
+    blocks += activations.kl_chunks(model, job.action_tokens) if kl else []
     embedding = 0 if how.lora else model.vocab_size * model.hidden_size * how.itemsize
     widened = 2 * embedding if how.itemsize < 4 else 0  # rounded gradients, to be summed
     takes = [
@@ -186,29 +195,30 @@ def _passes(job: Job) -> Parts:
 
 
 def _gathered_parts(job: Job) -> Parts:
-    """Of weights in shards a pass holds the embedding all the time, and up to three layers; of one the backward pass
-    holds the gradient too, which ranks sum in float32.
+    """Of weights in shards a pass holds the embedding all the time, and up to three layers; of one that is trained the
+    backward pass holds the gradient too, which ranks sum in float32.
     """
     if job.shards == 1:
         return {"gathered": 0}
     embedding = job.model.vocab_size * job.model.hidden_size
     layer = (job.model.num_weights - embedding) // job.model.num_hidden_layers
-    return {"gathered": embedding * job.itemsize + layer * (3 * job.itemsize + 4)}
+    return {"gathered": embedding * job.itemsize + layer * (3 * job.itemsize + (0 if job.config.lora else 4))}
 
 
 def _fragments(job: Job, blocks: list[int]) -> int:
     """Freed memory that glibc's heap, where blocks below a limit lie, cannot use; on a GPU it is not to be had."""
     if job.on_gpu:
         return 0
-    limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", HEAP_BLOCK_BYTES))
+    limit = HEAP_BLOCK_BYTES if job.shards == 1 else SHARDED_BLOCK_BYTES
+    limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", limit))
     return int(HEAP_FRAGMENTS * max(0, sum(block for block in blocks if block < limit) - UNFRAGMENTED_BYTES))
 
 
 def _step(job: Job) -> Parts:
-    """Ranks with whole weights sum their gradients in one buffer, beside those that it is made of. On CPUs steps with
-    8-bit moments hold five float32 tensors of a weight's size, and the heap a trim's worth of free memory.
+    """Ranks that train whole weights sum their gradients in one buffer, beside those that it is made of. On CPUs steps
+    with 8-bit moments hold five float32 tensors of a weight's size, and the heap a trim's worth of free memory.
     """
-    summed = 4 * job.trained if job.ranks > 1 and job.shards == 1 else 0
+    summed = 4 * job.trained if job.ranks > 1 and job.trained_here == job.trained else 0
     if job.on_gpu:
         return {"workspace": summed}
     embedding = 0 if job.config.lora else job.model.vocab_size * job.model.hidden_size

@@ -4,12 +4,15 @@ Between passes a rank holds its rows of every weight (DTensors, float32). A forw
 weights in the dtype it computes in, and frees them behind it; gradients are summed over ranks and micro-batches in
 float32, each rank keeping its rows. The embedding, which is the head too, stays gathered from the beginning of a
 forward pass to the end of its backward pass. To sample, all weights are gathered, and freed afterwards.
+With adapters it is the frozen weights that lie in shards, in the dtype of the passes; adapters, their gradients and
+their optimizer's state are whole on every rank, as without shards.
 Source: torch.distributed.fsdp.fully_shard; layouts as in PyTorch FSDP (arXiv:2304.11277).
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ import torch
 
 from swirl.learning import distributed
 from swirl.model.gemma import Gemma
+from swirl.model.lora import add_lora
 from swirl.model.tensor_file import Deferred, own_rows
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 Shard = Literal["auto", "none", "node", "all"]
 LARGE = 1_000_000_000  # weights from which on `auto` shards
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 128 << 10  # of glibc's malloc.h, and the limit that it begins with
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,12 @@ class Sharding:
 
 
 def shard_as_asked(model: Gemma, shard: Shard, device_type: str) -> Gemma:
-    """`shard_model` as a flag says: not on one rank; `auto` is `node` for a model of LARGE weights or more."""
+    """`shard_model` as a flag says: not on one rank; `auto` is `node` for a model of LARGE weights or more that are
+    trained.
+    """
     if shard == "auto":
-        shard = "node" if sum(weight.numel() for weight in model.parameters()) >= LARGE else "none"
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        shard = "node" if trained >= LARGE else "none"
     if shard == "none" or distributed.world_size() == 1:
         return model
     return shard_model(model, Sharding(mesh_over(shard, device_type), model.dtype))
@@ -63,6 +71,8 @@ def shard_model(model: Gemma, sharding: Sharding) -> Gemma:
 
     They become float32 (float64 where passes compute in it), but frozen ones stay in the dtype of the passes.
     """
+    if sharding.mesh.device_type == "cpu":
+        _unmap_what_is_freed()
     # 1.6 s of imports, which runs without shards do not wait for
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -76,6 +86,17 @@ def shard_model(model: Gemma, sharding: Sharding) -> Gemma:
     register_fsdp_forward_method(model, "action_hidden")
     model.sharding = sharding
     return model
+
+
+def _unmap_what_is_freed() -> None:
+    """Have glibc give back what is freed: each block from MAPPED_BYTES on is mapped alone. Elsewhere nothing is done.
+
+    By itself glibc raises that limit to 32 MiB as such blocks are freed; gathered layers then come from a heap that
+    fragments, and a rank held 2.4 times what was live (docs/log.md). An environment that sets the limit is left alone.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def reduce_over_hosts(model: Gemma, now: bool) -> None:
@@ -102,10 +123,17 @@ def frozen_copy(model: Gemma) -> Gemma:
         twin = Gemma(model.config)
     twin.attention = model.attention
     shard_model(twin.requires_grad_(False), model.sharding).to_empty(device=model.device)
+    if model.lora:
+        add_lora(twin, model.lora).requires_grad_(False)
     with torch.no_grad():
         for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-            mine.to_local().copy_(theirs.to_local())
+            own_rows(mine)[0].copy_(own_rows(theirs)[0])
     return twin
+
+
+def trains_shards(model: Gemma) -> bool:
+    """Whether weights that are trained lie in shards, so that no rank has a whole copy of what is learned."""
+    return any(is_sharded(weight) for weight in model.parameters() if weight.requires_grad)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -173,7 +201,11 @@ def sampler_of(model: Gemma) -> Gemma:
     if model.sharding is None:
         return model
     with torch.device("meta"):
-        return Gemma(model.config).requires_grad_(False)
+        sampler = Gemma(model.config)
+    if model.lora:
+        add_lora(sampler, model.lora)
+    sampler.origin = model.origin
+    return sampler.requires_grad_(False)
 
 
 @contextmanager
@@ -185,7 +217,10 @@ def gathered(model: Gemma, into: Gemma, changed: Callable[[], object]) -> Iterat
         yield
         return
     with torch.no_grad():
-        weights = {name: whole(weight.to(model.dtype)) for name, weight in model.named_parameters()}
+        weights = {
+            name: whole(weight.to(model.dtype)) if is_sharded(weight) else weight.detach()
+            for name, weight in model.named_parameters()
+        }
     into.load_state_dict(weights, assign=True)
     del weights
     changed()

@@ -98,9 +98,14 @@ def head_backward(model: GemmaConfig, how: Computation, action_tokens: int, *, k
     else:  # cpp/linear_log_prob.cpp: the rows turned, as panels, and their gradient
         room = action_tokens * d * (b + 4 * (1 if how.lora else 2))
     if kl:  # chunks of both distributions, and a float32 gradient beside the head's
-        chunk = min(linear_log_prob.CHUNK_BYTES, 4 * action_tokens * V)
-        room = max(room, 6 * chunk + (0 if how.lora else 4 * V * d)) + 4 * action_tokens * d
+        chunks = sum(kl_chunks(model, action_tokens))
+        room = max(room, chunks + (0 if how.lora else 4 * V * d)) + 4 * action_tokens * d
     return gradient + room + action_tokens * d * b
+
+
+def kl_chunks(model: GemmaConfig, action_tokens: int) -> list[int]:
+    """Bytes of the logits, and what is made of them, that kernels/linear_kl.py has alive at a time."""
+    return [min(linear_log_prob.CHUNK_BYTES, 4 * action_tokens * model.vocab_size)] * 4
 
 
 def pass_without_gradient(model: GemmaConfig, how: Computation, tokens: int) -> int:

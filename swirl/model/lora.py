@@ -26,6 +26,7 @@ from swirl.errors import CheckpointError
 from swirl.kernels.linear import linear
 from swirl.model.checkpoint import PREFIXES, read_json, replace_folder, require_digests
 from swirl.model.gemma import Gemma, Linear
+from swirl.model.tensor_file import own_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_MODEL = "base_model.model."  # what PEFT wraps a model in
@@ -55,17 +56,30 @@ class LoRA:
 
 
 class LoRALinear(Linear):
-    """A frozen Linear with an adapter beside it, which `adapters_off` leaves out."""
+    """A frozen Linear with an adapter beside it, which `adapters_off` leaves out.
 
-    def __init__(self, base: Linear, lora: LoRA):
-        nn.Module.__init__(self)
-        (rows, columns), device = base.weight.shape, base.weight.device
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.weight = base.weight
-        self.lora_A = nn.Parameter(torch.empty(lora.rank, columns, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(rows, lora.rank, dtype=dtype, device=device))
-        self.scale = lora.alpha / lora.rank
-        self.on = True
+    A Linear becomes one, and a Linear again, in place: FSDP gathers a weight into the module that it found it in. The
+    weight may lie in shards; A and B are whole on every rank.
+    """
+
+    @staticmethod
+    def adapt(linear: Linear, lora: LoRA) -> LoRALinear:
+        """Give it an adapter whose A is not set yet."""
+        (rows, columns), device = linear.weight.shape, linear.weight.device
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        linear.__class__ = LoRALinear
+        linear.lora_A = nn.Parameter(torch.empty(lora.rank, columns, dtype=dtype, device=device))
+        linear.lora_B = nn.Parameter(torch.zeros(rows, lora.rank, dtype=dtype, device=device))
+        linear.scale = lora.alpha / lora.rank
+        linear.on = True
+        return linear
+
+    def merge(self) -> None:
+        """Add the adapter to the weight, of a sharded one to this rank's rows, and be without it."""
+        rows, first = own_rows(self.weight)
+        rows.copy_(self._merged(rows, self.lora_B[first : first + len(rows)]))
+        del self.lora_A, self.lora_B, self.scale, self.on
+        self.__class__ = Linear
 
     def forward(self, x):
         y = super().forward(x)
@@ -75,21 +89,22 @@ class LoRALinear(Linear):
         return torch.add(y, linear(thin, self.lora_B.to(x.dtype)), alpha=self.scale)
 
     def merged(self) -> torch.Tensor:
-        wide = self.weight.to(self.lora_A.dtype)
-        return torch.addmm(wide, self.lora_B, self.lora_A, alpha=self.scale).to(self.weight.dtype)
+        return self._merged(self.weight, self.lora_B)
+
+    def _merged(self, rows, lora_B):
+        return torch.addmm(rows.to(lora_B.dtype), lora_B, self.lora_A, alpha=self.scale).to(rows.dtype)
 
 
 def add_lora(model: Gemma, lora: LoRA, *, seed: int = 0) -> Gemma:
     """Freeze every weight, and give every linear layer an adapter; the same `seed` draws the same on every device."""
     model.requires_grad_(False)
     generator = torch.Generator("cpu").manual_seed(seed)
-    for parent, name, module in _linears(model):
-        adapted = LoRALinear(module, lora)
-        bound = module.weight.shape[1] ** -0.5
+    for layer in _linears(model):
+        adapted = LoRALinear.adapt(layer, lora)
+        bound = adapted.lora_A.shape[1] ** -0.5
         with torch.no_grad():
             drawn = torch.rand(adapted.lora_A.shape, generator=generator, dtype=torch.float64)
             adapted.lora_A.copy_((2 * drawn - 1) * bound)
-        setattr(parent, name, adapted)
     model.lora = lora
     return model
 
@@ -97,13 +112,9 @@ def add_lora(model: Gemma, lora: LoRA, *, seed: int = 0) -> Gemma:
 @torch.no_grad()
 def merge_lora(model: Gemma) -> Gemma:
     """Add every adapter to its weight, in place, each weight rounded once; what remains is a plain model, frozen."""
-    for parent, name, module in _linears(model):
-        if isinstance(module, LoRALinear):
-            with torch.device("meta"):
-                plain = Linear(*reversed(module.weight.shape))
-            plain.weight = module.weight
-            plain.weight.copy_(module.merged())
-            setattr(parent, name, plain)
+    for layer in _linears(model):
+        if isinstance(layer, LoRALinear):
+            layer.merge()
     model.lora = None
     return model
 
@@ -121,15 +132,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module.on = True
 
 
-def _linears(model: Gemma) -> list[tuple[nn.Module, str, Linear]]:
-    """(parent, name in it, layer) of every linear layer, in the model's order."""
-    return [
-        (parent, name, child)
-        for layer in model.model.layers
-        for parent in (layer.self_attn, layer.mlp)
-        for name, child in parent.named_children()
-        if isinstance(child, Linear)
-    ]
+def _linears(model: Gemma) -> list[Linear]:
+    """Every linear layer, in the model's order."""
+    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
 def adapter_weights(model: Gemma) -> dict[str, torch.Tensor]:

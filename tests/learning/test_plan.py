@@ -53,6 +53,14 @@ def test_adapters_need_next_to_nothing():
     assert parts(lora=3) == wanted == parts(lora=3, kl_coefficient=0.1)  # the reference is the model itself
 
 
+def test_beside_adapters_the_frozen_weights_are_shared_out():
+    adapters = num_adapter_weights(SHAPE, 3)
+    held = {"weights": 2 * WEIGHTS // 4 + 4 * adapters, "gradients": 4 * adapters, "optimizer": 8 * adapters}
+    assert parts(lora=3, ranks=4, shard="all") == held | {"workspace": 4 * adapters}  # their gradients' sum over ranks
+    assert parts(lora=3, ranks=4, shard="all", proximal_every=1)["reference"] == 2 * WEIGHTS // 4 + 4 * adapters
+    assert parts(lora=3, ranks=4, shard="all", optimizer="adamw-8bit")["optimizer"] == 2 * adapters
+
+
 def test_passes_hold_activations_and_the_head_s_workspace():
     few, many = (plan(job(tokens_per_micro_batch=size)).moments["passes"] for size in (1000, 2000))
     assert many["activations"] == pytest.approx(2 * few["activations"], rel=1e-3)

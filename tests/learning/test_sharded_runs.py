@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch._dynamo  # as is the next, before ranks are forked: else each would import them
 import torch.distributed.fsdp
+from safetensors.torch import load_file
 
 from swirl.learning.checkpoints import newest_checkpoint
+from swirl.model.lora import read_adapter
 from tests.commands.test_train import told
 from tests.drills.resume_drill import config_in, ended, make_inputs, result, started
 
@@ -42,6 +44,23 @@ def test_a_run_in_shards_goes_on_on_one_rank_and_ends_as_one_that_was_never_stop
         assert found.update == 4
         for name, weight in found.weights():
             assert (weight - truth[name]).abs().max() <= 1e-5 * truth[name].abs().max(), name
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_beside_shards_ends_as_on_one_rank_and_goes_on_there(tiny_folder, tmp_path):
+    changes = {"lora": 3, "lora_alpha": 6.0, "learning_rate": 1e-2, "warmup": 0}
+    alone = run(tmp_path / "alone", tiny_folder, 1, 4, **changes)
+    shared = run(tmp_path / "shared", tiny_folder, 2, 4, shard="all", keep=9, **changes)
+    again = run(tmp_path / "again", tiny_folder, 1, 4, resume=str(shared / "checkpoint-2"), **changes)
+    _, truth = read_adapter(alone / "adapter")  # a folder that PEFT loads
+    merged = load_file(alone / "checkpoint" / "model.safetensors")
+    for folder in (shared, again):
+        _, found = read_adapter(folder / "adapter")
+        assert found.keys() == truth.keys() and any(weight.abs().max() > 0 for weight in found.values())
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, truth[name], rtol=1e-4, atol=1e-6, msg=name)
+        for name, weight in load_file(folder / "checkpoint" / "model.safetensors").items():
+            assert (weight - merged[name]).abs().max() <= 1e-5 * merged[name].abs().max(), name
 
 
 @pytest.mark.parametrize(("sent", "codes"), [(signal.SIGTERM, [143, 143]), (signal.SIGKILL, [1, -9])])

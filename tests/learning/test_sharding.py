@@ -13,6 +13,7 @@ from swirl.learning.objective import Objective
 from swirl.learning.optimizer import clip_grad_norm, make_optimizer
 from swirl.model import tensor_file
 from swirl.model.gemma import Gemma
+from swirl.model.lora import LoRA, add_lora, merge_lora
 from swirl.model.tensor_file import own_rows
 from swirl.sampling.engine import Engine
 from tests.learning.ranks import in_ranks
@@ -25,9 +26,19 @@ def sharded(model, shard="all", dtype=None):
     return sharding.shard_model(model, sharding.Sharding(sharding.mesh_over(shard, "cpu"), dtype or model.dtype))
 
 
-def updates(number, *, shard="all", dtype=torch.float32, activation_checkpointing="none", **changes):
+def adapted(dtype=torch.float32, shard="all"):
+    """The model with adapters that change what it computes, its frozen weights in shards where there are ranks."""
+    model = add_lora(sharded(some_model(dtype).requires_grad_(False), shard), LoRA(3, 6.0), seed=1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("lora_B"):
+                weight.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view_as(weight))
+    return model
+
+
+def updates(number, *, shard="all", dtype=torch.float32, activation_checkpointing="none", lora=False, **changes):
     """Metrics, the last gradients and the weights of a few updates, gathered."""
-    model = sharded(some_model(dtype), shard)
+    model = adapted(dtype, shard) if lora else sharded(some_model(dtype), shard)
     model.activation_checkpointing = activation_checkpointing
     objective = Objective(TrainConfig(mode="recorded", **changes), model)
     optimizer = make_optimizer(model, learning_rate=1e-2, weight_decay=0.1)
@@ -39,8 +50,9 @@ def updates(number, *, shard="all", dtype=torch.float32, activation_checkpointin
         metrics.append({**found, "grad_norm": clip_grad_norm(model, 1.0).item()})
         optimizer.step()
     weights = {name: sharding.whole(weight.detach()).clone() for name, weight in model.named_parameters()}
-    gradients = {name: sharding.whole(weight.grad).clone() for name, weight in model.named_parameters()}
-    return metrics, gradients, weights
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    gradients = {name: sharding.whole(weight.grad).clone() for name, weight in trained.items()}
+    return metrics, gradients, {name: weights[name] for name in trained}
 
 
 def require_equal(found, truth, tolerance):
@@ -75,6 +87,8 @@ def test_losses_gradients_and_weights_are_those_of_one_rank(ranks, per_node, sha
         {"proximal_every": 2},
         {"packed": False},
         {"dtype": torch.float64},
+        {"lora": True, "kl_coefficient": 0.3, "proximal_every": 2},
+        pytest.param({"lora": True, "activation_checkpointing": "layers"}, marks=pytest.mark.slow),
     ],
 )
 def test_every_way_to_compute_an_update_can_be_sharded(changes):
@@ -122,6 +136,44 @@ def test_the_sampler_has_the_weights_of_the_moment_and_frees_them():
             model.model.embed_tokens.weight.neg_()
     assert truth[0] != truth[1]
     assert all(found == truth for found in in_ranks(2, work))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("per_node", "shard"), [(4, "all"), (2, "node")])
+@pytest.mark.parametrize(
+    "changes", [{"dtype": torch.float32}, {"dtype": torch.float64, "kl_coefficient": 0.3, "tokens_per_micro_batch": 40}]
+)
+def test_adapters_beside_shards_over_four_ranks_are_those_of_one(per_node, shard, changes):
+    truth = updates(3, lora=True, **changes)
+    for found in in_ranks(4, lambda: updates(3, lora=True, shard=shard, **changes), per_node=per_node):
+        require_equal(found, truth, 1e-5 if changes["dtype"] == torch.float32 else 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_adapters_frozen_weights_lie_in_shards_and_are_drawn_from_and_merged_as_whole_ones(dtype):
+    def drawn(engine):
+        return [c.ids for c in engine.sample([[1, 2, 3]] * 3, seeds=[0, 1, 2], max_new_tokens=8)]
+
+    def work():
+        model = adapted(dtype)
+        frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+        assert {(weight.dtype, sharding.is_sharded(weight)) for weight in frozen} == {(dtype, True)}
+        assert not sharding.trains_shards(model)
+        engine = Engine(sharding.sampler_of(model))
+        with sharding.gathered(model, engine.model, engine.forget):
+            found = drawn(engine)
+        for each in (model, engine.model):
+            merge_lora(each)
+        with sharding.gathered(model, engine.model, engine.forget):
+            return found, {name: weight.clone() for name, weight in engine.model.state_dict().items()}
+
+    truth = adapted(dtype)
+    expected = drawn(Engine(truth))
+    weights = merge_lora(truth).state_dict()
+    for found, merged in in_ranks(2, work):
+        assert found == expected and merged.keys() == weights.keys()
+        for name, weight in merged.items():
+            torch.testing.assert_close(weight, weights[name], msg=name)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
