@@ -3,8 +3,8 @@
     python -m benchmarks.sharded_memory                  ranks 1, 2 and 4 on this machine, gloo, a model of 102M weights
     python -m benchmarks.sharded_memory --dtype bfloat16 --ranks 2
 
-Each rank is a process of its own. The peak is the largest resident memory of a rank during two updates of 256 tokens,
-less what the process held before there was a model. Beside it stands what the plan of such a run counts
+Each rank is a process of its own. The peak is the largest resident memory of a rank during two updates, each of one
+micro-batch of 170 packed tokens a rank, less what the process held before there was a model. Beside it stands what the plan of such a run counts
 (swirl.learning.plan), and of that what is split over ranks: float32 weights, gradients and AdamW's moments.
 """
 
@@ -27,7 +27,7 @@ from benchmarks.harness import append, machine
 from benchmarks.train_step import workload
 from swirl.config import TrainConfig, sized
 from swirl.learning import distributed, gradient, sharding
-from swirl.learning.batches import num_tokens, rank_micro_batches
+from swirl.learning.batches import assigned_here, num_tokens, rank_micro_batches
 from swirl.learning.objective import Objective
 from swirl.learning.optimizer import clip_grad_norm, make_optimizer
 from swirl.learning.plan import Job, plan
@@ -67,7 +67,8 @@ def one_rank(dtype: torch.dtype) -> dict:
             optimizer.zero_grad()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
         ranks = distributed.world_size()
-        tokens = max(batch.num_tokens for batch, *_ in rank_micro_batches(actions, actions, config))
+        mine = assigned_here(actions, CONFIG)
+        tokens = max(batch.num_tokens for batch, *_ in rank_micro_batches(mine, actions, config))
         asked = replace(
             config, shard="all", dtype=str(dtype)[6:], tokens_per_micro_batch=tokens, evaluate_on=(), save_minutes=0
         )
