@@ -4,8 +4,9 @@
     python -m benchmarks.sharded_memory --dtype bfloat16 --ranks 2
 
 Each rank is a process of its own. The peak is the largest resident memory of a rank during two updates, each of one
-micro-batch of 170 packed tokens a rank, less what the process held before there was a model. Beside it stands what the plan of such a run counts
-(swirl.learning.plan), and of that what is split over ranks: float32 weights, gradients and AdamW's moments.
+micro-batch of 170 packed tokens a rank, less what the process held before there was a model. Beside it stands what the
+plan of such a run counts (swirl.learning.plan), and of that what is split over ranks: float32 weights, gradients and
+AdamW's moments.
 """
 
 from __future__ import annotations
