@@ -21,6 +21,8 @@ SOFTCAP = 30.0
 def _providers(cuda: bool, logits_bytes: int):
     """(name, op(hidden, weight, target_ids) -> a tensor to sum, note)."""
     yield "swirl", lambda *x: linear_log_prob(*x, softcap=SOFTCAP), ""
+    if cuda:  # by itself it takes what is free, up to 1 GB
+        yield "swirl, in 64 MB", lambda *x: linear_log_prob(*x, softcap=SOFTCAP, extra_bytes=64 << 20), ""
     yield "swirl, with entropy", lambda *x: sum(linear_log_prob(*x, softcap=SOFTCAP, return_entropy=True)), ""
     fits = logits_bytes < 32 << 30
     reference = (lambda *x: linear_log_prob_reference(*x, softcap=SOFTCAP)) if fits else None

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness import Report, copy_bandwidth, settings
 from swirl.kernels.geglu import geglu, geglu_reference
-from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
+from swirl.kernels.rms_norm import norm_add_norm, norm_add_norm_reference, rms_norm, rms_norm_reference
 from swirl.kernels.rope import rope, rope_reference
 
 
@@ -33,6 +33,8 @@ def _cases(T, d, H, D, ffn, how):
         3,
         3,
     )
+    several = (random(T, d), random(d), random(T, d), random(d))
+    yield "norm + residual + norm", norm_add_norm, norm_add_norm_reference, several, 4, 6
     heads = (random(T, H, D),)
     yield "rope", lambda x: rope(x, position_ids), lambda x: rope_reference(x, position_ids), heads, 2, 2
     yield "geglu", geglu, geglu_reference, (random(T, ffn), random(T, ffn)), 3, 5
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
             y = op(*inputs)
 
             def backward(y=y, inputs=inputs, dy=dy):
-                return torch.autograd.grad(y, inputs, dy, retain_graph=True)
+                return torch.autograd.grad(y, inputs, [dy] * len(y) if isinstance(y, tuple) else dy, retain_graph=True)
 
             report.add(
                 provider,

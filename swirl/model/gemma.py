@@ -28,7 +28,7 @@ from swirl.kernels.geglu import geglu
 from swirl.kernels.linear import linear
 from swirl.kernels.linear_log_prob import linear_log_prob
 from swirl.kernels.norm_rope import norm_rope
-from swirl.kernels.rms_norm import rms_norm
+from swirl.kernels.rms_norm import norm_add_norm, rms_norm
 from swirl.kernels.rope import rope
 from swirl.kernels.tree_attention import tree_attention
 from swirl.model import checkpoint
@@ -146,9 +146,10 @@ class Layer(nn.Module):
         """With `cheap`, what the linear layers read is not kept for the backward pass, but made again in it."""
         make = partial(self.input_layernorm, x.detach()) if cheap else None
         mixed = self.self_attn(self.input_layernorm(x), position_ids, subtree_end, cache, chains, make)
-        x = x + self.post_attention_layernorm(mixed)
-        make = partial(self.pre_feedforward_layernorm, x.detach()) if cheap else None
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), make))
+        post, pre, last = self.post_attention_layernorm, self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+        x, normed = norm_add_norm(mixed, post.weight, x, pre.weight, eps=post.eps)
+        make = partial(pre, x.detach()) if cheap else None
+        return rms_norm(self.mlp(normed, make), last.weight, eps=last.eps, residual=x)
 
 
 class Decoder(nn.Module):

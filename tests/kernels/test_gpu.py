@@ -14,7 +14,7 @@ from swirl import Gemma, GemmaConfig, pack
 from swirl.kernels import _triton
 from swirl.kernels.geglu import geglu, geglu_reference
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
-from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
+from swirl.kernels.rms_norm import norm_add_norm, norm_add_norm_reference, rms_norm, rms_norm_reference
 from swirl.kernels.rope import rope, rope_reference
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
 from swirl.kernels.tree_decode import tree_decode, tree_decode_reference
@@ -216,6 +216,13 @@ def test_linear_log_prob_memory():
     extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients)
     # the poisoning fixture allocates nothing, and cuBLAS keeps a workspace of its own, 32 MiB on Hopper
     assert extra <= (64 << 20) + (34 << 20), f"{extra / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "d"), [(1, 8), (63, 100), (1000, 2304), (33, 4608)])
+def test_norm_add_norm_small(dtype, rows, d):
+    inputs = [random(*shape, dtype=dtype) for shape in ((rows, d), (d,), (rows, d), (d,))]
+    hold(norm_add_norm, norm_add_norm_reference, norm_add_norm_reference, inputs, [(rows, d)] * 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

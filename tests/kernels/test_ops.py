@@ -20,7 +20,7 @@ from swirl.kernels.linear import linear, linear_reference
 from swirl.kernels.linear_kl import linear_kl
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
 from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
-from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
+from swirl.kernels.rms_norm import norm_add_norm, norm_add_norm_reference, rms_norm, rms_norm_reference
 from swirl.kernels.rope import cos_and_sin, rope, rope_reference
 from swirl.kernels.transfer import as_one, to_device
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
@@ -208,6 +208,25 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *NARROW])
+@pytest.mark.parametrize("d", [9, 48])
+def test_norm_add_norm_is_what_three_ops_give_to_the_bit(dtype, d):
+    leaves = [normal(*shape, dtype=dtype, requires_grad=True) for shape in ((5, d), (d,), (5, d), (d,))]
+    x, weight, residual, next_weight = leaves
+    total, normed = norm_add_norm(*leaves, eps=1e-3)
+    expected = residual + rms_norm(x, weight, eps=1e-3)
+    assert torch.equal(total, expected) and torch.equal(normed, rms_norm(expected, next_weight, eps=1e-3))
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(
+            lambda *x: norm_add_norm(*x), [leaf[:2] if leaf.dim() > 1 else leaf for leaf in leaves]
+        )
+        assert torch.equal(norm_add_norm_reference(*leaves)[1], norm_add_norm(*leaves)[1])
+    with pytest.raises(ValueError, match="next_weight"):
+        norm_add_norm(x, weight, residual, next_weight[1:])
+    with pytest.raises(ValueError, match="residual"):
+        norm_add_norm(x, weight, residual[1:], next_weight)
 
 
 # transfer

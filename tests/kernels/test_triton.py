@@ -20,7 +20,7 @@ from swirl.kernels.geglu import geglu, geglu_reference
 from swirl.kernels.head_draw import head_draw, head_draw_reference, head_logits, tempered
 from swirl.kernels.linear_log_prob import _ChunkedLinearLogProb, linear_log_prob, linear_log_prob_reference
 from swirl.kernels.norm_rope import norm_rope, norm_rope_reference
-from swirl.kernels.rms_norm import rms_norm, rms_norm_reference
+from swirl.kernels.rms_norm import norm_add_norm, norm_add_norm_reference, rms_norm, rms_norm_reference
 from swirl.kernels.rope import rope, rope_reference
 from swirl.kernels.tree_attention import _CONFIGS, tree_attention, tree_attention_reference, tree_mask
 from swirl.kernels.tree_decode import tree_decode, tree_decode_reference
@@ -304,6 +304,11 @@ def case_rms_norm(poisoned, dtype, rows, d):
         [x, weight, residual],
         TOLERANCE[dtype],
     )
+    inputs = [x, weight, residual, torch.randn(d).to(dtype)]
+    hold(norm_add_norm, norm_add_norm_reference, inputs, TOLERANCE[dtype], num_outputs=2)
+    total, normed = norm_add_norm(*inputs)
+    assert torch.equal(total, rms_norm(x, weight, residual=residual))
+    assert torch.equal(normed, rms_norm(total, inputs[3]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

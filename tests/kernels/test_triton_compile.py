@@ -106,6 +106,7 @@ def pointwise(d, dtype):
     x, weight = empty(1000, d, dtype=dtype), empty(d, dtype=dtype)
     rms_norm.rms_norm(x, weight).sum().backward()
     rms_norm.rms_norm(x, weight, residual=x).sum().backward()
+    sum(rms_norm.norm_add_norm(x, weight, x, weight)).sum().backward()
     geglu.geglu(x, x).sum().backward()
     rope.rope(x.view(1000, -1, 256), integers(1000)).sum().backward()
 
