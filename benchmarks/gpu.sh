@@ -2,7 +2,7 @@
 # On a CUDA machine with torch, triton, numba, safetensors and pytest: the GPU tests, then every kernel benchmark, part by
 # part, each within its own minutes. Rows go to $OUT (default: benchmarks/results), and from there into the READMEs.
 #
-#   benchmarks/gpu.sh                       tests, kernels, update: some 9 minutes
+#   benchmarks/gpu.sh                       tests, kernels, update: some 10 minutes
 #   benchmarks/gpu.sh tests|kernels|update|sampling|tune ...      those parts alone; tune takes $MINUTES (default: 15)
 #   benchmarks/gpu.sh --dry-run [PART ...]  the same parts as far as a CPU goes, into a folder of its own
 set -uo pipefail
@@ -57,6 +57,7 @@ kernels() {
   bench 200 attention
   bench 60 pointwise
   bench 40 decode
+  bench 60 head_draw
   run 60 crossover "$python" -m benchmarks.attention --crossover $([[ $dry ]] && echo --tiny --device cpu || echo --seconds 0.1) \
     --out "$out/crossover.jsonl"
 }

@@ -8,9 +8,10 @@ growth is drawn too, rows.svg.
 
 The comb: 8 states, the longest of 1,024 tokens and each 128 longer than the one before, 4 draws of 64 tokens at each;
 the shape of the base that ships with swirl, and a model of 80M parameters. Providers: swirl; `before`, the swirl of
-another checkout (built there); transformers' generate, whose rows are padded to the longest. The floor is the time to
-move, once a token step, the weights and every key and value that some sequence sees, at the rate of a copy measured in
-the same run. Every provider runs in a process of its own, since libraries' threads disturb each other.
+another checkout (built there); on a GPU `uncaptured`, swirl without CUDA graphs; transformers' generate, whose rows are
+padded to the longest. swirl's engine lives on from repeat to repeat, as in training, and forgets all keys. The floor is
+the time to move, once a token step, the weights and every key and value that some sequence sees, at the rate of a copy
+measured in the same run. Every provider runs in a process of its own, since libraries' threads disturb each other.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ def work(given: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(given.threads)
+    if given.worker == "uncaptured":
+        from swirl.sampling import passes
+
+        passes.replays = lambda device: False
     model = build(given.shape, given.device)
     states = comb_states(given.trunk, given.states, given.draws, model.config.vocab_size)
     run = (
@@ -91,9 +96,11 @@ def work(given: argparse.Namespace) -> None:
 def _swirl(model, states, new):
     from swirl.sampling.engine import Engine
 
+    engine = Engine(model)
+
     def run():
-        # an engine of its own each time: nothing is known from the time before
-        made = Engine(model).sample(states, seeds=range(len(states)), max_new_tokens=new, temperature=1.0, stop_ids=())
+        engine.forget()
+        made = engine.sample(states, seeds=range(len(states)), max_new_tokens=new, temperature=1.0, stop_ids=())
         assert all(len(one.ids) == new for one in made)
 
     return run
@@ -161,6 +168,8 @@ def rows_of(given: argparse.Namespace):
             if not axis and given.before:
                 found.append(measure(given, "before", shape, comb, given.before.resolve()))
             if not axis:
+                if given.device.startswith("cuda"):
+                    found.append(measure(given, "uncaptured", shape, comb))
                 found.append(measure(given, "transformers", shape, comb))
             for row in found:
                 if "tokens_per_s" in row:

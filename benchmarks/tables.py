@@ -30,6 +30,7 @@ IDENTITY = {
     "linear_log_prob": ("rows", "d", "vocabulary", "provider", "phase", "dtype", "hardware"),
     "pointwise": ("op", "provider", "phase", "dtype", "hardware"),
     "decode": ("branches", "trunk", "own", "provider", "dtype", "hardware"),
+    "head_draw": ("sequences", "d", "vocabulary", "provider", "dtype", "hardware"),
     "sharded_memory": ("model", "ranks", "shard", "dtype", "hardware"),
     "folder": ("model", "layers", "dtype", "hardware"),
     "train_step": ("workload", "model", "trees", "hardware"),
@@ -177,8 +178,16 @@ def pointwise(rows: list[dict]) -> str:
 def decode(rows: list[dict]) -> str:
     tables = []
     for members in _groups(rows, "hardware", "dtype").values():
-        shown = _pivot(members, lambda row: f"{row['branches']} of {row['trunk']:,}", "branches, trunk", (None, None))
+        shown = _pivot(members, lambda row: f"{row['branches']} of {row['trunk']:,}", "branches, trunk", (None, ""))
         tables.append(f"{_source(members)}; milliseconds a token\n\n{shown}")
+    return "\n\n".join(tables)
+
+
+def head_draw(rows: list[dict]) -> str:
+    tables = []
+    for members in _groups(rows, "hardware", "dtype").values():
+        title = f"{_source(members)}; d {members[0]['d']:,}, {members[0]['vocabulary']:,} words; milliseconds a token"
+        tables.append(f"{title}\n\n{_pivot(members, lambda row: str(row['sequences']), 'sequences', (None, ''))}")
     return "\n\n".join(tables)
 
 
@@ -418,6 +427,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
         linear_log_prob,
         pointwise,
         decode,
+        head_draw,
         train_step,
         sharded_memory,
         folder,

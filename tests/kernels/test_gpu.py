@@ -13,14 +13,16 @@ import torch
 from swirl import Gemma, GemmaConfig, pack
 from swirl.kernels import _triton
 from swirl.kernels.geglu import geglu, geglu_reference
+from swirl.kernels.head_draw import head_draw, head_logits, tempered
 from swirl.kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
 from swirl.kernels.rms_norm import norm_add_norm, norm_add_norm_reference, rms_norm, rms_norm_reference
 from swirl.kernels.rope import rope, rope_reference
 from swirl.kernels.tree_attention import tree_attention, tree_attention_reference, tree_mask
 from swirl.kernels.tree_decode import tree_decode, tree_decode_reference
+from swirl.sampling import passes
 from swirl.sampling.engine import Engine
 from tests.kernels.decoding import decode_case
-from tests.kernels.test_triton import forest
+from tests.kernels.test_triton import forest, head_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or _triton.triton is None, reason="needs CUDA and triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -262,6 +264,58 @@ def test_tree_decode_small(dtype, window, B, Hq, Hkv, D, depth, N):
     truth = tree_decode_reference(*(x.double() for x in inputs[:3]), *inputs[3:], **options)
     assert torch.equal(o, tree_decode(*inputs, **options))
     assert (o.double() - truth).norm() <= SLACK[dtype] * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "d", "V", "softcap"), [(1, 8, 3, 30.0), (9, 72, 1000, 30.0), (100, 2304, 33_000, 30.0), (64, 256, 5001, None)]
+)
+def test_head_draw_small(dtype, B, d, V, softcap):
+    hidden, weight, uniforms, temperatures = (x.cuda() for x in head_case(B, d, V, dtype, spread=d**-0.5))
+    ids, log_probs = head_draw(hidden, weight, uniforms, temperatures, softcap=softcap)
+    again = head_draw(hidden, weight, uniforms, temperatures, softcap=softcap)
+    assert torch.equal(ids, again[0]) and torch.equal(log_probs, again[1])
+    log_p = tempered(head_logits(hidden.double(), weight.double(), softcap), temperatures).log_softmax(-1)
+    log_p_drawn = log_p.gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(log_probs.double(), log_p_drawn, rtol=1e-4, atol=1e-3)
+    beyond = log_p.exp().cumsum(1).gather(1, ids[:, None])[:, 0]
+    greedy = temperatures == 0
+    inside = (beyond - log_p_drawn.exp() - 1e-4 <= uniforms) & (uniforms <= beyond + 1e-4)
+    assert bool((inside | greedy).all())
+    # where rounding makes two the likeliest, either may be taken
+    assert bool((log_p_drawn[greedy] >= log_p[greedy].amax(1) - 1e-4).all())
+
+
+def test_head_draw_holds_no_logits():
+    """Gemma-2 2b's head, 64 rows: 65 MB of logits would be touched some ten times."""
+    hidden, weight, uniforms, temperatures = (x.cuda() for x in head_case(64, 2304, 256_000, torch.bfloat16, 0.02))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    head_draw(hidden, weight, uniforms, temperatures, softcap=30.0)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 4 << 20
+
+
+def test_a_replayed_token_step_draws_what_an_eager_one_does(monkeypatch):
+    config = GemmaConfig(64, 64, 96, 3, 4, 2, head_dim=32, query_pre_attn_scalar=32, sliding_window=9)
+    model = Gemma(config).init_weights(0).cuda()
+    states = [[1, 2, 3, *range(i % 7)] for i in range(1, 30)]
+    options = dict(seeds=range(29), max_new_tokens=21, temperature=1.0, stop_ids=(5,))
+    engine = Engine(model)
+    for _ in range(2):
+        replayed = engine.sample(states, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(passes, "replays", lambda device: False)
+            eager = Engine(model).sample(states, **options)
+        assert [one.ids for one in replayed] == [one.ids for one in eager]
+        batch = pack([(state, one.ids) for state, one in zip(states, replayed)]).to(model.device)
+        truth = model.token_log_probs(batch)
+        ours = torch.tensor([p for one in replayed for p in one.log_probs], device="cuda")
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():  # in place: the graphs stay, and read what is there
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
 
 
 def test_offsets_beyond_int32():

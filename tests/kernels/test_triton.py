@@ -29,7 +29,7 @@ from tests.kernels.decoding import decode_case
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
-QUICK = "(rms_norm and not 200) or geglu or layers_share or repeats_bitwise or d_hidden"
+QUICK = "(rms_norm and not 200) or geglu or layers_share or repeats_bitwise or d_hidden or (head_draw and 1-8-3)"
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")

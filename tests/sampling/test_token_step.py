@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from swirl import Gemma, GemmaConfig
+from swirl.kernels import _triton, geglu, head_draw, norm_rope, rms_norm, rope, tree_decode
 from swirl.sampling import cache as cache_module
 from swirl.sampling import engine as engine_module
 from swirl.sampling import passes as passes_module
-from swirl.sampling import token_step as token_step_module
+from swirl.sampling.cache import KeyCache
 from swirl.sampling.draw import SamplingParams
 from swirl.sampling.engine import Engine
 from swirl.sampling.passes import LayerPasses
 from swirl.sampling.token_step import TokenStep, rounded_up
-from tests.sampling.test_engine import THIRD, assert_log_probs_are_the_models, forest, loud_gemma, sample
+from tests.sampling.test_engine import BASE, THIRD, assert_log_probs_are_the_models, forest, loud_gemma, sample
 
 
 def test_sizes_are_rounded_up_to_few():
@@ -30,13 +35,14 @@ def captures(monkeypatch):
     """The sizes that are captured while decoding goes as on a GPU; but what is captured runs as it is."""
     found = []
 
-    def capture(step, pool):
+    def capture(step, pool, stream):
         found.append((*step._own_slots.shape, step._tree[0].numel(), step.ids.shape[1]))
         step._one_token()  # before what is captured, one runs for nothing
 
     monkeypatch.setattr(engine_module, "passes_for", LayerPasses)
     monkeypatch.setattr(passes_module, "replays", lambda device: True)
-    monkeypatch.setattr(token_step_module.torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(TokenStep, "capture", capture)
     return found
 
@@ -93,3 +99,44 @@ def test_draws_that_leave_tokens_out_are_not_captured(captures):
     params = SamplingParams(9, 0.8, top_k=5)
     drawn = asyncio.run(Engine(loud_gemma().double()).generate([1, 2, 3], seed=0, params=params))
     assert len(drawn.ids) == 9 and not captures
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on a device, and refuses what a capture would: copies from the host and to it."""
+
+    count = 0
+
+    def __getitem__(self, grid):  # a Triton kernel
+        return lambda **arguments: setattr(self, "count", self.count + 1)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        assert devices in ({"meta"}, {"cpu"}, set()), f"{op} copies between host and device"
+        if devices == {"meta"} and not op.is_view and "empty" not in op.name():
+            self.count += 1
+        return result
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="triton is not installed")
+@pytest.mark.parametrize("changes", [{}, THIRD])
+def test_a_step_asks_nothing_of_the_host_and_launches_17_kernels_a_layer(changes, monkeypatch):
+    launches = Launches()
+    monkeypatch.setattr(_triton, "takes", lambda *tensors: True)
+    monkeypatch.setattr(_triton, "architecture", lambda device: 90)
+    for module in (geglu, head_draw, norm_rope, rms_norm, rope, tree_decode):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, launches)
+    with torch.device("meta"):
+        model = Gemma(GemmaConfig(**BASE | changes | dict(hidden_size=32, head_dim=32))).bfloat16()
+    cache = KeyCache(model, 1000)
+    cache.hold(cache.take(500))
+    weight, softcap = model.model.embed_tokens.weight, model.config.final_logit_softcapping
+    draw = partial(head_draw.head_draw, softcap=softcap)
+    with torch.no_grad():  # under inference_mode ops would not come in their parts
+        step = TokenStep(model, cache, lambda x, *numbers: draw(x, weight, *numbers), 4, 256, 64, 8)
+        step()  # makes tables that are kept
+        launches.count = 0
+        with launches:
+            step()
+    assert launches.count <= 17 * model.config.num_hidden_layers + 19
