@@ -146,15 +146,16 @@ def learn(setup: Setup, source: Sequence, judge, run: RunFolder, loop: Backgroun
 
 def require_something_learned(history: list[dict], judge, *, smoke: bool) -> None:
     """Several updates in a row that computed nothing end the run; all ranks see the same. Raises EndpointUnusable where
-    the judge graded none of the actions that it was asked about, else NothingToLearn, but in a smoke run: that is to
-    go the whole way with a random model, too.
+    the judge graded none of the actions that it was asked about, else NothingToLearn. Not where every reward is 1: that
+    is what training is for, and other states may come. Nor in a smoke run, which is to go the whole way with a random
+    model, too.
     """
     recent = history[-IDLE_UPDATES:]
     if len(recent) < IDLE_UPDATES:
         return
     if judge is not None and all(m["masked"] and m["masked"] + m["refused"] == m["actions"] for m in recent):
         raise EndpointUnusable(judge.name, f"graded none of the actions of {IDLE_UPDATES} updates in a row")
-    if not smoke and all("idle" in metrics for metrics in recent):
+    if not smoke and all("idle" in metrics and metrics["reward"] != 1 for metrics in recent):
         raise NothingToLearn(f"{IDLE_UPDATES} updates in a row had nothing to learn from: {recent[-1]['idle']}")
 
 

@@ -384,7 +384,7 @@ def test_sampling(tmp_path, capsys):
 @pytest.mark.slow
 def test_threads(tmp_path, capsys):
     out = tmp_path / "threads.jsonl"
-    threads.main(["--tiny", "--threads", "1", "--repeats", "1", "--json", "--out", str(out)])
+    threads.main(["--tiny", "--threads", "1", "--rounds", "1", "--repeats", "1", "--json", "--out", str(out)])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows == [json.loads(line) for line in out.read_text().splitlines()]
     cases = [(row["waiting"], row["launcher"], row["busy"]) for row in rows]

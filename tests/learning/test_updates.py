@@ -1,6 +1,7 @@
 """Updates: packed or not, on one rank or two, and what moves the weights."""
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_three_updates_in_a_row_without_anything_to_learn_end_the_run(tmp_path):
         learn(model, [idle, idle, busy, idle, idle, idle, busy], tmp_path)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     assert (tmp_path / "checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "goes_on"), [((1.0, 1.0, 1.0), True), ((0.5, 1.0, 0.5), True), ((0.5,) * 3, False)]
+)
+def test_a_run_goes_on_where_every_reward_is_as_good_as_can_be(rewards, goes_on):
+    history = [{"idle": f"every reward is {reward:.2f}", "reward": reward} for reward in rewards]
+    with nullcontext() if goes_on else pytest.raises(NothingToLearn):
+        train.require_something_learned(history, None, smoke=False)
 
 
 def test_a_non_finite_loss_is_refused_before_the_weights_are_touched(tmp_path):
