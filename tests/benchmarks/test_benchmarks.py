@@ -21,6 +21,7 @@ from benchmarks import (
     client,
     decode,
     harness,
+    head_draw,
     linear_log_prob,
     packing,
     plot,
@@ -37,7 +38,13 @@ from benchmarks.__main__ import benchmarks
 from swirl.kernels.tree_attention import tree_mask
 from tests.process import run_module
 
-COMMANDS = {"attention": attention, "decode": decode, "linear_log_prob": linear_log_prob, "pointwise": pointwise}
+COMMANDS = {
+    "attention": attention,
+    "decode": decode,
+    "head_draw": head_draw,
+    "linear_log_prob": linear_log_prob,
+    "pointwise": pointwise,
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
