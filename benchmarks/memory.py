@@ -66,6 +66,8 @@ def _packed(actions: list[SubTrajectory]) -> int:
 def measured(given: argparse.Namespace) -> dict:
     """The row of one update."""
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
+    if device.type == "cpu" and not given.layers:  # as swirl.train does for a model of this size
+        usage.unmap_what_is_freed()
     model = random_model(given.model, given.layers, dtype, given.device)
     model.activation_checkpointing = given.activation_checkpointing
     num_weights = sum(weight.numel() for weight in model.parameters())

@@ -173,6 +173,8 @@ def train(config: TrainConfig) -> dict | None:
         say = command.note if distributed.is_main() else lambda line: None
         planned = planning.plan_run(config, device, say=say)
         closing.enter_context(planning.told_if_out_of_memory(planned))
+        if planned.job.maps_blocks:
+            usage.unmap_what_is_freed()
         model, tokenizer = resolve.load_model(
             config.model, device=device, dtype=getattr(torch, config.dtype), attention=config.attention,
             prepare=lambda model: sharding.shard_as_asked(

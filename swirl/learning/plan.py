@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swirl.learning.usage import flops_of, num_adapter_weights
+from swirl.learning.usage import MANY_WEIGHTS, MAPPED_BYTES, flops_of, num_adapter_weights
 from swirl.model import activations
 from swirl.model.activations import Computation
 from swirl.model.config import GemmaConfig
@@ -26,7 +26,6 @@ TREE_TOKENS = 800  # depth of a tree that time is planned for: a prompt of 150 a
 ACTION_SHARE = {"recorded": 0.3, "sampled": 0.5}  # of packed tokens, those of actions: a chain's, a comb's
 PREFILL_TOKENS, SEQUENCES = 1024, 512  # of swirl/sampling/engine.py
 HEAP_BLOCK_BYTES = 32 << 20  # glibc's M_MMAP_THRESHOLD, where it ends up
-SHARDED_BLOCK_BYTES = 128 << 10  # what sharding.py sets it to
 HEAP_FRAGMENTS, UNFRAGMENTED_BYTES = 0.4, 64 << 20  # as measured: of what goes beyond so much
 LOGITS = 4  # tensors of a row a sequence that a draw has at a time
 
@@ -77,6 +76,11 @@ class Job:
         if shard == "none":
             return 1
         return self.ranks if shard == "all" else min(self.ranks, self.ranks_of_host)
+
+    @property
+    def maps_blocks(self) -> bool:
+        """Whether memory that is freed goes back to the system (`usage.unmap_what_is_freed`)."""
+        return not self.on_gpu and (self.shards > 1 or self.model.num_weights >= MANY_WEIGHTS)
 
     @property
     def trained(self) -> int:
@@ -166,8 +170,8 @@ def _gathered_whole(job: Job) -> Parts:
 
 def _sampling(job: Job) -> Parts:
     prefill = activations.pass_without_gradient(job.model, job.computation, PREFILL_TOKENS)
-    in_cpp = not job.on_gpu and job.itemsize == 4
-    logits = 0 if in_cpp else LOGITS * 4 * SEQUENCES * job.model.vocab_size
+    by_layers = not job.on_gpu and job.itemsize == 2 and job.config.lora  # elsewhere the head and the draw are one op
+    logits = LOGITS * 4 * SEQUENCES * job.model.vocab_size if by_layers else 0
     return {"workspace": prefill + logits} | _gathered_whole(job)
 
 
@@ -209,7 +213,7 @@ def _fragments(job: Job, blocks: list[int]) -> int:
     """Freed memory that glibc's heap, where blocks below a limit lie, cannot use; on a GPU it is not to be had."""
     if job.on_gpu:
         return 0
-    limit = HEAP_BLOCK_BYTES if job.shards == 1 else SHARDED_BLOCK_BYTES
+    limit = MAPPED_BYTES if job.maps_blocks else HEAP_BLOCK_BYTES
     limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", limit))
     return int(HEAP_FRAGMENTS * max(0, sum(block for block in blocks if block < limit) - UNFRAGMENTED_BYTES))
 

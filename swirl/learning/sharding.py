@@ -12,7 +12,6 @@ Source: torch.distributed.fsdp.fully_shard; layouts as in PyTorch FSDP (arXiv:23
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from swirl.learning import distributed
+from swirl.learning import distributed, usage
 from swirl.model.gemma import Gemma
 from swirl.model.lora import add_lora
 from swirl.model.tensor_file import Deferred, own_rows
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 Shard = Literal["auto", "none", "node", "all"]
 LARGE = 1_000_000_000  # weights from which on `auto` shards
-M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 128 << 10  # of glibc's malloc.h, and the limit that it begins with
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def shard_model(model: Gemma, sharding: Sharding) -> Gemma:
     They become float32 (float64 where passes compute in it), but frozen ones stay in the dtype of the passes.
     """
     if sharding.mesh.device_type == "cpu":
-        _unmap_what_is_freed()
+        usage.unmap_what_is_freed()
     # 1.6 s of imports, which runs without shards do not wait for
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -86,17 +84,6 @@ def shard_model(model: Gemma, sharding: Sharding) -> Gemma:
     register_fsdp_forward_method(model, "action_hidden")
     model.sharding = sharding
     return model
-
-
-def _unmap_what_is_freed() -> None:
-    """Have glibc give back what is freed: each block from MAPPED_BYTES on is mapped alone. Elsewhere nothing is done.
-
-    By itself glibc raises that limit to 32 MiB as such blocks are freed; gathered layers then come from a heap that
-    fragments, and a rank held 2.4 times what was live (docs/log.md). An environment that sets the limit is left alone.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def reduce_over_hosts(model: Gemma, now: bool) -> None:
