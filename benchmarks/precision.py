@@ -68,10 +68,8 @@ def last_updates(metrics: list[dict], name: str) -> float:
 
 def figures_of_default(summary: dict, metrics: list[dict]) -> dict:
     accuracy = {f"accuracy_{family}": value for family, value in summary["accuracy_after"].items()}
-    return accuracy | {
-        "last_20_rewards": last_updates(metrics, "reward"),
-        "largest_sampler_gap": max(update["sampler_gap_max"] for update in metrics),
-    }
+    gaps = [update["sampler_gap_max"] for update in metrics if "sampler_gap_max" in update]  # where any was computed
+    return accuracy | {"last_20_rewards": last_updates(metrics, "reward"), "largest_sampler_gap": max(gaps)}
 
 
 def is_figure(name: str) -> bool:

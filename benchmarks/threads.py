@@ -2,7 +2,7 @@
 
     python -m benchmarks.threads [--threads 2] [--rounds 5] [--repeats 3] [--tiny] [--json] [--out rows.jsonl]
 
-Ways to wait: swirl's own (GOMP_SPINCOUNT=2000, set by the package where the user has set nothing), libgomp's (300,000),
+Ways to wait: swirl's own (GOMP_SPINCOUNT=500, set by the package where the user has set nothing), libgomp's (300,000),
 sleeping at once (OMP_WAIT_POLICY=PASSIVE) and spinning without end (ACTIVE). Each by hand, swirl's also under make and
 as a rank of torchrun; each on the machine as it is, and beside one process that never rests. Seconds of the comb of
 benchmarks.sampling, drawn by the base that ships with swirl, and of the forward and backward pass of an update of four
@@ -88,6 +88,13 @@ def measure(given: argparse.Namespace, waiting: str, launcher: str, folder: Path
     return json.loads(out.read_text())
 
 
+def _busy_process() -> subprocess.Popen:
+    """In a session of its own, as another user's is: Linux shares the CPU out by sessions first (autogroups), and
+    torchrun's ranks have their own too.
+    """
+    return subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+
+
 def rows_of(given: argparse.Namespace):
     """A row for each case, without and with company; the cases in turn, so that a drift meets all."""
     import torch
@@ -97,7 +104,7 @@ def rows_of(given: argparse.Namespace):
     facts = machine(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         for busy in (False, True):
-            company = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+            company = _busy_process() if busy else None
             try:
                 rounds = [[measure(given, *case, Path(folder)) for case in CASES] for _ in range(given.rounds)]
             finally:
