@@ -36,6 +36,7 @@ CASES = [(waiting, "by hand") for waiting in WAITING] + [("swirl", launcher) for
 
 def work(given: argparse.Namespace) -> None:
     """In this process: a JSON object of seconds, into the file that SWIRL_THREADS_OUT names."""
+    import swirl  # noqa: F401, I001  (before torch, as in every command: libgomp reads the environment when it is loaded)
     import torch
 
     from benchmarks.sampling import COMB, TINY, comb_states

@@ -7,8 +7,8 @@ __version__ = "0.1.0"
 
 # A thread that waits spins this often, some microseconds, before it sleeps. libgomp, which reads it when torch is
 # loaded, spins for milliseconds by itself, at the cost of whoever shares the cores; not to spin at all would cost
-# every short operation a wake-up. Beside a busy process an update takes 2.8 times as long with 2,000 (docs/log.md).
-# What the user has set stays.
+# every short operation a wake-up. Beside a busy process an update takes three times as long with libgomp's own count
+# (docs/log.md). What the user has set stays.
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = "500"
 
