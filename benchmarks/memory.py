@@ -66,11 +66,11 @@ def _packed(actions: list[SubTrajectory]) -> int:
 def measured(given: argparse.Namespace) -> dict:
     """The row of one update."""
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
-    if device.type == "cpu" and not given.layers:  # as swirl.train does for a model of this size
-        usage.unmap_what_is_freed()
     model = random_model(given.model, given.layers, dtype, given.device)
     model.activation_checkpointing = given.activation_checkpointing
     num_weights = sum(weight.numel() for weight in model.parameters())
+    if device.type == "cpu" and num_weights >= usage.MANY_WEIGHTS:  # as swirl.train does
+        usage.unmap_what_is_freed()
     if given.lora:
         add_lora(model, LoRA(given.lora))
     optimizer = make_optimizer(model, learning_rate=1e-5, kind=given.optimizer, offload=given.offload_optimizer)

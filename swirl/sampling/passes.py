@@ -16,6 +16,7 @@ import torch
 
 from swirl.kernels import cpu
 from swirl.kernels.head_draw import head_draw, head_logits
+from swirl.kernels.rope import angles
 from swirl.model.gemma import Gemma, Linear
 from swirl.sampling.cache import Attend, KeyCache
 from swirl.sampling.draw import SamplingParams, draw
@@ -208,16 +209,10 @@ class StepPasses(LayerPasses):
         """Of every layer, cos and sin (positions, D / 2); made anew where a longer sequence comes."""
         if num_positions > self._angles[0]:
             num_positions = max(1024, 1 << (num_positions - 1).bit_length())
-            made, dtype = {}, torch.promote_types(self._dtype, torch.float32)
-            for layer in self._model.model.layers:
-                attention = layer.self_attn
-                kind = attention.rope_theta, attention.rope_factor
-                if kind not in made:
-                    half = attention.head_dim // 2
-                    frequency = kind[0] ** (-torch.arange(half, dtype=dtype) / half) / kind[1]
-                    angle = torch.arange(num_positions, dtype=dtype)[:, None] * frequency
-                    made[kind] = angle.cos(), angle.sin()
             kinds = [(layer.self_attn.rope_theta, layer.self_attn.rope_factor) for layer in self._model.model.layers]
+            half, dtype = self._model.config.head_dim // 2, torch.promote_types(self._dtype, torch.float32)
+            angle = {kind: angles(torch.arange(num_positions), half, *kind, dtype) for kind in set(kinds)}
+            made = {kind: (one.cos(), one.sin()) for kind, one in angle.items()}
             self._angles = num_positions, [made[kind] for kind in kinds]
         return self._angles[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -182,14 +183,20 @@ def test_uniforms_are_splitmix64():
     assert np.array_equal(uniforms[:, :5], draw_module.uniforms(range(100), [0] * 100, 5))
 
 
+@contextmanager
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_uninitialised_memory_is_never_read():
     model, states = loud_gemma(), forest()
     expected = sample(model, states)
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    try:
+    with uninitialised_memory_is_nan():
         assert sample(model, states) == expected
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_progress_counts_up_to_all_sequences():

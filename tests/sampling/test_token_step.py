@@ -21,7 +21,15 @@ from swirl.sampling.draw import SamplingParams
 from swirl.sampling.engine import Engine
 from swirl.sampling.passes import LayerPasses
 from swirl.sampling.token_step import TokenStep, rounded_up
-from tests.sampling.test_engine import BASE, THIRD, assert_log_probs_are_the_models, forest, loud_gemma, sample
+from tests.sampling.test_engine import (
+    BASE,
+    THIRD,
+    assert_log_probs_are_the_models,
+    forest,
+    loud_gemma,
+    sample,
+    uninitialised_memory_is_nan,
+)
 
 
 def test_sizes_are_rounded_up_to_few():
@@ -63,11 +71,8 @@ def test_padded_to_buckets_the_same_is_drawn(changes, temperature, captures, mon
 def test_what_lies_in_slots_of_no_one_is_never_read(captures):
     model, states = loud_gemma().double(), forest()
     expected = sample(model, states)
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    try:
+    with uninitialised_memory_is_nan():
         assert sample(model, states) == expected
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_one_capture_a_bucket_as_long_as_weights_and_pools_stay(captures, monkeypatch):
