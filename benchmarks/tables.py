@@ -37,7 +37,7 @@ IDENTITY = {
     "packing": ("workload", "hardware"),
     "sampling": ("shape", "axis", "trunk", "states", "draws", "new", "provider", "threads", "hardware"),
     "threads": ("waiting", "launcher", "busy", "threads", "hardware"),
-    "slow_reward": ("staleness", "latency_ms", "concurrency", "hardware"),
+    "slow_reward": ("trajectories", "concurrency", "staleness", "latency_ms", "hardware"),
     "client": ("calls", "latency_ms", "in_flight", "faults", "hardware"),
     "retrieval": ("slice", "method", "embeddings", "hardware"),
     "plan": ("case", "shape", "hardware"),
@@ -304,8 +304,9 @@ def threads(rows: list[dict]) -> str:
 def slow_reward(rows: list[dict]) -> str:
     lines = [
         [
-            row["staleness"],
+            f"{row['actions']:.0f}",
             row["concurrency"],
+            row["staleness"],
             f"{row['latency_ms']:g} ms",
             f"{row['median_s']:.2f} s",
             f"{row['times_instant']:.2f}",
@@ -313,7 +314,7 @@ def slow_reward(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    headers = ["staleness", "requests at a time", "a call", "an update", "times an instant one's", "load"]
+    headers = ["actions", "requests at a time", "staleness", "a call", "an update", "times an instant one's", "load"]
     return f"{_source(rows)}\n\n{grid(headers, lines)}"
 
 
