@@ -88,10 +88,10 @@ def test_search_by_a_retrieval_server(tmp_path, own_questions):
 
 
 def test_a_search_that_got_no_answer_is_not_what_the_policy_reads(tmp_path, own_questions):
-    failures = iter([web.Response(text="busy"), web.Response(status=422, text="no such query")])
+    failures = [web.Response(status=422, text="no such query"), web.Response(text="busy")]
 
     def failing(path, payload):
-        return next(failures, None) or model(path, payload) if path == "/retrieve" else model(path, payload)
+        return failures.pop() if path == "/retrieve" and failures else model(path, payload)
 
     async def all_of_it():
         async with FaultServer(failing) as server:
