@@ -41,7 +41,8 @@ docs: $(VENV)/.ready-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo build/site/index.html
 
-# What swirl needs at run time, against known vulnerabilities. It asks PyPI about each package.
+# What swirl needs at run time, against known vulnerabilities. It asks PyPI's JSON API, so it needs the network; an index
+# without that API ends it with "Dependency not found on PyPI".
 audit: $(VENV)/.ready-release
 	$(RUN) tests/requirements.py --installed >build/requirements.txt
 	$(RUN) -m pip_audit --strict --no-deps --disable-pip -r build/requirements.txt
