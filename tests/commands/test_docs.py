@@ -50,6 +50,20 @@ def test_blocks_are_run_or_say_why_not(page):
     assert not inside, page.name
 
 
+def test_what_pages_say_holds_is_a_test():
+    """`test_…` and `case_…` in backticks are functions; an ellipsis stands for the rest of a name, or its beginning."""
+    defined = [
+        name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"^def ((?:test|case)_\w+)", path.read_text(encoding="utf-8"), re.M)
+    ]
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8") if page.name != "log.md" else ""  # it tells of tests as they were
+        for name in re.findall(r"`((?:test_|case_|…_)\w+…?)`", text):
+            pattern = re.compile(name.replace("…", r"\w*"))
+            assert any(map(pattern.fullmatch, defined)), f"{page.name}: {name}"
+
+
 def test_every_page_is_on_the_site():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2].partition("\nnav:")[2]
     assert sorted(re.findall(r"[\w-]+\.md", navigation)) == [page.name for page in SITE]
