@@ -168,6 +168,26 @@ def methods(rows: Rows) -> str:
     ])  # fmt: skip
 
 
+def headline(rows: Rows) -> str:
+    """The table of the README: means over bases alone."""
+    named = {
+        "base": BASE,
+        "**step reward on sampled actions** (the default mode)": STEP,
+        "imitation of the same kept trajectories": IMITATION,
+        "imitation of all trajectories": side(method="imitation", filter="none"),
+        "online RL on the outcome (`--mode outcome-rl`), which sees golden answers":
+            side(method="outcome_rl", filter="none"),
+    }  # fmt: skip
+    families = (SEARCH, "deep-2", "counterfactual-2")
+    lines = [[name, *(f"{mean_accuracy(rows, runs, f):.1f}%" for f in families)] for name, runs in named.items()]
+    return grid(["", *families], lines)
+
+
+def mean_accuracy(rows: Rows, runs: Side, family: str) -> float:
+    """In percent, over runs that all have a row."""
+    return 100 * float(np.mean([rows[run.key]["families"][family]["accuracy"] for run in runs]))
+
+
 def filters(rows: Rows) -> str:
     named = {
         f"{kept}, {judge}, {method}": _of_filter(kept, judge, method)

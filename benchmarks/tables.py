@@ -6,7 +6,7 @@
     python -m benchmarks.tables --prune     drops each row that a later one replaces
 
 Of rows that measure the same on the same hardware the last one counts; tiny ones never do. The table `cards` has no
-rows: it is what plans (swirl.plan) of all presets come to.
+rows: it is what plans (swirl.plan) of all presets come to. That of `paper` is the head of docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ IDENTITY = {
     "client": ("calls", "latency_ms", "in_flight", "faults", "hardware"),
     "retrieval": ("slice", "method", "embeddings", "hardware"),
     "plan": ("case", "shape", "hardware"),
+    "first_run": ("method", "seed", "hardware"),
     "kill_drill": ("job", "trajectories", "local", "hardware"),
 }
 
@@ -402,6 +403,12 @@ def cards() -> str:
     return grid(["preset", *CARD_MODES], lines)
 
 
+def paper(file: Path) -> str:
+    from benchmarks import paper_evidence  # it imports this module
+
+    return paper_evidence.headline(paper_evidence.read(file))
+
+
 def kill_drill(rows: list[dict]) -> str:
     lines = [
         [
@@ -418,6 +425,12 @@ def kill_drill(rows: list[dict]) -> str:
     ]
     headers = ["command", "lines", "kills", "left half a line", "lines missing", "changed", "twice"]
     return grid([*headers, "cached answers asked again"], lines)
+
+
+def first_run(rows: list[dict]) -> str:
+    families = list(rows[0]["accuracy"])
+    lines = [[row["method"], *(f"{row['accuracy'][family]:.1%}" for family in families)] for row in rows]
+    return f"{_source(rows)}\n\n{grid(['', *families], lines)}"
 
 
 TABLES: dict[str, Callable[[list[dict]], str]] = {
@@ -439,6 +452,7 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
         client,
         retrieval,
         plan,
+        first_run,
         kill_drill,
     )
 }
@@ -447,7 +461,8 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
 def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Every table there are rows for, by name."""
     rows = {name: newest(name, read(folder / f"{name}.jsonl")) for name in TABLES}
-    return {name: TABLES[name](found) for name, found in rows.items() if found} | {"cards": cards()}
+    found = {name: TABLES[name](measured) for name, measured in rows.items() if measured} | {"cards": cards()}
+    return found | ({"paper": paper(folder / "paper.jsonl")} if (folder / "paper.jsonl").exists() else {})
 
 
 def filled(text: str, found: dict[str, str]) -> str:

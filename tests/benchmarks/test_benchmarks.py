@@ -20,6 +20,7 @@ from benchmarks import (
     attention_peers,
     client,
     decode,
+    first_run,
     harness,
     head_draw,
     linear_log_prob,
@@ -135,6 +136,38 @@ def test_tables_of_the_benchmarks_that_time_themselves(tmp_path, monkeypatch):
     shapes = [line.split(" | ")[0] for line in made["packing"].splitlines()[4:]]
     assert shapes == [f"| {name}" for name in packing.SHAPES]
     assert "| 8 of 1 ms, 4 in flight | 0% |" in made["client"]
+
+
+def test_rows_of_the_first_run_are_of_three_runs(tmp_path, monkeypatch):
+    asked = []
+
+    def trained(config):
+        asked.append(config)
+        before, after = ({family: accuracy for family in config.evaluate_on} for accuracy in (0.25, len(asked) / 4))
+        return {"accuracy_before": before, "accuracy_after": after}
+
+    monkeypatch.setattr(first_run, "train", trained)
+    first_run.main(["--out", str(tmp_path / "first_run.jsonl")])
+    assert [(config.mode, *(path.name for path in config.data)) for config in asked] == [
+        ("auto",), ("imitation", "kept.jsonl"), ("imitation", "trajectories.jsonl")
+    ]  # fmt: skip
+    assert {path.parent for config in asked for path in config.data} == {asked[0].out}
+    lines = tables.tables(tmp_path)["first_run"].splitlines()[2:]
+    assert lines[0] == "|  | bridge | deep | counterfactual | mixed | arithmetic |"
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| base", "25.0%"],
+        ["| step reward on sampled actions", "25.0%"],
+        ["| imitation of the kept trajectories", "50.0%"],
+        ["| imitation of all trajectories", "75.0%"],
+    ]
+
+
+@pytest.mark.slow  # three runs of train, and their five families
+def test_the_first_run_shrunk(tmp_path):
+    first_run.main(["--smoke", "--out", str(tmp_path / "first_run.jsonl")])
+    rows = tables.read(tmp_path / "first_run.jsonl")
+    assert [row["updates"] > 0 for row in rows] == [False, True, True, True]
+    assert all(row["tiny"] and len(row["accuracy"]) == 5 for row in rows)
 
 
 def test_a_run_cut_short_leaves_the_rows_it_has(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import paper, paper_blocks, paper_evidence
+from benchmarks.harness import RESULTS
 from benchmarks.paper_blocks import BASES, BLOCKS, Run
 
 ALL_RUNS = {run.key: run for block in BLOCKS.values() for run in block()}
@@ -59,6 +60,11 @@ def test_bases_that_disagree_leave_a_question_open():
 def test_nothing_run_is_said_to_be_not_run():
     text = paper_evidence.document({}, "")
     assert text.count("not run") >= len(BLOCKS) + len(paper_evidence.QUESTIONS) and "Yes" not in text
+
+
+def test_the_evidence_is_that_of_the_rows():
+    made = paper_evidence.document(paper_evidence.read(paper.ROWS), (RESULTS / "paper_cells.md").read_text())
+    assert paper.EVIDENCE.read_text() == made
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], ["--smoke"], ["headline", "--shard", "x"]])
