@@ -103,9 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--latency-ms", type=float, default=300.0)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
-    parser.add_argument(
-        "--trajectories", type=int, nargs="+", default=[16], help="of an update: 16 are some 250 actions"
-    )
+    parser.add_argument("--trajectories", type=int, nargs="+", default=[24], help="of an update: some 10 actions each")
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")

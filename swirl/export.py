@@ -20,7 +20,7 @@ from swirl.app.model_card import CARD, model_card
 from swirl.config import TrainConfig
 from swirl.errors import CheckpointError, ConfigError
 from swirl.learning.checkpoints import Checkpoint, checkpoints_in, export_model, newest_checkpoint, open_checkpoint
-from swirl.model.lora import base_of, is_adapter
+from swirl.model.lora import is_adapter
 from swirl.storage.digest import checkpoint_digest
 from swirl.storage.files import replace_file
 
@@ -74,7 +74,7 @@ def _export_merged(found: Checkpoint, out: Path) -> None:
     """Adapters merged into the model they were trained on, in that run's dtype. Raises CheckpointError."""
     import torch
 
-    base, made_with = base_of(found.folder), found.state["settings"]
+    base, made_with = resolve.base_folder(found.folder), found.state["settings"]
     if checkpoint_digest(base) != made_with["model"]:
         raise CheckpointError(base, f"is another model than the one that {found.folder} was trained on")
     model, tokenizer = resolve.load_model(str(found.folder), dtype=getattr(torch, made_with["dtype"]))

@@ -20,7 +20,6 @@ from swirl.learning import usage
 from swirl.learning.plan import Job, Plan
 from swirl.model import checkpoint
 from swirl.model.config import PRESETS, GemmaConfig
-from swirl.model.lora import model_of
 from swirl.tree.pack import pack
 
 LATER_BYTES = 30_000_000  # tools, logs and records of a run under way, as measured
@@ -39,7 +38,7 @@ def shape_of(spec: str) -> GemmaConfig:
     if not folder.is_dir():
         expected = f"expected `almanac`, a folder of a Gemma, its name on the hub, or one of {', '.join(PRESETS)}"
         raise CheckpointError(folder, f"no such folder: {expected}")
-    file = model_of(folder) / "config.json"
+    file = resolve.base_folder(folder) / "config.json"
     try:
         return GemmaConfig.from_json(checkpoint.read_json(file))
     except ConfigError as error:

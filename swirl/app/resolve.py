@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from swirl import tasks
@@ -28,6 +29,22 @@ def model_folder(spec: str) -> Path:
     if is_hub_name(spec):
         return hub_folder(spec)
     return ALMANAC_BASE if spec == "almanac" else Path(spec)
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of the model itself: of its base, a folder or a name on the hub, where it holds adapters.
+
+    Raises CheckpointError.
+    """
+    from swirl.model.lora import base_name, is_adapter
+
+    if not is_adapter(folder):
+        return folder
+    name = base_name(folder)
+    base = model_folder(name)
+    if not base.is_dir():
+        raise CheckpointError(folder, f"adapters of {name}, which is no folder here and no name on the hub")
+    return base
 
 
 def device_for(name: str) -> str:
@@ -67,7 +84,7 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree", 
 
     from swirl.model.checkpoint import check_tokenizer_fits
     from swirl.model.gemma import Gemma
-    from swirl.model.lora import is_adapter, load_adapter, merge_lora, model_of
+    from swirl.model.lora import base_name, is_adapter, load_adapter, merge_lora
     from swirl.model.tokenizer import Tokenizer
 
     folder, device = model_folder(spec), device_for(str(device))
@@ -75,11 +92,14 @@ def load_model(spec: str, *, device="cpu", dtype=None, attention: str = "tree", 
         expected = "expected `almanac`, a Hugging Face folder of a Gemma 2 or 3, or its owner/name on the hub"
         raise CheckpointError(folder, f"no such folder: {expected}")
     adapter = folder if is_adapter(folder) else None
-    folder = model_of(folder)
+    folder = base_folder(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Gemma.from_pretrained(
         folder, dtype=dtype or torch.float32, device=device, attention=attention, prepare=prepare
     )
+    name = base_name(adapter) if adapter else spec
+    if is_hub_name(name):  # adapters that are trained on it name it so, and can be taken elsewhere
+        model.origin = replace(model.origin, hub_name=name)
     check_tokenizer_fits(tokenizer, model.config.vocab_size, folder)
     if adapter:
         merge_lora(load_adapter(model, adapter)).requires_grad_(True)
@@ -176,9 +196,8 @@ def require_judge_knows(spec: str | None, task: str, flag: str = "--judge") -> N
 def num_weights(spec: str) -> int:
     """Of a model, by its config.json. Raises CheckpointError."""
     from swirl.model.checkpoint import read_config
-    from swirl.model.lora import model_of
 
-    return read_config(model_of(model_folder(spec)))[1].num_weights
+    return read_config(base_folder(model_folder(spec)))[1].num_weights
 
 
 def tokens_in_an_action(asked: int | None, policy: str) -> int:

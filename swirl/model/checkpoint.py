@@ -37,6 +37,7 @@ class Origin:
 
     config: the content of its config.json. prefix: what stands there for `model.` before the text model's names.
     others: the names of tensors that are not the text model's. generation: its generation_config.json, {} without one.
+    hub_name: `owner/name[@revision]` where the folder is a hub's cache.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Origin:
     prefix: str = PREFIXES[0]
     others: tuple[str, ...] = ()
     generation: dict = field(default_factory=dict)
+    hub_name: str | None = None
 
 
 def read_json(path: str | os.PathLike) -> dict:

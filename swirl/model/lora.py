@@ -190,11 +190,16 @@ def save_adapter(model: Gemma, path: str | os.PathLike) -> None:
 
 
 def adapter_config(model: Gemma) -> dict:
-    """The content of adapter_config.json; the base is the folder that the model was read from."""
+    """The content of adapter_config.json; the base is the folder that the model was read from, or its name on a hub."""
     sees = model.origin is not None and model.origin.prefix != PREFIXES[0]
     targets = rf".*language_model.*\.({'|'.join(_TARGETS)})" if sees else list(_TARGETS)
+    base = None if model.origin is None else str(model.origin.folder)
+    revision = None
+    if model.origin is not None and model.origin.hub_name:
+        base, _, revision = model.origin.hub_name.partition("@")
     return {
-        "base_model_name_or_path": None if model.origin is None else str(model.origin.folder),
+        "base_model_name_or_path": base,
+        "revision": revision or None,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": model.lora.rank,
@@ -219,19 +224,18 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def base_of(folder: Path) -> Path:
-    """The folder of the model that an adapter belongs to. Raises CheckpointError where it is not on this machine."""
-    name = read_json(folder / CONFIG).get("base_model_name_or_path")
-    if not isinstance(name, str) or not Path(name).is_dir():
+def base_name(folder: Path) -> str:
+    """What an adapter's folder names as its base: a folder, or `owner/name[@revision]` on a hub.
+
+    Raises CheckpointError where it names nothing.
+    """
+    content = read_json(folder / CONFIG)
+    name, revision = content.get("base_model_name_or_path"), content.get("revision")
+    if not isinstance(name, str) or not name:
         raise CheckpointError(
-            folder / CONFIG, f"field 'base_model_name_or_path': expected the folder of the base model, got {name!r}"
+            folder / CONFIG, f"field 'base_model_name_or_path': expected the base model's folder or name, got {name!r}"
         )
-    return Path(name)
-
-
-def model_of(folder: Path) -> Path:
-    """The folder of the model: the base where it holds adapters, else itself. Raises CheckpointError."""
-    return base_of(folder) if is_adapter(folder) else folder
+    return f"{name}@{revision}" if revision and not Path(name).is_dir() else name
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[LoRA, dict[str, torch.Tensor]]:

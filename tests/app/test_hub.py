@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +46,29 @@ def test_a_name_is_the_folder_in_the_cache(name, cache, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.strip())
     assert folder.name == COMMIT and (folder / "model.safetensors").read_bytes()[:8]
+
+
+@pytest.mark.parametrize("name", ["google/gemma-tiny-it", f"google/gemma-tiny-it@{COMMIT}"])
+def test_adapters_name_their_base_as_the_hub_does(name, cache, tmp_path):
+    code = f"""if True:
+        import torch
+        from swirl.app.resolve import load_model
+        from swirl.model.lora import LoRA, add_lora, save_adapter
+        model, _ = load_model({name!r})
+        add_lora(model, LoRA(2, 4.0))
+        torch.nn.init.ones_(model.model.layers[0].self_attn.o_proj.lora_B)
+        save_adapter(model, "adapter")
+        merged, _ = load_model("adapter")
+        assert merged.origin.hub_name == {name!r}
+        base, _ = load_model({name!r})
+        weights = [m.model.layers[0].self_attn.o_proj.weight for m in (merged, base)]
+        assert not torch.equal(*weights)
+    """
+    done = run(code, tmp_path, HF_HOME=cache, HF_HUB_OFFLINE=1)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == "google/gemma-tiny-it"
+    assert content["revision"] == (COMMIT if "@" in name else None)
 
 
 @pytest.mark.slow  # a command, torch and all: 10 s
