@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from inspect import getdoc
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Annotated, TypeVar, get_type_hints
 
 import msgspec
 
@@ -143,7 +144,7 @@ def _in_groups(config: object) -> object:
     """The config's values as tyro shows them, each group that it inherits as a field. No check runs in it: a config
     checks itself when it is made, and tyro boxes what it says.
     """
-    from tyro.conf import OmitArgPrefixes
+    from tyro.conf import OmitArgPrefixes, arg
 
     kind, groups = type(config), _groups(type(config))
     if not groups:
@@ -152,7 +153,8 @@ def _in_groups(config: object) -> object:
     members = []
     for group in groups:
         values = {member.name: getattr(config, member.name) for member in fields(group)}
-        members.append((_name(group), OmitArgPrefixes[group], field(default=group(**values))))
+        shown = Annotated[group, OmitArgPrefixes, arg(help=getdoc(group))]  # tyro before 1.0.16 leaves the text out
+        members.append((_name(group), shown, field(default=group(**values))))
     inherited = {member.name for group in groups for member in fields(group)}
     for member in fields(kind):
         if member.name not in inherited:
