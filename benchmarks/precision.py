@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--job", choices=("default", "imitation"), default="default")
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--trajectories-per-update", type=int, default=4, help="of imitation")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, of each dtype")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--questions", type=int, help="to train on; default: the job's 600, or 300 of imitation")
     parser.add_argument("--evaluate-questions", type=int, default=200, help="of a family, in the default job")
     parser.add_argument("--out", type=Path, help="append the rows to this file (.jsonl)")
@@ -121,7 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
             write_trajectories(folder / "data.jsonl", demonstrated("train", questions))
             settings |= {"mode": "imitation", "data": folder / "data.jsonl", "evaluate_on": ()}
             settings |= {"trajectories_per_update": given.trajectories_per_update}
-        for dtype, seed in ((dtype, seed) for seed in range(given.seeds) for dtype in ("float32", "bfloat16")):
+        seeds = range(given.first_seed, given.first_seed + given.seeds)
+        for dtype, seed in ((dtype, seed) for seed in seeds for dtype in ("float32", "bfloat16")):
             out = folder / f"{dtype}-{seed}"
             summary = train(TrainConfig(dtype=dtype, seed=seed, out=out, **settings))
             metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
