@@ -6,7 +6,8 @@
 The default job draws its actions, and a seed is of all draws: accuracy of each family after training, and the mean
 reward of the last 20 updates. Imitation is of Almanac's demonstrator, and a seed orders its data. Held-out: natural
 log-prob of the demonstrator's action tokens on questions that were not trained on, under the saved weights, in float32
-for both. The verdict on a figure: whether bfloat16's mean lies between the least and the largest of float32's seeds.
+for both. The verdict on a figure: whether bfloat16's mean lies between the least and the largest of float32's seeds;
+and beside it Welch's t, the difference of the means over its standard error: beyond 2 or so it is more than chance.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,14 @@ def is_figure(name: str) -> bool:
     return name.startswith("accuracy_") or name in ("held_out_log_prob", "last_20_rewards", "last_20_losses")
 
 
+def welch_t(before: Sequence[float], after: Sequence[float]) -> float:
+    """Difference of the means over its standard error; NaN of fewer than two values a side, or where none differ."""
+    if min(len(before), len(after)) < 2:
+        return float("nan")
+    variance = sum(np.var(values, ddof=1) / len(values) for values in (before, after))
+    return float((np.mean(after) - np.mean(before)) / np.sqrt(variance)) if variance else float("nan")
+
+
 def verdicts(rows: Iterable[dict]) -> list[str]:
     """A line for each job, number of updates and figure. Rows from before there were two jobs are imitation's."""
     runs: dict[tuple, dict[str, list[float]]] = {}
@@ -89,8 +98,10 @@ def verdicts(rows: Iterable[dict]) -> list[str]:
             continue
         low, high, mean = min(of["float32"]), max(of["float32"]), float(np.mean(of["bfloat16"]))
         said = "within" if low <= mean <= high else f"{max(low - mean, mean - high):.4f} outside"
-        seeds = ", ".join(f"{value:.4f}" for value in of["bfloat16"])
-        lines.append(f"{job}, {updates} updates, {name}: float32 {low:.4f} to {high:.4f}, bfloat16 {seeds}: {said}")
+        means = f"float32 {np.mean(of['float32']):.4f} ({low:.4f} to {high:.4f}), bfloat16 {mean:.4f}"
+        lines.append(
+            f"{job}, {updates} updates, {name}: {means}: {said}, t {welch_t(of['float32'], of['bfloat16']):+.1f}"
+        )
     return lines
 
 
