@@ -52,6 +52,7 @@ def test_bfloat16_is_held_to_the_spread_of_float32s_seeds():
         for seed, (accuracy, log_prob) in enumerate(seeds)
     ]
     accuracy, log_prob = precision.verdicts([*rows, rows[0] | {"job": "default"}])
-    assert accuracy.startswith("imitation, 9 updates, accuracy_bridge: float32 0.6000 to 0.7000, bfloat16 0.5000, ")
-    assert accuracy.endswith("0.8000: within")
-    assert log_prob.endswith("float32 -0.0200 to -0.0100, bfloat16 -0.0150, -0.0400: 0.0075 outside")
+    name = "imitation, 9 updates, accuracy_bridge"
+    assert accuracy == f"{name}: float32 0.6500 (0.6000 to 0.7000), bfloat16 0.6500: within, t +0.0"
+    means = "float32 -0.0150 (-0.0200 to -0.0100), bfloat16 -0.0275"
+    assert log_prob.endswith(f"{means}: 0.0075 outside, t -0.9")  # -0.0125 over sqrt(0.005^2 + 0.0125^2)
