@@ -58,18 +58,23 @@ def _visible(i_q, i_k, p_end, p_position, T, WINDOW: tl.constexpr):
 
 @jit(do_not_specialize=["T", "num_columns"])
 def _tree_attention_fwd_kernel(
-    q_rows, k_rows, v_rows, p_o, p_lse, p_end, p_position, p_columns, p_num_full, p_num_live, p_order,
+    k_rows, v_rows, p_q, p_o, p_lse, p_end, p_position, p_columns, p_num_full, p_num_live, p_order,
     T, num_columns,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, FIXED_MAXIMUM: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    """BLOCK_Q rows are BLOCK_Q / TOGETHER queries, each of TOGETHER heads that share keys and values."""
+    head = tl.program_id(0) * TOGETHER
     b_q = tl.load(p_order + tl.program_id(1))
-    o_head = head // GROUP * D
+    o_q, o_head = b_q * (BLOCK_Q // TOGETHER), head // GROUP * D
     p_columns += b_q.to(tl.int64) * num_columns
-    q = tile(q_rows, b_q * BLOCK_Q, head * D, T, HEADS * D, BLOCK_Q, D, TMA)
-    i_q = b_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = tl.arange(0, BLOCK_Q)
+    i_q, i_head = o_q + row // TOGETHER, head + row % TOGETHER
+    m_q = i_q < T
+    o_first = (tl.cast(o_q, tl.int64) * HEADS + head) * D  # int64 in the base alone
+    i_row = row // TOGETHER * HEADS + row % TOGETHER
+    q = tl.load(p_q + o_first + (i_row[:, None] * D + tl.arange(0, D)[None, :]), mask=m_q[:, None], other=0.0)
     o = tl.zeros([BLOCK_Q, D], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     maximum = tl.full([BLOCK_Q], 0.0 if FIXED_MAXIMUM else -1e30, tl.float32)
@@ -96,12 +101,11 @@ def _tree_attention_fwd_kernel(
             v = tile(v_rows, o_k, o_head, T, HEADS // GROUP * D, BLOCK_K, D, TMA)
             o = tl.dot(p.to(v.dtype), v, o, input_precision=PRECISION)
         start = stop
-    m_q = i_q < T
     total = tl.where(m_q, total, 1.0)  # rows beyond T saw nothing
-    tl.store(p_lse + head.to(tl.int64) * T + i_q, maximum + tl.log2(total), mask=m_q)
-    p_o += (tl.cast(b_q * BLOCK_Q, tl.int64) * HEADS + head) * D
-    o_out = tl.arange(0, BLOCK_Q)[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
-    tl.store(p_o + o_out, (o / total[:, None]).to(p_o.dtype.element_ty), mask=m_q[:, None])
+    tl.store(p_lse + i_head.to(tl.int64) * T + i_q, maximum + tl.log2(total), mask=m_q)
+    i_row = (i_q - o_q) * HEADS + i_head - head  # anew: what is kept through the loop takes registers
+    o_out = i_row[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(p_o + o_first + o_out, (o / total[:, None]).to(p_o.dtype.element_ty), mask=m_q[:, None])
 
 
 @jit(do_not_specialize=["T", "num_columns", "num_blocks", "first_head"])
@@ -323,19 +327,22 @@ def _settings(q, k, config):
 
 def _launch(
     kernel, config, rows, queries, keys, p, subtree_end, position_ids, scale, softcap, window,
-    *, num_heads=None, column_keys=None, **more,
+    *, num_heads=None, column_keys=None, together=1, **more,
 ):  # fmt: skip
-    """One launch over `num_heads` (all): `queries` and `keys` are read in tiles, `p` are pointers by name."""
-    settings = _settings(queries["q"], keys["k"], config)
+    """One launch over `num_heads` (all): `queries` and `keys` are read in tiles, `p` are pointers by name.
+
+    A row of blocks is `together` times fewer queries than the block has rows.
+    """
+    settings = _settings(p["q"] if "q" in p else queries["q"], keys["k"], config)
     T, D = settings["T"], settings["D"]
     column_keys = column_keys or config.block_k
-    schedule = schedule_of(subtree_end, position_ids, config.block_q, column_keys, window, rows)
+    schedule = schedule_of(subtree_end, position_ids, config.block_q // together, column_keys, window, rows)
     tiles = {}
     for tensors, block in ((queries, config.block_q), (keys, config.block_k)):
         for name, x in tensors.items():
             tiles[f"{name}_rows"] = _triton.describe(x.view(T, -1), [block, D], settings["TMA"])
     num_rows, num_columns = schedule.columns.shape
-    all_heads = (queries["q"] if rows == "queries" else keys["k"]).shape[1]
+    all_heads = settings["HEADS"] // (1 if rows == "queries" else settings["GROUP"])
     kernel[(num_heads or all_heads, num_rows)](
         **tiles,
         **{f"p_{name}": x for name, x in p.items()},
@@ -358,11 +365,23 @@ def _tree_attention_fwd(q, k, v, *mask):
     o, softcap = torch.empty_like(q), mask[3]
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)  # (Hq, T), in log2
     fixed = softcap is not None and softcap <= 80 and q.dtype != torch.float16  # exp(80) T is finite
-    p, keys = {"o": o, "lse": lse}, {"k": k, "v": v}
+    p, keys = {"q": q, "o": o, "lse": lse}, {"k": k, "v": v}
     configs = _configs(q)
     config = configs.forward if fixed else configs.running or configs.forward
-    _launch(_tree_attention_fwd_kernel, config, "queries", {"q": q}, keys, p, *mask, FIXED_MAXIMUM=fixed)
+    together = _heads_together(q.shape[1] // k.shape[1], config.block_q)
+    _launch(
+        _tree_attention_fwd_kernel, config, "queries", {}, keys, p, *mask, num_heads=q.shape[1] // together,
+        together=together, TOGETHER=together, FIXED_MAXIMUM=fixed,
+    )  # fmt: skip
     return o, lse
+
+
+def _heads_together(group, block_q):
+    """How many of the `group` query heads of a key head share the rows of a block: their keys are the same, and the
+    fewer queries a block has, the fewer pairs it visits that none of them sees. A power of two; in blocks of fewer than
+    128 rows one, since those have few queries, and on sm_80 no registers left.
+    """
+    return min(group & -group, 8) if block_q >= 128 else 1
 
 
 def _tree_attention_bwd(do, q, k, v, o, lse, *mask):

@@ -85,9 +85,9 @@ def integers(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention(D, dtype, scratch_bytes=1 << 40, softcap=50.0, window=512):
+def attention(D, dtype, scratch_bytes=1 << 40, softcap=50.0, window=512, kv_heads=4):
     tree_attention.SCRATCH_BYTES = scratch_bytes  # put back by launches_of
-    q, k, v = (empty(2000, heads, D, dtype=dtype) for heads in (8, 4, 4))
+    q, k, v = (empty(2000, heads, D, dtype=dtype) for heads in (8, kv_heads, kv_heads))
     mask = integers(2000), integers(2000)
     o = tree_attention.tree_attention(q, k, v, *mask, scale=D**-0.5, softcap=softcap, window=window)
     if dtype != torch.float16:  # its backward is bfloat16's
@@ -140,7 +140,7 @@ CASES = {
         f"attention-{D}-capless-{name}-{TYPES[dtype]}": (
             (tree_attention,),
             attention,
-            (D, dtype, scratch, None, window),
+            (D, dtype, scratch, None, window, 2 if window == 512 else 4),  # four query heads a key head, as the 1b has
         )
         for D, name, window, scratch, dtype in (
             (256, "512", 512, 1 << 40, torch.bfloat16),
