@@ -11,6 +11,7 @@ hundredth, so many rows go through float32, some at a time. Elsewhere the BLAS.
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from . import cpu
 
 WIDE_ROWS = 1024  # of x that are float32 at a time, beside the whole weight
 FEW_ROWS = 32  # fewer are not worth widening the weight
+KEPT_BYTES = 32 << 20  # larger blocks glibc maps one by one
+_kept = threading.local()
 
 linear_reference = F.linear
 
@@ -36,6 +39,19 @@ def goes_through_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return narrow and x.shape[:-1].numel() >= FEW_ROWS and x.shape[-1] == weight.shape[1] and not _computes_bfloat16()
 
 
+def _widened(weight: torch.Tensor) -> torch.Tensor:
+    """(N, K) float32, until this thread widens another: a smaller one lies where the last one lay, since glibc's heap
+    does not use again what an aligned block of the same size has left.
+    """
+    size = weight.numel()
+    if 4 * size > KEPT_BYTES:
+        return weight.float()
+    room = getattr(_kept, "room", None)
+    if room is None or room.numel() < size:
+        room = _kept.room = torch.empty(size)
+    return room[:size].view(weight.shape).copy_(weight)
+
+
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a (n, k) bfloat16, b (k, m) float32 -> (n, m) bfloat16, some rows at a time."""
     return torch.cat([(rows.float() @ b).bfloat16() for rows in a.split(WIDE_ROWS)])
@@ -45,13 +61,13 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _product(x, weight.float().T)
+        return _product(x, _widened(weight).T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx = _product(dy, weight.float()) if ctx.needs_input_grad[0] else None
+        dx = _product(dy, _widened(weight)) if ctx.needs_input_grad[0] else None
         if x is None:
             return dx, None
         dweight = torch.zeros(weight.shape, dtype=torch.float32)
@@ -65,5 +81,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if cpu.supports_linear(x, weight) and x.shape[-1] == weight.shape[1]:
         return cpu.linear(x, weight)
     if goes_through_float32(x, weight):
-        return _WideLinear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        y = _WideLinear.apply(x.reshape(-1, x.shape[-1]), weight)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
     return linear_reference(x, weight)

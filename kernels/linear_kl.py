@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from .linear_log_prob import CHUNK_BYTES, _logits, _vocabulary_parts
 
+NUM_WORKSPACES = 3  # of a chunk's size: logits, and what is made of both distributions
+
 
 def linear_kl_reference(hidden, weight, reference_hidden, reference_weight, *, softcap=None):
     """The definition: materialises (M, V) logits twice, differentiable by autograd."""
@@ -34,14 +36,23 @@ def _chunks(M, V, dtype):
     return [slice(start, start + rows) for start in range(0, M, rows)]
 
 
+def _workspaces(chunks, V, like):
+    """For each chunk NUM_WORKSPACES of (its rows, V), in one allocation for all, which a heap can use again whole."""
+    room = torch.empty(NUM_WORKSPACES, chunks[0].stop if chunks else 0, V, dtype=like.dtype, device=like.device)
+    return [room[:, : min(rows.stop, len(like)) - rows.start] for rows in chunks]
+
+
 class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, reference_hidden, reference_weight, softcap):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         kl = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)
-        for rows in _chunks(hidden.shape[0], weight.shape[0], dtype):
-            log_p = _logits(hidden[rows], weight, softcap, dtype).log_softmax(-1)
-            log_q = _logits(reference_hidden[rows], reference_weight, softcap, dtype).log_softmax(-1)
+        chunks = _chunks(hidden.shape[0], weight.shape[0], dtype)
+        for rows, (logits, log_p, log_q) in zip(chunks, _workspaces(chunks, weight.shape[0], kl), strict=True):
+            torch.log_softmax(_logits(hidden[rows], weight, softcap, dtype, out=logits), -1, out=log_p)
+            torch.log_softmax(
+                _logits(reference_hidden[rows], reference_weight, softcap, dtype, out=logits), -1, out=log_q
+            )
             torch.sub(log_p, log_q, out=log_q)
             kl[rows] = log_p.exp_().mul_(log_q).sum(-1)
         ctx.save_for_backward(hidden, weight, reference_hidden, reference_weight, kl)
@@ -54,13 +65,14 @@ class _LinearKL(torch.autograd.Function):
         hidden, weight, reference_hidden, reference_weight, kl = ctx.saved_tensors
         d_hidden = torch.empty(hidden.shape, dtype=kl.dtype, device=kl.device)
         d_weight = torch.zeros(weight.shape, dtype=kl.dtype, device=kl.device) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(hidden.shape[0], weight.shape[0], kl.dtype):
-            logits = _logits(hidden[rows], weight, ctx.softcap, kl.dtype)
-            log_p = logits.log_softmax(-1)
-            log_q = _logits(reference_hidden[rows], reference_weight, ctx.softcap, kl.dtype).log_softmax(-1)
+        chunks = _chunks(hidden.shape[0], weight.shape[0], kl.dtype)
+        for rows, (logits, log_p, log_q) in zip(chunks, _workspaces(chunks, weight.shape[0], kl), strict=True):
+            # the reference first: the policy's logits are wanted once more
+            _logits(reference_hidden[rows], reference_weight, ctx.softcap, kl.dtype, out=logits)
+            torch.log_softmax(logits, -1, out=log_q)
+            torch.log_softmax(_logits(hidden[rows], weight, ctx.softcap, kl.dtype, out=logits), -1, out=log_p)
             torch.sub(log_p, log_q, out=log_q)
             d_logits = log_p.exp_().mul_(log_q.sub_(kl[rows, None])).mul_(d_kl[rows, None])
-            del log_q  # so that four chunks are alive at most
             if ctx.softcap is not None:  # 1 - tanh^2
                 d_logits.addcmul_(d_logits, logits.div_(ctx.softcap).square_(), value=-1)
             d_rows = torch.zeros(d_logits.shape[0], hidden.shape[1], dtype=kl.dtype, device=kl.device)

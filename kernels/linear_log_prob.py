@@ -48,11 +48,13 @@ def _vocabulary_parts(weight):
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
 
-def _logits(hidden, weight, softcap, dtype):
+def _logits(hidden, weight, softcap, dtype, out=None):
     if weight.dtype == dtype:
-        logits = hidden @ weight.T
+        logits = torch.mm(hidden, weight.T, out=out)
     else:  # a product in float16 or bfloat16 would round the logits
-        logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
+        logits = (
+            torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device) if out is None else out
+        )
         for part in _vocabulary_parts(weight):
             torch.mm(hidden.to(dtype), weight[part].to(dtype).T, out=logits[:, part])
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -210,12 +210,15 @@ def _gathered_parts(job: Job) -> Parts:
 
 
 def _fragments(job: Job, blocks: list[int]) -> int:
-    """Freed memory that glibc's heap, where blocks below a limit lie, cannot use; on a GPU it is not to be had."""
+    """Freed memory that glibc's heap, where blocks below a limit lie, cannot use or does not give back; on a GPU it is
+    not to be had. What it gives back is what is free at its end beyond UNFRAGMENTED_BYTES.
+    """
     if job.on_gpu:
         return 0
     limit = MAPPED_BYTES if job.maps_blocks else HEAP_BLOCK_BYTES
     limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", limit))
-    return int(HEAP_FRAGMENTS * max(0, sum(block for block in blocks if block < limit) - UNFRAGMENTED_BYTES))
+    beyond = sum(block for block in blocks if block < limit) - UNFRAGMENTED_BYTES
+    return max(0 if job.maps_blocks else UNFRAGMENTED_BYTES, int(HEAP_FRAGMENTS * beyond))
 
 
 def _step(job: Job) -> Parts:

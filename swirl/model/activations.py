@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from swirl.kernels import cpu, linear_log_prob
+from swirl.kernels import cpu, linear_kl, linear_log_prob
 from swirl.model.config import GemmaConfig
 
 CPP_KEPT_BYTES = 64 << 20
@@ -104,8 +104,8 @@ def head_backward(model: GemmaConfig, how: Computation, action_tokens: int, *, k
 
 
 def kl_chunks(model: GemmaConfig, action_tokens: int) -> list[int]:
-    """Bytes of the logits, and what is made of them, that kernels/linear_kl.py has alive at a time."""
-    return [min(linear_log_prob.CHUNK_BYTES, 4 * action_tokens * model.vocab_size)] * 4
+    """Bytes of the logits, and what is made of them, that kernels/linear_kl.py has alive at a time: one block."""
+    return [linear_kl.NUM_WORKSPACES * min(linear_log_prob.CHUNK_BYTES, 4 * action_tokens * model.vocab_size)]
 
 
 def pass_without_gradient(model: GemmaConfig, how: Computation, tokens: int) -> int:

@@ -86,7 +86,7 @@ class LoRALinear(Linear):
         if not self.on:
             return y
         thin = linear(x, self.lora_A.to(x.dtype))
-        return torch.add(y, linear(thin, self.lora_B.to(x.dtype)), alpha=self.scale)
+        return y.add_(linear(thin, self.lora_B.to(x.dtype)), alpha=self.scale)
 
     def merged(self) -> torch.Tensor:
         return self._merged(self.weight, self.lora_B)
