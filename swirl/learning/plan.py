@@ -194,7 +194,8 @@ def _passes(job: Job) -> Parts:
     if job.config.proximal_every or kl:
         takes.append((kept, activations.pass_without_gradient(model, how, job.tokens)))
     activation_bytes, workspace = max(takes, key=sum)
-    parts = {"activations": activation_bytes, "workspace": workspace, "fragments": _fragments(job, blocks)}
+    fragments = _fragments(job, blocks, workspace)
+    parts = {"activations": activation_bytes, "workspace": workspace, "fragments": fragments}
     return parts | _gathered_parts(job)
 
 
@@ -209,16 +210,17 @@ def _gathered_parts(job: Job) -> Parts:
     return {"gathered": embedding * job.itemsize + layer * (3 * job.itemsize + (0 if job.config.lora else 4))}
 
 
-def _fragments(job: Job, blocks: list[int]) -> int:
-    """Freed memory that glibc's heap, where blocks below a limit lie, cannot use or does not give back; on a GPU it is
-    not to be had. What it gives back is what is free at its end beyond UNFRAGMENTED_BYTES.
+def _fragments(job: Job, blocks: list[int], workspace: int) -> int:
+    """Freed memory that glibc's heap, where blocks below a limit lie, cannot use; on a GPU it is not to be had. At least
+    what op after op takes and frees, since an aligned block does not fit where one of its size lay; of that glibc gives
+    back what goes beyond UNFRAGMENTED_BYTES.
     """
     if job.on_gpu:
         return 0
     limit = MAPPED_BYTES if job.maps_blocks else HEAP_BLOCK_BYTES
     limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", limit))
     beyond = sum(block for block in blocks if block < limit) - UNFRAGMENTED_BYTES
-    return max(0 if job.maps_blocks else UNFRAGMENTED_BYTES, int(HEAP_FRAGMENTS * beyond))
+    return max(0 if job.maps_blocks else min(workspace, UNFRAGMENTED_BYTES), int(HEAP_FRAGMENTS * beyond))
 
 
 def _step(job: Job) -> Parts:
