@@ -83,7 +83,8 @@ def _source(rows: list[dict]) -> str:
     """One line on where rows come from."""
     commits = ", ".join(dict.fromkeys(str(row["commit"])[:7] for row in rows if row.get("commit")))
     row = rows[-1]
-    parts = [row.get("hardware"), f"{row['threads']} threads" if row.get("threads") else None, row.get("dtype")]
+    threads = {None: None, 1: "1 thread"}.get(row.get("threads"), f"{row.get('threads')} threads")
+    parts = [row.get("hardware"), threads, row.get("dtype")]
     parts.append(f"torch {row['torch']}" if row.get("torch") else None)
     parts.append(f"commit {commits}" if commits else None)
     return ", ".join(part for part in parts if part)
