@@ -211,9 +211,10 @@ def _gathered_parts(job: Job) -> Parts:
 
 
 def _fragments(job: Job, blocks: list[int], workspace: int) -> int:
-    """Freed memory that glibc's heap, where blocks below a limit lie, cannot use; on a GPU it is not to be had. At least
-    what op after op takes and frees, since an aligned block does not fit where one of its size lay; of that glibc gives
-    back what goes beyond UNFRAGMENTED_BYTES.
+    """Freed memory that glibc's heap, where blocks below a limit lie, cannot use; on a GPU it is not to be had.
+
+    At least what op after op takes and frees, since an aligned block does not fit where one of its size lay; of that
+    glibc gives back what goes beyond UNFRAGMENTED_BYTES.
     """
     if job.on_gpu:
         return 0
