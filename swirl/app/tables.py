@@ -53,7 +53,8 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
+    table = Table(title=title, title_justify="left", title_style="bold", **look)
     for number, heading in enumerate(headings):
         folds = heading in folded
         justify = "left" if number == 0 else "right"

@@ -59,7 +59,7 @@ def draws() -> Iterator[str]:
 
 def slow_rewards() -> Iterator[str]:
     at_once, ahead = (
-        rows("slow_reward", actions=252, latency_ms=300, concurrency=512, staleness=staleness)[-1]["times_instant"]
+        rows("slow_reward", trajectories=24, latency_ms=300, concurrency=512, staleness=staleness)[-1]["times_instant"]
         for staleness in (0, 1)
     )
     yield f"a call then costs an update {ahead:.2f} times the time of an instant one"
