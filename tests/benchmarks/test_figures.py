@@ -82,6 +82,12 @@ def memory() -> Iterator[str]:
     yield f"It took {round(row['cpu_s'], -1):,.0f} s of CPU"
 
 
+def folders() -> Iterator[str]:
+    (row,) = rows("folder", model="gemma-2-9b", layers=42)
+    assert row["equal"] and row["save_bytes"] == row["load_bytes"]
+    yield f"{row['file_bytes'] / 1e9:.1f} GB in shards, takes {row['load_ratio']:.3f} times its bytes"
+
+
 @pytest.mark.parametrize(
     "page, phrases",
     [
@@ -91,6 +97,7 @@ def memory() -> Iterator[str]:
         ("docs/objective.md", slow_rewards),
         ("docs/objective.md", sampler_gaps),
         ("docs/memory.md", memory),
+        ("docs/models.md", folders),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
