@@ -172,6 +172,17 @@ def append(file: Path | None, rows: list[dict]) -> None:
             out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def read(file: Path) -> list[dict]:
+    """The rows of a JSONL file; none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def grid(headers: list[str], lines: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    cells = [headers, ["---"] * len(headers), *([str(cell) for cell in line] for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
 class Report:
     """Measures, and keeps the rows: printed as a table, or as JSON lines, and appended to a file.
 

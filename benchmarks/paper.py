@@ -31,8 +31,8 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from benchmarks import almanac_base, harness, paper_blocks, paper_evidence
+from benchmarks.harness import grid, read
 from benchmarks.paper_blocks import BASES, BLOCKS, CALCULATE, SEARCH, Base, Run
-from benchmarks.tables import grid, read
 from swirl import generate, tasks, train
 from swirl.app import resolve
 from swirl.app.evaluation import answer, evaluation_steps

@@ -6,7 +6,6 @@ seeds and questions; the interval is the 95% bootstrap of the mean difference, b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.harness import grid
+from benchmarks.harness import read as read_rows
 from benchmarks.paper_blocks import BASES, BLOCKS, CALCULATE, CONTROL, EVALUATED, FIRST, JUDGE, SEARCH, SEEDS, Run
-from benchmarks.tables import grid
 
 Rows = dict[str, dict]
 Side = list[Run]
@@ -41,8 +41,7 @@ class Difference(NamedTuple):
 
 def read(file: Path) -> Rows:
     """By key; of rows of one key the last counts."""
-    lines = file.read_text().splitlines() if file.exists() else ()
-    return {row["key"]: row for row in map(json.loads, lines)}
+    return {row["key"]: row for row in read_rows(file)}
 
 
 def right(row: dict, family: str) -> np.ndarray:

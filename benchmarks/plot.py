@@ -13,8 +13,8 @@ import math
 from html import escape
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
-from benchmarks.tables import crossover_curves, read
+from benchmarks.harness import RESULTS, read
+from benchmarks.tables import crossover_curves
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 380, 60, 110, 56, 48
 COLOURS = ("#1b6ca8", "#c4571b", "#2d7d46", "#7a4fa3")

@@ -245,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def draw_picture(file: Path) -> Path:
     """The plot of the newest rows of a file, beside it."""
-    from benchmarks.tables import newest, read
+    from benchmarks.harness import read
+    from benchmarks.tables import newest
 
     picture = file.with_suffix(".svg")
     picture.write_text(plot(newest("sampling", read(file))))

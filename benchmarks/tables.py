@@ -17,7 +17,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.harness import RESULTS
+from benchmarks import paper_evidence
+from benchmarks.harness import RESULTS, grid, read
 
 MARKED_FILES = ("benchmarks/README.md", "README.md", "docs/models.md", "docs/memory.md")
 READMES = tuple(RESULTS.parents[1] / name for name in MARKED_FILES)
@@ -46,11 +47,6 @@ IDENTITY = {
 }
 
 
-def read(file: Path) -> list[dict]:
-    """The rows of a JSONL file; none where there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def newest(name: str, rows: Iterable[dict]) -> list[dict]:
     """The last row of each measurement, in the order in which they were first made."""
     found = {}
@@ -58,12 +54,6 @@ def newest(name: str, rows: Iterable[dict]) -> list[dict]:
         if not row.get("tiny"):
             found[tuple(row.get(key) for key in IDENTITY[name])] = row
     return list(found.values())
-
-
-def grid(headers: list[str], lines: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
-    cells = [headers, ["---"] * len(headers), *([str(cell) for cell in line] for line in lines)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _ms(row: dict | None) -> str:
@@ -404,12 +394,6 @@ def cards() -> str:
     return grid(["preset", *CARD_MODES], lines)
 
 
-def paper(file: Path) -> str:
-    from benchmarks import paper_evidence  # it imports this module
-
-    return paper_evidence.headline(paper_evidence.read(file))
-
-
 def kill_drill(rows: list[dict]) -> str:
     lines = [
         [
@@ -463,7 +447,8 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Every table there are rows for, by name."""
     rows = {name: newest(name, read(folder / f"{name}.jsonl")) for name in TABLES}
     found = {name: TABLES[name](measured) for name, measured in rows.items() if measured} | {"cards": cards()}
-    return found | ({"paper": paper(folder / "paper.jsonl")} if (folder / "paper.jsonl").exists() else {})
+    runs = paper_evidence.read(folder / "paper.jsonl")
+    return found | ({"paper": paper_evidence.headline(runs)} if runs else {})
 
 
 def filled(text: str, found: dict[str, str]) -> str:

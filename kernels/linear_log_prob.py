@@ -52,9 +52,8 @@ def _logits(hidden, weight, softcap, dtype, out=None):
     if weight.dtype == dtype:
         logits = torch.mm(hidden, weight.T, out=out)
     else:  # a product in float16 or bfloat16 would round the logits
-        logits = (
-            torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device) if out is None else out
-        )
+        shape = hidden.shape[0], weight.shape[0]
+        logits = torch.empty(shape, dtype=dtype, device=hidden.device) if out is None else out
         for part in _vocabulary_parts(weight):
             torch.mm(hidden.to(dtype), weight[part].to(dtype).T, out=logits[:, part])
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

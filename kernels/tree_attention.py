@@ -327,12 +327,13 @@ def _settings(q, k, config):
 
 def _launch(
     kernel, config, rows, queries, keys, p, subtree_end, position_ids, scale, softcap, window,
-    *, num_heads=None, column_keys=None, together=1, **more,
+    *, num_heads=None, column_keys=None, **more,
 ):  # fmt: skip
     """One launch over `num_heads` (all): `queries` and `keys` are read in tiles, `p` are pointers by name.
 
-    A row of blocks is `together` times fewer queries than the block has rows.
+    Where heads lie TOGETHER in a block, it is of so many times fewer queries than it has rows.
     """
+    together = more.get("TOGETHER", 1)
     settings = _settings(p["q"] if "q" in p else queries["q"], keys["k"], config)
     T, D = settings["T"], settings["D"]
     column_keys = column_keys or config.block_k
@@ -342,7 +343,7 @@ def _launch(
         for name, x in tensors.items():
             tiles[f"{name}_rows"] = _triton.describe(x.view(T, -1), [block, D], settings["TMA"])
     num_rows, num_columns = schedule.columns.shape
-    all_heads = settings["HEADS"] // (1 if rows == "queries" else settings["GROUP"])
+    all_heads = settings["HEADS"] // (together if rows == "queries" else settings["GROUP"])
     kernel[(num_heads or all_heads, num_rows)](
         **tiles,
         **{f"p_{name}": x for name, x in p.items()},
@@ -369,10 +370,7 @@ def _tree_attention_fwd(q, k, v, *mask):
     configs = _configs(q)
     config = configs.forward if fixed else configs.running or configs.forward
     together = _heads_together(q.shape[1] // k.shape[1], config.block_q)
-    _launch(
-        _tree_attention_fwd_kernel, config, "queries", {}, keys, p, *mask, num_heads=q.shape[1] // together,
-        together=together, TOGETHER=together, FIXED_MAXIMUM=fixed,
-    )  # fmt: skip
+    _launch(_tree_attention_fwd_kernel, config, "queries", {}, keys, p, *mask, TOGETHER=together, FIXED_MAXIMUM=fixed)
     return o, lse
 
 

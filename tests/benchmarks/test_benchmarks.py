@@ -89,7 +89,9 @@ def test_no_rows_no_picture(tmp_path, monkeypatch):
 
 
 def test_the_committed_picture_is_that_of_the_rows():
-    assert plot.svg(tables.read(harness.RESULTS / "crossover.jsonl")) == (harness.RESULTS / "crossover.svg").read_text()
+    assert (
+        plot.svg(harness.read(harness.RESULTS / "crossover.jsonl")) == (harness.RESULTS / "crossover.svg").read_text()
+    )
 
 
 @pytest.mark.parametrize("readme", tables.READMES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -119,7 +121,7 @@ def test_a_later_row_replaces_an_earlier_one(tmp_path):
     harness.append(tmp_path / "packing.jsonl", rows[:2])
     harness.append(tmp_path / "packing.jsonl", rows[2:])
     tables.prune(tmp_path)
-    assert tables.read(tmp_path / "packing.jsonl") == [rows[2], rows[1], rows[3]]
+    assert harness.read(tmp_path / "packing.jsonl") == [rows[2], rows[1], rows[3]]
 
 
 def test_tables_of_the_benchmarks_that_time_themselves(tmp_path, monkeypatch):
@@ -165,7 +167,7 @@ def test_rows_of_the_first_run_are_of_three_runs(tmp_path, monkeypatch):
 @pytest.mark.slow  # three runs of train, and their five families
 def test_the_first_run_shrunk(tmp_path):
     first_run.main(["--smoke", "--out", str(tmp_path / "first_run.jsonl")])
-    rows = tables.read(tmp_path / "first_run.jsonl")
+    rows = harness.read(tmp_path / "first_run.jsonl")
     assert [row["updates"] > 0 for row in rows] == [False, True, True, True]
     assert all(row["tiny"] and len(row["accuracy"]) == 5 for row in rows)
 
@@ -281,8 +283,8 @@ def test_the_gpu_script_goes_as_far_as_a_cpu_can(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     for name in (*COMMANDS, "crossover"):
-        assert len(tables.read(tmp_path / f"{name}.jsonl")) > 2
-    tuned = tables.read(tmp_path / "tune.jsonl")
+        assert len(harness.read(tmp_path / f"{name}.jsonl")) > 2
+    tuned = harness.read(tmp_path / "tune.jsonl")
     slots = {"tree_attention": tune.ATTENTION_SLOTS, "linear_log_prob": tune.HEAD_SLOTS}
     expected = [(op, slot.name) for op in slots for slot in slots[op]]
     assert [(row["op"], row["slot"]) for row in tuned if row["shipped"]] == expected

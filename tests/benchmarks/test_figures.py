@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import paper_evidence, tables
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, read
 from benchmarks.paper_evidence import BASE, IMITATION, STEP, difference, mean_accuracy, side
 
 ROOT = Path(__file__).parents[2]
 
 
 def rows(name: str, **what) -> list[dict]:
-    found = tables.newest(name, tables.read(RESULTS / f"{name}.jsonl"))
+    found = tables.newest(name, read(RESULTS / f"{name}.jsonl"))
     return [row for row in found if all(row.get(key) == value for key, value in what.items())]
 
 
@@ -68,7 +68,7 @@ def slow_rewards() -> Iterator[str]:
 
 def sampler_gaps() -> Iterator[str]:
     def largest(dtype):
-        return max(row["largest_sampler_gap"] for row in tables.read(RESULTS / "precision.jsonl")
+        return max(row["largest_sampler_gap"] for row in read(RESULTS / "precision.jsonl")
                    if row.get("job") == "default" and row["dtype"] == dtype)  # fmt: skip
 
     yield f"| float32 | 1e-5 | 1e-4 | 1.2e-6 | {1e5 * largest('float32'):.1f}e-5 |"
@@ -76,7 +76,7 @@ def sampler_gaps() -> Iterator[str]:
 
 
 def memory() -> Iterator[str]:
-    (row,) = [row for row in tables.read(RESULTS / "memory.jsonl") if row["layers"] == 26]
+    (row,) = [row for row in read(RESULTS / "memory.jsonl") if row["layers"] == 26]
     peak, before = (f"{row[name] / 1e9:.2f} GB" for name in ("peak_bytes", "before_bytes"))
     yield f"{row['action_tokens']:,} action tokens, on a CPU: {peak} of the process at its peak, {before} of them"
     yield f"It took {round(row['cpu_s'], -1):,.0f} s of CPU"
