@@ -5,7 +5,19 @@ Nothing is imported here but pytest: the GPU tests also run on machines that hav
 
 from __future__ import annotations
 
+import random
+import sys
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def the_same_draws_whatever_ran_before():
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
