@@ -64,6 +64,13 @@ def slow_rewards() -> Iterator[str]:
     )
     yield f"a call then costs an update {ahead:.2f} times the time of an instant one"
     yield f"({at_once:.2f} times with `--staleness 0`"
+    larger, large = (
+        rows("slow_reward", trajectories=trajectories, latency_ms=300, staleness=0)[-1] for trajectories in (96, 48)
+    )
+    yield (
+        f"{larger['times_instant']:.2f} times with {larger['actions']:,.0f} actions, "
+        f"{large['times_instant']:.2f} with {large['actions']:.0f}, at `--staleness 0`"
+    )
 
 
 def sampler_gaps() -> Iterator[str]:
