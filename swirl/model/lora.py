@@ -45,6 +45,13 @@ _FIXED = {
     "layer_replication": None,
     "trainable_token_indices": None,
 }
+# How A and B may have begun; with any other, such as "pissa", PEFT changes the base's weights as it loads them, too.
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+# The fields that change nothing once there are A and B. Any other that holds something asks for what is not known here.
+_OF_NO_EFFECT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+                 "r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules", "exclude_modules",
+                 "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
+                 "ensure_weight_tying"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,16 @@ def read_adapter(folder: str | os.PathLike) -> tuple[LoRA, dict[str, torch.Tenso
     for name, only in _FIXED.items():
         if content.get(name, only) not in (only, None):
             raise CheckpointError(folder / CONFIG, f"field '{name}': {content[name]!r} is not supported, only {only!r}")
+    for name in content.keys() - _FIXED.keys() - _OF_NO_EFFECT:
+        if content[name]:
+            raise CheckpointError(folder / CONFIG, f"field '{name}': {content[name]!r} is not supported")
+    beginning = content.get("init_lora_weights")
+    if beginning not in _BEGINNINGS:
+        raise CheckpointError(
+            folder / CONFIG,
+            f"field 'init_lora_weights': {beginning!r} changes the base's weights, which is not supported; PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=…) makes a plain adapter of it",
+        )
     rank, alpha = content.get("r"), content.get("lora_alpha")
     if type(rank) is not int or rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise CheckpointError(folder / CONFIG, f"expected numbers 'r' and 'lora_alpha', got {rank!r} and {alpha!r}")

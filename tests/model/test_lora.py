@@ -187,6 +187,9 @@ def test_an_adapter_travels_through_its_files(tmp_path, tiny_folder):
         ({"use_dora": True}, "field 'use_dora': True is not supported, only False"),
         ({"modules_to_save": ["lm_head"]}, "field 'modules_to_save'"),
         ({"rank_pattern": {"q_proj": 2}}, "field 'rank_pattern'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "field 'init_lora_weights': 'pissa_niter_4' changes the base"),
+        ({"lora_bias": True}, "field 'lora_bias': True is not supported"),
+        ({"alora_invocation_tokens": [5]}, "field 'alora_invocation_tokens': [5] is not supported"),
         ({"r": "four"}, "expected numbers 'r' and 'lora_alpha'"),
         ({"r": 5}, "expected shape (5, 64), got (4, 64)"),
     ],
@@ -242,12 +245,15 @@ def test_peft_computes_the_same_logits_and_its_adapters_the_other_way(tmp_path, 
     there = peft.PeftModel.from_pretrained(base(), tmp_path / "ours", autocast_adapter_dtype=False)
     torch.testing.assert_close(theirs(there), log_probs, rtol=1e-6, atol=1e-6)
     assert (theirs(base()) - log_probs).abs().max() > 0.05
-    made = peft.get_peft_model(
-        base(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    )
+    shape = dict(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"])
+    made = peft.get_peft_model(base(), peft.LoraConfig(**shape, init_lora_weights=False))
     made.save_pretrained(tmp_path / "theirs")
     back = load_adapter(Gemma.from_pretrained(tiny_folder, dtype=torch.float64), tmp_path / "theirs")
     expected = theirs(made)
     found = back.token_log_probs(pack([(ids[:1], ids[1:])])).detach()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert (theirs(base()) - expected).abs().max() > 1e-3
+    moved = peft.get_peft_model(base().float(), peft.LoraConfig(**shape, init_lora_weights="pissa"))
+    moved.save_pretrained(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="'pissa' changes the base's weights"):
+        read_adapter(tmp_path / "moved")
