@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from swirl.config import TrainConfig
 from swirl.errors import CheckpointError, ConfigError, OutOfMemory
 from swirl.learning import plan as plans
 from swirl.learning import usage
+from swirl.learning.optimizer import why_refused
 from swirl.learning.plan import Job, Plan
 from swirl.model import checkpoint
 from swirl.model.config import PRESETS, GemmaConfig
@@ -48,10 +50,20 @@ def shape_of(spec: str) -> GemmaConfig:
 def job_of(
     model: GemmaConfig, config: TrainConfig, *, on_gpu: bool, ranks: int = 1, ranks_of_host: int | None = None
 ) -> Job:
-    """What a training run comes to on this machine; `config` is settled and sized."""
-    used = 0 if on_gpu else _process_bytes(config)
+    """What a training run comes to on this machine; `config` is settled and sized.
+
+    Raises ConfigError where its optimizer does not take weights as they lie on the ranks.
+    """
     sampled = min(config.max_cache_tokens, _sampled_tokens(config, ranks))
-    return Job(model, config, on_gpu, ranks, ranks_of_host or ranks, used, sampled)
+    job = Job(model, config, on_gpu, ranks, ranks_of_host or ranks, cache_tokens=sampled)
+    if reason := _why_refused(job):
+        raise ConfigError(reason)
+    return job if on_gpu else replace(job, process_bytes=_process_bytes(config))
+
+
+def _why_refused(job: Job) -> str | None:
+    config = job.config
+    return why_refused(config.optimizer, offload=config.offload_optimizer, sharded=job.trains_shards, on_gpu=job.on_gpu)
 
 
 def _sampled_tokens(config: TrainConfig, ranks: int) -> int:
@@ -108,21 +120,24 @@ def advice(job: Job, limit: int) -> str:
     """The first flag that brings the job below `limit` bytes, with the peak it then has; or several together; or that
     none does.
     """
-    found = next((tried for tried in _each_alone(job) if _peak(tried[1]) <= limit), None)
-    found = found or next((tried for tried in _together(job) if _peak(tried[1]) <= limit), None)
+    found = next((tried for tried in chain(_each_alone(job), _together(job)) if _peak(tried[1]) <= limit), None)
     if found is None:
         least = min((_peak(tried) for _, tried in _together(job)), default=_peak(job))
         return f"no flag makes it fit: with all of them it takes {gb(least)}; take a smaller model, or a larger card"
     flags, changed = found
-    return f"{flags} makes it fit, in {gb(_peak(changed))}"
+    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items()]
+    return f"{' '.join(words)} makes it fit, in {gb(_peak(changed))}"
 
 
 def _peak(job: Job) -> int:
     return needed_bytes(job, plans.plan(job))
 
 
-def _changes(job: Job) -> Iterator[dict[str, object]]:
-    """Flags that take less memory, by their names in the config: first those that change nothing that is learned."""
+Flags = dict[str, object]  # by their names in the config
+
+
+def _changes(job: Job) -> Iterator[Flags]:
+    """Flags that take less memory: first those that change nothing that is learned."""
     config = job.config
     if config.activation_checkpointing == "none":
         yield {"activation_checkpointing": "cheap"}
@@ -137,31 +152,27 @@ def _changes(job: Job) -> Iterator[dict[str, object]]:
         yield {"shard": "all"}
     if config.dtype == "float32":
         yield {"dtype": "bfloat16"}
-    if config.optimizer == "adamw" and (job.shards == 1 or config.lora):
+    if config.optimizer == "adamw":
         yield {"optimizer": "adamw-8bit"}
     if not config.lora:
         yield {"lora": 16}
 
 
-def _changed(job: Job, flags: dict[str, object]) -> tuple[str, Job]:
-    """The flags as they are typed, and the job with them."""
-    config = replace(job.config, **flags)
-    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items()]
-    cache_tokens = min(job.cache_tokens, config.max_cache_tokens)
-    return " ".join(words), replace(job, config=config, cache_tokens=cache_tokens)
+def _each_alone(job: Job) -> Iterator[tuple[Flags, Job]]:
+    """The changes, and the job with each of them, where such a run is not refused."""
+    for flags in _changes(job):
+        config = replace(job.config, **flags)
+        changed = replace(job, config=config, cache_tokens=min(job.cache_tokens, config.max_cache_tokens))
+        if not _why_refused(changed):
+            yield flags, changed
 
 
-def _each_alone(job: Job) -> Iterator[tuple[str, Job]]:
-    return (_changed(job, flags) for flags in _changes(job))
-
-
-def _together(job: Job) -> Iterator[tuple[str, Job]]:
-    """The strongest, then with it one more at a time."""
-    flags: dict[str, object] = {}
-    for one in reversed(list(_changes(job))):
-        if not one.keys() & flags.keys():
-            flags |= one
-            yield _changed(job, flags)
+def _together(job: Job) -> Iterator[tuple[Flags, Job]]:
+    """The change that takes off most, with it that of the changes of what it made, and so on."""
+    flags: Flags = {}
+    while tried := min(_each_alone(job), key=lambda tried: _peak(tried[1]), default=None):
+        flags, job = flags | tried[0], tried[1]
+        yield flags, job
 
 
 @dataclass(frozen=True)

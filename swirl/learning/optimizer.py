@@ -112,6 +112,15 @@ def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device, pin_memory=pinned).copy_(tensor)
 
 
+def why_refused(kind: str, *, offload: bool, sharded: bool, on_gpu: bool) -> str | None:
+    """Why there is no such optimizer of trained weights that are sharded, or whole; None where there is."""
+    if sharded and offload and on_gpu:
+        return "--offload-optimizer: moves whole weights alone; shards need it less: leave it out"
+    if sharded and kind == "adamw-8bit":
+        return "--optimizer adamw-8bit: steps on whole weights alone; take adamw with sharded ones"
+    return None
+
+
 def make_optimizer(
     model: torch.nn.Module,
     *,
@@ -134,16 +143,15 @@ def make_optimizer(
     settings = {"lr": learning_rate, "betas": (0.9, 0.95), "eps": 1e-8}
     make = partial(torch.optim.AdamW, fused=True, **settings)
     sharded, on_gpu = any(map(sharding.is_sharded, weights)), any(weight.is_cuda for weight in weights)
-    if sharded and offload and on_gpu:
-        raise ConfigError("--offload-optimizer: moves whole weights alone; shards need it less: leave it out")
+    if reason := why_refused(kind, offload=offload, sharded=sharded, on_gpu=on_gpu):
+        raise ConfigError(reason)
     if kind == "adamw-8bit":
-        if sharded:
-            raise ConfigError("--optimizer adamw-8bit: steps on whole weights alone; take adamw with sharded ones")
-        make = partial(_adamw_8bit(), **settings)
+        make = partial(adamw_8bit(), **settings)
     return Optimizer(make, groups, copies_on=torch.device("cpu") if offload and on_gpu else None)
 
 
-def _adamw_8bit():
+def adamw_8bit() -> type[torch.optim.Optimizer]:
+    """That of bitsandbytes. Raises ConfigError where it is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

@@ -68,14 +68,23 @@ class Job:
         return int(ACTION_SHARE["sampled" if self.config.mode == "sampled" else "recorded"] * self.tokens)
 
     @property
+    def shard(self) -> str:
+        """none, node or all, as sharding.py decides it."""
+        if self.ranks == 1:
+            return "none"
+        if self.config.shard != "auto":
+            return self.config.shard
+        return "node" if self.model.num_weights >= LARGE and not self.config.lora else "none"
+
+    @property
     def shards(self) -> int:
-        """Ranks that hold a part each of the weights; 1: each holds them all. As sharding.py decides it."""
-        shard = self.config.shard
-        if shard == "auto":
-            shard = "node" if self.model.num_weights >= LARGE and not self.config.lora else "none"
-        if shard == "none":
-            return 1
-        return self.ranks if shard == "all" else min(self.ranks, self.ranks_of_host)
+        """Ranks that hold a part each of the weights; 1: each holds them all."""
+        return {"none": 1, "node": min(self.ranks, self.ranks_of_host), "all": self.ranks}[self.shard]
+
+    @property
+    def trains_shards(self) -> bool:
+        """Whether the weights that are trained lie in shards; adapters are whole on each rank."""
+        return self.shard != "none" and not self.config.lora
 
     @property
     def maps_blocks(self) -> bool:

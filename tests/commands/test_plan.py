@@ -17,7 +17,7 @@ from swirl.learning.plan import plan
 from swirl.model.config import PRESETS
 from swirl.train import train
 from tests.commands.test_train import small, told  # noqa: F401
-from tests.process import run_module
+from tests.process import run_module, run_ranks
 
 
 def run(*flags, cwd):
@@ -49,10 +49,10 @@ def test_a_plan_of_a_folder_or_of_none(tiny_folder, tmp_path):
     assert run_module("swirl.plan", "--tokens", "0", cwd=tmp_path, timeout=60).returncode == 2
 
 
-def planned(name, **flags) -> RunPlan:
+def planned(name, ranks=1, **flags) -> RunPlan:
     model = PRESETS[name]
     asked = TrainConfig(**{"mode": "recorded", "reward": "outcome", "data": ("a",), "evaluate_on": ()} | flags)
-    job = job_of(model, sized(settled(asked, {"bridge"}, "cuda"), model.num_weights), on_gpu=True)
+    job = job_of(model, sized(settled(asked, {"bridge"}, "cuda"), model.num_weights), on_gpu=True, ranks=ranks)
     return RunPlan(job, plan(job), Memory(80 * 10**9, 80 * 10**9))
 
 
@@ -62,8 +62,35 @@ def test_flags_are_tried_in_order_and_together_where_none_is_enough():
     assert advice(one.job, peak - 10**9).startswith("--activation-checkpointing cheap makes it fit, in ")
     assert advice(one.job, 75 * 10**9).startswith("--activation-checkpointing layers makes it fit, in ")
     nine = planned("gemma-2-9b").job
-    assert re.match(r"--lora 16 --optimizer adamw-8bit .*makes it fit, in [\d.]+ GB", advice(nine, 24 * 10**9))
+    assert re.match(r"--lora 16 --activation-checkpointing layers makes it fit, in [\d.]+ GB", advice(nine, 24 * 10**9))
     assert advice(planned("gemma-2-27b").job, 24 * 10**9).startswith("no flag makes it fit: with all of them it takes")
+
+
+def test_flags_are_offered_where_those_before_them_leave_them_something_to_do():
+    """`auto` shards all weights, but leaves them whole beside adapters."""
+    sharded = planned("gemma-2-27b", ranks=8)
+    said = advice(sharded.job, 24 * 10**9)
+    assert re.match(r"--activation-checkpointing layers --lora 16 --shard all makes it fit, in [\d.]+ GB", said)
+
+
+def test_an_optimizer_that_takes_no_shards_is_neither_planned_nor_offered(tmp_path):
+    for flag, expected in (
+        (("--offload-optimizer",), "moves whole weights alone"),
+        (("--optimizer", "adamw-8bit"), "steps on whole weights alone"),
+    ):
+        asked = ("--model", "gemma-2-9b", "--gpus", "8", *flag)
+        done = run_module("swirl.plan", *asked, cwd=tmp_path, timeout=60)
+        assert done.returncode == 2 and f"{' '.join(flag)}: {expected}" in done.stderr
+        *_, last = run(*asked, "--lora", "16", "--shard", "all", cwd=tmp_path)  # adapters are whole
+        assert last.startswith("fits a card of")
+    for limit in range(10, 140, 10):
+        words = advice(planned("gemma-2-27b", ranks=8).job, limit * 10**9)
+        assert "--lora" in words or ("offload" not in words and "8bit" not in words)
+    # the same in `train`, before it evaluates, generates and filters
+    flags = ("--smoke", "--device", "cpu", "--shard", "all", "--optimizer", "adamw-8bit", "--out", "never")
+    for done in run_ranks(2, "swirl.train", *flags, cwd=tmp_path, timeout=60):
+        assert done.returncode == 2 and done.stderr.count("steps on whole weights alone") == 1
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_loads(small, monkeypatch, capsys):  # noqa: F811

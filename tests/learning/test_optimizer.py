@@ -3,6 +3,8 @@ import sys
 import pytest
 import torch
 
+from swirl.app.preparing import prepared
+from swirl.config import TrainConfig
 from swirl.errors import ConfigError, NonFiniteError
 from swirl.learning.optimizer import (
     Optimizer,
@@ -242,3 +244,5 @@ def test_bitsandbytes_is_asked_for_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match="needs bitsandbytes: pip install 'swirl\\[adamw-8bit\\]'"):
         make_optimizer(large_and_small(torch.float32), learning_rate=1.0, kind="adamw-8bit")
+    with pytest.raises(ConfigError, match="needs bitsandbytes"):  # a run asks before it loads anything
+        prepared(TrainConfig(optimizer="adamw-8bit", device="cpu"))
