@@ -101,12 +101,13 @@ class Memory:
 
 
 def memory_here(device: torch.device) -> Memory:
-    """Of the device, its ranks' share of the machine where that is a CPU."""
+    """Of the device; where that is a CPU, a rank's share of the machine, or of the container it runs in."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free)
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    limit = usage.memory_limit()
+    total, available = (min(limit, int(lines[name].split()[0]) * 1024) for name in ("MemTotal", "MemAvailable"))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Memory(total // ranks, available // ranks)
 

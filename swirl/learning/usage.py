@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import resource
 import subprocess
@@ -100,6 +101,24 @@ def peak_rss_bytes() -> int:
 def peak_bytes(device: torch.device) -> int:
     """The most device memory held, on a CPU that of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
+
+
+def memory_limit(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """The least limit, in bytes, of this process's control groups and those around them, such as a container's;
+    infinity where there is none. `own` lists the groups as the kernel does, `mounted` holds their files, of version 2
+    or 1. A container that sees itself as the root finds its limit there.
+    """
+    least = math.inf
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        group = root / path.lstrip("/")
+        for file in (folder / name for folder in (group, *group.parents)):
+            limit = file.read_text().strip() if file.is_file() else "max"
+            least = min(least, math.inf if limit == "max" else int(limit))
+    return least
 
 
 def unmap_what_is_freed() -> None:
