@@ -26,6 +26,7 @@ from swirl.sampling.engine import Engine
 from swirl.sampling.in_flight import Completion
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=128)]
+Stops = Annotated[list[str], msgspec.Meta(max_length=16)]  # each is looked for every few tokens
 _IGNORED = {"user", "stream_options", "metadata", "store", "echo", "best_of", "suffix", "frequency_penalty",
             "presence_penalty", "logit_bias", "response_format", "tools", "tool_choice", "parallel_tool_calls",
             "top_logprobs"}  # fmt: skip
@@ -43,7 +44,7 @@ class _Request(msgspec.Struct):
     min_p: float = 0.0
     n: Count = 1
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Stops | None = None
     include_stop_str_in_output: bool = False
     stream: bool = False
     return_token_ids: bool = False
@@ -311,7 +312,7 @@ class Piecewise:
     def text_of(self, ids: tuple[int, ...]) -> str:
         """What is sure and new; a character whose bytes are not all there yet is not."""
         text = self._tokenizer.decode(ids).rstrip("\ufffd")
-        text = text[: len(text) - self._held] if self._held else text
+        text = text[: max(0, len(text) - self._held)]
         piece, self._sent = text[self._sent :], max(self._sent, len(text))
         return piece
 

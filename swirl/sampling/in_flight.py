@@ -50,7 +50,8 @@ class InFlight:
 
     def cut_at_stop_text(self, num_before: int, decode: Callable[[Sequence[int]], str]) -> str | None:
         """The stop text that the tokens after the first `num_before` complete, if any; those behind it are dropped."""
-        if not any(text in decode(self.ids) for text in self.params.stop_texts):
+        text = decode(self.ids)
+        if not any(stop in text for stop in self.params.stop_texts):
             return None
         for count in range(num_before + 1, len(self.ids) + 1):
             text = decode(self.ids[:count])

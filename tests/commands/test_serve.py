@@ -177,6 +177,7 @@ def ask(url, body, key=KEY):
         ("completions", {"prompt": "a", "logit_bias": {"5": 100}}, 400, "logit_bias"),
         ("completions", {"prompt": "a", "beam_width": 2}, 400, "beam_width"),
         ("completions", {"prompt": ["a"] * 200, "n": 2}, 400, "at most 256"),
+        ("completions", {"prompt": "a", "stop": ["b"] * 17}, 400, "$.stop"),
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, 400, "in turn"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3}, 400, "top_logprobs"),
