@@ -87,7 +87,7 @@ async def _serve(config: ServeConfig) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
-    runner = web.AppRunner(server.app(), access_log=None)
+    runner = server.runner()
     await runner.setup()
     try:
         site = web.TCPSite(runner, config.host, config.port)

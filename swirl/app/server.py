@@ -13,8 +13,9 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -87,7 +88,7 @@ class _Asked:
 
 
 class Server:
-    """Answers requests by `engine`; `app()` is what aiohttp runs."""
+    """Answers requests by `engine`; `runner()` is what listens to them."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, *, name: str, key: str | None, max_concurrency: int,
@@ -99,13 +100,13 @@ class Server:
         self._num_sequences, self._draining, self._started = 0, False, int(time.time())
         self.num_in_flight = 0
 
-    def app(self) -> web.Application:
+    def runner(self) -> web.AppRunner:
         app = web.Application(middlewares=[self._guard], client_max_size=self._max_body_bytes)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
-        return app
+        return web.AppRunner(app, access_log=None)
 
     async def drain(self) -> None:
         """Refuse new requests, and return when those in flight are answered."""
@@ -148,15 +149,21 @@ class Server:
             raise Refused(400, "prompt: expected at least one")
         if any(isinstance(prompt, int) for prompt in prompts):
             raise Refused(400, "prompt: expected a text or token ids, or a list of either")
-        states = [prompt if isinstance(prompt, list) else self._ids_of(prompt) for prompt in prompts]
-        wants = asked.logprobs is not None and asked.logprobs is not False
-        return await self._answer(request, asked, states, asked.max_tokens, _Text(self._tokenizer, asked, wants))
+        with self._reserved(len(prompts) * asked.n):
+            states = []
+            for prompt in prompts:
+                ids = prompt if isinstance(prompt, list) else await asyncio.to_thread(self._ids_of, prompt)
+                states.append(self._fitting(ids, asked.max_tokens))
+            wants = asked.logprobs is not None and asked.logprobs is not False
+            return await self._answer(request, asked, states, asked.max_tokens, _Text(self._tokenizer, asked, wants))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         asked = await self._read(request, ChatRequest)
-        state = self._ids_of_messages(asked.messages)
-        most = asked.max_completion_tokens or asked.max_tokens or max(1, min(1024, self._context - len(state)))
-        return await self._answer(request, asked, [state], most, _Chat(self._tokenizer, asked, bool(asked.logprobs)))
+        with self._reserved(asked.n):
+            ids = await asyncio.to_thread(self._ids_of_messages, asked.messages)
+            most = asked.max_completion_tokens or asked.max_tokens or max(1, min(1024, self._context - len(ids)))
+            form = _Chat(self._tokenizer, asked, bool(asked.logprobs))
+            return await self._answer(request, asked, [self._fitting(ids, most)], most, form)
 
     async def _read(self, request: web.Request, kind: type):
         body = await request.read()
@@ -174,6 +181,19 @@ class Server:
         if asked.model not in ("", self._name):
             raise Refused(404, f"model '{asked.model}' is not here: expected '{self._name}'")
         return asked
+
+    @contextmanager
+    def _reserved(self, num_sequences: int) -> Iterator[None]:
+        """Room for so many sequences, before anything is made for them."""
+        if num_sequences > self._max_concurrency:
+            raise Refused(400, f"{num_sequences} sequences in a request: expected at most {self._max_concurrency}")
+        if self._num_sequences + num_sequences > self._max_concurrency:
+            raise Refused(429, f"{self._num_sequences} sequences are in flight, of at most {self._max_concurrency}")
+        self._num_sequences += num_sequences
+        try:
+            yield
+        finally:
+            self._num_sequences -= num_sequences
 
     def _ids_of(self, text: str) -> list[int]:
         """<bos> and the text, in which spelled control tokens are those tokens: a prompt is its client's own."""
@@ -198,6 +218,11 @@ class Server:
             ids += self._tokenizer.observation_ids(question.content or "")
         return ids
 
+    def _fitting(self, state: list[int], most: int) -> list[int]:
+        if len(state) + most > self._context:
+            raise Refused(400, f"{len(state)} tokens and {most} new ones exceed the model's context of {self._context}")
+        return state
+
     def _params(self, asked: _Request, max_new_tokens: int) -> SamplingParams:
         stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         control = {stop: self._tokenizer.token_id(stop) for stop in stops if stop in CONTROL_TOKENS}
@@ -212,11 +237,6 @@ class Server:
 
     async def _answer(self, request, asked: _Request, states: list[list[int]], most: int, form) -> web.StreamResponse:
         params = self._params(asked, most)
-        for state in states:
-            if len(state) + most > self._context:
-                raise Refused(
-                    400, f"{len(state)} tokens and {most} new ones exceed the model's context of {self._context}"
-                )
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
         # every choice draws by itself; the first by the seed as it is given
         sequences = [
@@ -224,19 +244,10 @@ class Server:
             for i, state in enumerate(states)
             for j in range(asked.n)
         ]
-        sequences = [replace(one, seed=seed if one.index == 0 else one.seed) for one in sequences]
-        if len(sequences) > self._max_concurrency:
-            raise Refused(400, f"{len(sequences)} sequences in a request: expected at most {self._max_concurrency}")
-        if self._num_sequences + len(sequences) > self._max_concurrency:
-            raise Refused(429, f"{self._num_sequences} sequences are in flight, of at most {self._max_concurrency}")
-        self._num_sequences += len(sequences)
         head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self._name}
-        try:
-            if asked.stream:
-                return await self._stream(request, sequences, form, head, asked.return_token_ids)
-            made = await self._draw_all(sequences)
-        finally:
-            self._num_sequences -= len(sequences)
+        if asked.stream:
+            return await self._stream(request, sequences, form, head, asked.return_token_ids)
+        made = await self._draw_all(sequences)
         choices = [
             form.choice(one, completion, asked.return_token_ids)
             for one, completion in zip(sequences, made, strict=True)
