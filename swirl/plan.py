@@ -10,6 +10,7 @@ and, on a CPU, comparing (the model as it was beside it as it is, where it is ev
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -69,8 +70,10 @@ class PlanConfig:
             raise ConfigError(f"--memory-gb {self.memory_gb}: expected more than 0")
 
 
-def job_of(config: PlanConfig, gpus: int) -> Job:
-    """The training run that the flags describe, on so many GPUs; 0: on one CPU."""
+def job_of(config: PlanConfig, gpus: int, host_memory: float = math.inf) -> Job:
+    """The training run that the flags describe, on so many GPUs; 0: on one CPU. `host_memory` is that of the machine
+    that they are in, in bytes, where it is known.
+    """
     ranks, model = max(1, gpus), planning.shape_of(config.model)
     asked = TrainConfig(
         mode=config.mode,
@@ -91,7 +94,8 @@ def job_of(config: PlanConfig, gpus: int) -> Job:
     asked = sized(asked, model.num_weights)
     if config.tokens is not None:
         asked = replace(asked, tokens_per_micro_batch=min(asked.tokens_per_micro_batch, -(-config.tokens // ranks)))
-    return planning.job_of(model, asked, on_gpu=gpus > 0, ranks=ranks, ranks_of_host=min(ranks, GPUS_OF_HOST))
+    on_host = min(ranks, GPUS_OF_HOST)
+    return planning.job_of(model, asked, on_gpu=gpus > 0, ranks=ranks, ranks_of_host=on_host, host_memory=host_memory)
 
 
 def table(plan: Plan) -> str:
@@ -111,6 +115,8 @@ def table(plan: Plan) -> str:
 def verdict(job: Job, plan: Plan, memory_bytes: int | None) -> str:
     """Whether it fits, and where it does not, what would make it."""
     needed = planning.needed_bytes(job, plan)
+    if plan.host_bytes > job.host_memory:
+        return f"does not fit: {planning.host_line(plan)}, of {planning.gb(job.host_memory)}"
     if memory_bytes is None:
         fits = [card for card in CARDS_GB if needed <= card * 10**9]
         smallest = f"fits a card of {fits[0]} GB" if fits else f"fits no card of {CARDS_GB[-1]} GB"
@@ -126,7 +132,7 @@ def main(config: PlanConfig) -> None:
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = here if config.gpus is None else config.gpus
     device = torch.device("cuda" if gpus and here else "cpu")
-    job = job_of(config, gpus)
+    job = job_of(config, gpus, planning.memory_of_host().total if here else math.inf)
     plan = plans.plan(job)
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "a CPU"
     print(
@@ -134,6 +140,8 @@ def main(config: PlanConfig) -> None:
         f"micro-batches of {job.tokens:,} tokens"
     )
     print(table(plan))
+    if plan.host_bytes:
+        print(f"besides: {planning.host_line(plan)}")
     if bool(gpus) == (device.type == "cuda"):
         rate = measured_peak_flops(device, getattr(torch, job.config.dtype)) * planning.share_of_peak(job)
         update = config.tokens or job.tokens * job.ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -48,14 +49,20 @@ def shape_of(spec: str) -> GemmaConfig:
 
 
 def job_of(
-    model: GemmaConfig, config: TrainConfig, *, on_gpu: bool, ranks: int = 1, ranks_of_host: int | None = None
+    model: GemmaConfig,
+    config: TrainConfig,
+    *,
+    on_gpu: bool,
+    ranks: int = 1,
+    ranks_of_host: int | None = None,
+    host_memory: float = math.inf,
 ) -> Job:
     """What a training run comes to on this machine; `config` is settled and sized.
 
     Raises ConfigError where its optimizer does not take weights as they lie on the ranks.
     """
     sampled = min(config.max_cache_tokens, _sampled_tokens(config, ranks))
-    job = Job(model, config, on_gpu, ranks, ranks_of_host or ranks, cache_tokens=sampled)
+    job = Job(model, config, on_gpu, ranks, ranks_of_host or ranks, cache_tokens=sampled, host_memory=host_memory)
     if reason := _why_refused(job):
         raise ConfigError(reason)
     return job if on_gpu else replace(job, process_bytes=_process_bytes(config))
@@ -101,15 +108,19 @@ class Memory:
 
 
 def memory_here(device: torch.device) -> Memory:
-    """Of the device; where that is a CPU, a rank's share of the machine, or of the container it runs in."""
+    """Of the device, its ranks' share of the machine where that is a CPU."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free)
+    host, ranks = memory_of_host(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Memory(host.total // ranks, host.available // ranks)
+
+
+def memory_of_host() -> Memory:
+    """Of this machine, or of the container that this is."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     limit = usage.memory_limit()
-    total, available = (min(limit, int(lines[name].split()[0]) * 1024) for name in ("MemTotal", "MemAvailable"))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Memory(total // ranks, available // ranks)
+    return Memory(*(min(limit, int(lines[name].split()[0]) * 1024) for name in ("MemTotal", "MemAvailable")))
 
 
 def needed_bytes(job: Job, plan: Plan) -> int:
@@ -127,7 +138,8 @@ def advice(job: Job, limit: int) -> str:
         return f"no flag makes it fit: with all of them it takes {gb(least)}; take a smaller model, or a larger card"
     flags, changed = found
     words = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items()]
-    return f"{' '.join(words)} makes it fit, in {gb(_peak(changed))}"
+    beside = f", and {gb(plans.plan(changed).host_bytes)} of its host's" if changed.offloads else ""
+    return f"{' '.join(words)} makes it fit, in {gb(_peak(changed))}{beside}"
 
 
 def _peak(job: Job) -> int:
@@ -160,11 +172,11 @@ def _changes(job: Job) -> Iterator[Flags]:
 
 
 def _each_alone(job: Job) -> Iterator[tuple[Flags, Job]]:
-    """The changes, and the job with each of them, where such a run is not refused."""
+    """The changes, and the job with each of them, where such a run is not refused and its host has the room."""
     for flags in _changes(job):
         config = replace(job.config, **flags)
         changed = replace(job, config=config, cache_tokens=min(job.cache_tokens, config.max_cache_tokens))
-        if not _why_refused(changed):
+        if not _why_refused(changed) and plans.plan(changed).host_bytes <= job.host_memory:
             yield flags, changed
 
 
@@ -192,7 +204,8 @@ def plan_run(config: TrainConfig, device: torch.device, *, say: Callable[[str], 
     """
     ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     model = shape_of(config.model)
-    job = job_of(model, config, on_gpu=device.type == "cuda", ranks=ranks, ranks_of_host=here)
+    host_memory = memory_of_host().total
+    job = job_of(model, config, on_gpu=device.type == "cuda", ranks=ranks, ranks_of_host=here, host_memory=host_memory)
     planned = RunPlan(job, plans.plan(job), memory_here(device))
     rate = usage.measured_peak_flops(device, getattr(torch, config.dtype)) * share_of_peak(job)
     say(line_of(job, planned.plan, rate))
@@ -212,18 +225,26 @@ def share_of_peak(job: Job) -> float:
 
 def require_fits(job: Job, plan: Plan, memory: Memory) -> str | None:
     """Raises OutOfMemory where not even what the run holds whatever its data are is there. Returns a warning where the
-    plan is above what is available now, else None: data may be shorter than planned for.
+    plan is above what is available now, else None: data may be shorter than planned for, a run over before it saves.
     """
     if plan.least_bytes > memory.total:
         raise OutOfMemory(
             f"this run cannot fit: weights and what they need alone are {gb(plan.least_bytes)}, of {gb(memory.total)} "
             f"of memory; {advice(job, memory.total)} (--no-memory-check tries all the same)"
         )
+    offloaded = plan.host_bytes - plan.host.get("checkpoint", 0)
+    if offloaded > job.host_memory:
+        raise OutOfMemory(
+            f"this run cannot fit: --offload-optimizer takes {gb(offloaded)} of the host's {gb(job.host_memory)}; "
+            "leave it out, or take --lora (--no-memory-check tries all the same)"
+        )
     if needed_bytes(job, plan) > memory.available:
         return (
             f"the plan is {gb(needed_bytes(job, plan))} of memory, and {gb(memory.available)} are free; "
             f"{advice(job, memory.available)}"
         )
+    if plan.host_bytes > job.host_memory:
+        return f"the plan is {host_line(plan)}, of {gb(job.host_memory)}; --save-minutes 0 makes no copy to save"
     return None
 
 
@@ -257,7 +278,14 @@ def line_of(job: Job, plan: Plan, flops_per_s: float | None) -> str:
     each = " on each of its GPUs" if job.on_gpu else ""
     each = f" on each of {job.ranks} ranks" if job.ranks > 1 else each
     took = f"; about {seconds(plan, flops_per_s):.2g} s for {job.tokens:,} packed tokens" if flops_per_s else ""
-    return f"plan: {gb(plan.peak_bytes)} of memory{each} at its peak ({shown}){took}"
+    beside = f"; {host_line(plan)}" if plan.host_bytes else ""
+    return f"plan: {gb(plan.peak_bytes)} of memory{each} at its peak ({shown}){beside}{took}"
+
+
+def host_line(plan: Plan) -> str:
+    """What the plan keeps beside GPUs, in words."""
+    shown = ", ".join(f"{name} {gb(size)}" for name, size in plan.host.items() if size)
+    return f"{gb(plan.host_bytes)} of the host's memory ({shown})"
 
 
 def seconds(plan: Plan, flops_per_s: float) -> float:

@@ -7,6 +7,7 @@ and the process itself. Time is FLOPs over a rate. benchmarks/plan.py holds it a
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,7 +39,8 @@ class Job:
 
     config: settled and sized, no `auto` left but that of `shard`. on_gpu: on GPUs, else on CPUs. ranks: processes of
     the job, ranks_of_host of them on one machine. process_bytes: what each holds beside tensors. cache_tokens: those
-    whose keys and values the sampler keeps, 0 where nothing is sampled.
+    whose keys and values the sampler keeps, 0 where nothing is sampled. host_memory: bytes of the machine that GPUs are
+    in, infinity where it is not known.
     """
 
     model: GemmaConfig
@@ -48,6 +50,7 @@ class Job:
     ranks_of_host: int = 1
     process_bytes: int = 0
     cache_tokens: int = 0
+    host_memory: float = math.inf
 
     @property
     def itemsize(self) -> int:
@@ -97,6 +100,11 @@ class Job:
         return num_adapter_weights(self.model, self.config.lora) or self.model.num_weights
 
     @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state is on the host, and the GPU holds none of it."""
+        return self.on_gpu and self.config.offload_optimizer
+
+    @property
     def trained_here(self) -> int:
         """Of them, those whose gradients and moments this rank holds: a shard's, but all of adapters."""
         return self.trained if self.config.lora else self.trained // self.shards
@@ -104,10 +112,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """moments: by name, what lies in memory, by name, in bytes of one rank. flops: of the largest micro-batch."""
+    """moments: by name, what lies in memory, by name, in bytes of one rank. flops: of the largest micro-batch. host:
+    what lies in the memory of a machine beside its GPUs, by name, in bytes of all its ranks.
+    """
 
     moments: dict[str, Parts]
     flops: float
+    host: Parts
 
     @property
     def peak(self) -> str:
@@ -117,6 +128,10 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         return sum(self.moments[self.peak].values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
 
     @property
     def least_bytes(self) -> int:
@@ -136,30 +151,48 @@ def plan(job: Job) -> Plan:
         # The model as it was is loaded once more, the optimizer is gone. A GPU without the room goes on without it.
         again = {"the base again": job.model.num_weights * job.itemsize} | _gathered_whole(job)
         moments["comparing"] = always | {"optimizer": 0, "checkpoint": 0} | again
-    return Plan(moments, flops)
+    return Plan(moments, flops, _host(job))
 
 
 def _always(job: Job) -> Parts:
     """What lies in memory from the first update to the last."""
     config, b, n, adapters = job.config, job.itemsize, job.shards, bool(job.config.lora)
     weights = job.model.num_weights
-    moments = job.trained_here * (2 if config.optimizer == "adamw-8bit" else 8)
-    copies = 4 * job.trained if b < 4 and not adapters and n == 1 else 0  # shards are float32 themselves
-    optimizer = 0 if config.offload_optimizer and job.on_gpu else moments + copies
     reference = weights * b // n if config.kl_coefficient and not adapters else 0
     proximal = weights * b // n if config.proximal_every else 0
     if adapters and proximal:  # whole frozen weights are the policy's own
         proximal = 4 * job.trained + (proximal if n > 1 else 0)
-    # of trained weights in shards a save is no copy, and from a GPU the copy goes to the host
-    saves = (config.save_every or config.save_minutes) and (n == 1 or adapters) and not job.on_gpu
     return {
         "process": job.process_bytes,
         "weights": weights * b // n + 4 * job.trained if adapters else weights * (b if n == 1 else 4) // n,
-        "optimizer": optimizer,
+        "optimizer": 0 if job.offloads else _state(job),
         "reference": reference + proximal,
         "keys and values": _keys_and_values(job),
-        "checkpoint": (4 * job.trained if adapters else weights * b) + optimizer if saves else 0,
+        "checkpoint": 0 if job.on_gpu else _saved(job),
     }
+
+
+def _state(job: Job) -> int:
+    """Of the optimizer: moments, and copies of weights narrower or elsewhere. Shards are float32 themselves."""
+    copied = job.offloads or (job.itemsize < 4 and not job.config.lora and job.shards == 1)
+    return job.trained_here * (2 if job.config.optimizer == "adamw-8bit" else 8) + (4 * job.trained if copied else 0)
+
+
+def _saved(job: Job) -> int:
+    """The copy that a checkpoint is written from while training goes on; of trained weights in shards there is none."""
+    config = job.config
+    if not (config.save_every or config.save_minutes) or job.trains_shards:
+        return 0
+    return (4 * job.trained if config.lora else job.model.num_weights * job.itemsize) + _state(job)
+
+
+def _host(job: Job) -> Parts:
+    """Each rank keeps its optimizer's state, and gradients for a step; the main one alone makes the copy."""
+    if not job.on_gpu:
+        return {}
+    state, gradients = (_state(job), 4 * job.trained_here) if job.offloads else (0, 0)
+    kept = {"optimizer": state * job.ranks_of_host, "gradients": gradients * job.ranks_of_host}
+    return kept | {"checkpoint": _saved(job)}
 
 
 def _keys_and_values(job: Job) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from swirl.app import planning
-from swirl.app.planning import Memory, RunPlan, advice, job_of, needed_bytes, told_if_out_of_memory
+from swirl.app.planning import Memory, RunPlan, advice, job_of, needed_bytes, require_fits, told_if_out_of_memory
 from swirl.config import TrainConfig, settled, sized
 from swirl.errors import OutOfMemory
 from swirl.learning.plan import plan
@@ -28,9 +29,10 @@ def run(*flags, cwd):
 
 def test_a_plan_says_whether_it_fits_and_what_would_make_it(tmp_path):
     flags = ("--model", "gemma-2-9b", "--gpus", "1", "--memory-gb", "80", "--mode", "recorded", "--no-evaluate")
-    first, *table, last = run(*flags, cwd=tmp_path)
+    first, *table, besides, last = run(*flags, cwd=tmp_path)
     assert first == "gemma-2-9b, 9.24B weights, bfloat16, on 1 GPU: micro-batches of 4,096 tokens"
     assert table[0].split() == ["GB", "passes", "step"] and table[-1].startswith("sum")
+    assert besides == "besides: 129 GB of the host's memory (checkpoint 129 GB)"
     assert ["weights", "18.48", "18.48"] in [line.split() for line in table]
     said = re.fullmatch(r"does not fit: \d+ GB of 80.0 GB; (--lora 16) makes it fit, in (.*)", last)
     *_, last = run(*flags, *said[1].split(), cwd=tmp_path)
@@ -91,6 +93,21 @@ def test_an_optimizer_that_takes_no_shards_is_neither_planned_nor_offered(tmp_pa
     for done in run_ranks(2, "swirl.train", *flags, cwd=tmp_path, timeout=60):
         assert done.returncode == 2 and done.stderr.count("steps on whole weights alone") == 1
     assert not (tmp_path / "never").exists()
+
+
+def test_the_host_must_hold_what_is_offloaded():
+    nine = planned("gemma-2-9b", save_minutes=0).job
+    said = r"--offload-optimizer makes it fit, in [\d.]+ GB, and 148 GB of its host's"
+    assert re.fullmatch(said, advice(nine, 141 * 10**9))
+    assert advice(replace(nine, host_memory=140e9), 141 * 10**9).startswith("--lora 16 makes it fit, in ")
+    offloads, card = planned("gemma-2-9b", offload_optimizer=True), Memory(10**12, 10**12)
+    with pytest.raises(OutOfMemory, match="--offload-optimizer takes 148 GB of the host's 140 GB; leave it out, or"):
+        require_fits(replace(offloads.job, host_memory=140e9), offloads.plan, card)
+    warning = require_fits(replace(offloads.job, host_memory=200e9), offloads.plan, card)
+    assert warning.startswith(
+        "the plan is 277 GB of the host's memory (optimizer 111 GB, gradients 37.0 GB, checkpoint"
+    )
+    assert require_fits(offloads.job, offloads.plan, card) is None
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_loads(small, monkeypatch, capsys):  # noqa: F811

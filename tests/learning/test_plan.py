@@ -45,6 +45,21 @@ def test_bytes_of_weights_and_what_they_need():
     assert parts(cache_tokens=10) == narrow | {"keys and values": 10 * 2 * 2 * 2 * 32 * 2}
 
 
+def test_bytes_of_the_host_beside_gpus():
+    def host(**flags):
+        return {name: size for name, size in plan(job(**flags)).host.items() if size}
+
+    assert host() == {} == host(save_every=1, on_gpu=False)
+    assert host(save_every=1) == {"checkpoint": 14 * WEIGHTS}  # weights, float32 copies, moments
+    assert host(offload_optimizer=True) == {"optimizer": 12 * WEIGHTS, "gradients": 4 * WEIGHTS}
+    assert host(offload_optimizer=True, dtype="float32", optimizer="adamw-8bit")["optimizer"] == 6 * WEIGHTS
+    # each of four ranks keeps its own, one of them saves
+    adapters = num_adapter_weights(SHAPE, 3)
+    state = {"optimizer": 4 * 12 * adapters, "gradients": 4 * 4 * adapters, "checkpoint": 16 * adapters}
+    assert host(offload_optimizer=True, lora=3, ranks=4, shard="all", save_every=1) == state
+    assert host(ranks=4, shard="all", save_every=1) == {}
+
+
 def test_adapters_need_next_to_nothing():
     # in and out of q 64 + 128, k and v 64 + 64 each, o 128 + 64, gate and up 64 + 128 each, down 128 + 64
     assert num_adapter_weights(SHAPE, 3) == 3 * 2 * (192 + 2 * 128 + 192 + 2 * 192 + 192)
