@@ -10,6 +10,7 @@ case $TASK in
     *) : "${TRAIN:=train.jsonl}" "${TEST:=test.jsonl}" "${EASY=}" ;;
 esac
 : "${QUESTIONS:=10000}" "${SAMPLES:=5}" "${TOKENS:=512}" "${UPDATES:=500}" "${TEST_QUESTIONS:=500}"
+: "${CACHE:=16384}"  # tokens whose keys and values train's sampler holds: its default would not fit beside the server
 mkdir -p "$OUT"
 . "$(dirname "$0")/server.sh"
 : "${JUDGE:=$SERVER}" "${REWARD:=$JUDGE}"
@@ -20,4 +21,5 @@ $SWIRL filter --data "$OUT/trajectories.jsonl" --mode process --judge "$JUDGE" \
     --kept "$OUT/kept.jsonl" --dropped "$OUT/dropped.jsonl"
 $SWIRL train --packed --model "$MODEL" --data "$OUT/kept.jsonl" --mode sampled --reward "$REWARD" \
     --max-new-tokens "$TOKENS" --updates "$UPDATES" --evaluate-on "$TASK" --evaluate-questions "$TEST" \
-    --evaluate-num-questions "$TEST_QUESTIONS" --activation-checkpointing layers --out "$OUT/run" --resume auto "${@:2}"
+    --evaluate-num-questions "$TEST_QUESTIONS" --activation-checkpointing layers --max-cache-tokens "$CACHE" \
+    --out "$OUT/run" --resume auto "${@:2}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One job over two machines: the same command on each, with the name of one of them as HEAD. OUT, DATA and MODEL must be
-# where both can read them, and HEAD's port on a private network: torch's store knows no password.
+# One job over two machines of eight GPUs of 80 GB: the same command on each, with the name of one of them as HEAD. OUT,
+# DATA and MODEL must be where both can read them, and HEAD's port on a private network: torch's store knows no password.
 #   HEAD=node1 recipes/two_nodes.sh [FLAGS OF TRAIN]
 # Not measured: it was run as two jobs on one machine.
 set -euo pipefail

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from swirl.app import command
-from swirl.config import TrainConfig
+from swirl.app import command, planning
+from swirl.config import TrainConfig, settled, sized
 from swirl.filter import FilterConfig
 from swirl.generate import GenerateConfig
+from swirl.learning import plan
+from swirl.model.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
 RECIPES, FIXTURES = ROOT / "recipes", ROOT / "tests" / "fixtures"
@@ -71,20 +73,41 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("line", ALL)
-def test_every_flag_of_a_recipe_is_one(line, folder, monkeypatch):
-    name, *words = line.split()
+def commands(line, *extra, folder, **variables):
+    """(command, its flags) of each that the recipe runs, in order; nothing is run."""
     recorder = program(folder / "bin" / "record", 'printf "%s\\t" "$@" >>commands; echo >>commands')
-    extra = [] if len(words) else ["--seed", "7"]
-    done = run(name, *words, *extra, folder=folder, SWIRL=recorder, TORCHRUN=recorder, **ALL[line])
+    variables = {"SWIRL": recorder, "TORCHRUN": recorder, **ALL[line], **variables}
+    done = run(*line.split(), *extra, folder=folder, **variables)
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip("\t").split("\t") for line in (folder / "commands").read_text().splitlines()]
-    for what, *flags in lines:
-        if what == "-m":
-            what, flags = flags[0].removeprefix("swirl."), flags[1:]
+    lines = [words[1:] if words[0] == "-m" else words for words in lines]
+    return [(what.removeprefix("swirl."), flags) for what, *flags in lines]
+
+
+@pytest.mark.parametrize("line", ALL)
+def test_every_flag_of_a_recipe_is_one(line, folder):
+    extra = [] if " " in line else ["--seed", "7"]
+    lines = commands(line, *extra, folder=folder)
+    for what, flags in lines:
         config = command.parse(KINDS[what], "", flags)
         assert not extra or what != "train" or config.seed == 7
-    assert lines[-1][-2:] == (extra or ["--resume", "auto"])
+    assert lines[-1][1][-2:] == (extra or ["--resume", "auto"])
+
+
+@pytest.mark.parametrize("line", [line for line in ALL if not line.startswith("own_task")])
+def test_training_fits_the_card_a_recipe_promises_beside_its_server(line, folder):
+    recipe = (RECIPES / line.split()[0]).read_text()
+    card_gb, share = int(re.search(r"GPUs? of (\d+) GB", recipe)[1]), 0.0
+    if "server.sh" in recipe:
+        share = float(re.search(r"--gpu-memory-utilization ([\d.]+)", (RECIPES / "server.sh").read_text())[1])
+    what, flags = commands(line, folder=folder, MODEL="", TOKENS="")[-1]  # its own: an empty one is not set
+    config = command.parse(KINDS[what], "", flags)
+    shape = PRESETS[config.model.removeprefix("google/").removesuffix("-it")]
+    config = sized(settled(config, {"bridge"} if config.data else None, "cuda"), shape.num_weights)
+    ranks = {"one_gpu.sh": 1, "eight_gpus.sh": 8, "two_nodes.sh": 16}[line.split()[0]]
+    job = planning.job_of(shape, config, on_gpu=True, ranks=ranks, ranks_of_host=min(ranks, 8))
+    needed = planning.needed_bytes(job, plan.plan(job))
+    assert needed <= (1 - share) * card_gb * 1e9, planning.advice(job, (1 - share) * card_gb * 1e9)
 
 
 @pytest.mark.parametrize("name", ["eight_gpus.sh", "two_nodes.sh", "own_task.sh", "one_gpu.sh"])
