@@ -147,6 +147,8 @@ def main(config: PlanConfig) -> None:
         update = config.tokens or job.tokens * job.ranks
         took = planning.seconds(plan, rate) * update / (job.tokens * job.ranks)
         print(f"an update of {update:,} packed tokens: about {took:.2g} s beside sampling and judging")
+    else:
+        print("the time of an update is not known: there is no GPU here whose rate could be measured")
     memory = None if config.memory_gb is None else int(config.memory_gb * 1e9)
     if memory is None and bool(gpus) == (device.type == "cuda"):
         memory = planning.memory_here(device).total

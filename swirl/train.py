@@ -235,8 +235,10 @@ def train(config: TrainConfig) -> dict | None:
         if not distributed.is_main():
             return None
         trained_on = None if config.mode == "outcome-rl" else len(source)
-        peaks = {"planned_peak_bytes": planned.plan.peak_bytes, "peak_bytes": usage.peak_bytes(device)}
-        return finishing.finish(config, run, before, after, history, started, trained_on, peaks)
+        held = planned.held_against(history, usage.peak_bytes(device))
+        summary = finishing.finish(config, run, before, after, history, started, trained_on, held)
+        say(planning.outcome_line(held))
+        return summary
 
 
 def main(config: TrainConfig) -> None:

@@ -72,10 +72,10 @@ def save_merged(setup: Setup, run: RunFolder) -> None:
 
 def finish(
     config: TrainConfig, run: RunFolder, before: list[Score], after: list[Score], history, started, num_trajectories,
-    peaks: dict[str, int],
+    held: dict[str, float],
 ) -> dict:  # fmt: skip
-    """Write the summary, the model card and the report, and show both."""
-    summary = _summary(config, before, after, history, started) | peaks
+    """Write the summary, with its plan `held` against what was measured, the model card and the report; show both."""
+    summary = _summary(config, before, after, history, started) | held
     run.write("summary.json", summary)
     card = model_card(config, update=len(history), commit=summary["commit"], summary=summary, kept=num_trajectories)
     replace_file(run.path / "checkpoint" / CARD, card.encode())

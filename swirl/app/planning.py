@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -190,11 +191,28 @@ def _together(job: Job) -> Iterator[tuple[Flags, Job]]:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Of a run that is about to begin: its job, the plan of it, and the memory it begins with."""
+    """Of a run that is about to begin: its job, the plan of it, the memory it begins with, and the FLOP/s that updates
+    are taken to reach on each rank.
+    """
 
     job: Job
     plan: Plan
     memory: Memory
+    flops_per_s: float
+
+    def held_against(self, history: list[dict], peak_bytes: int) -> dict[str, float]:
+        """For the summary of a run, planned and measured: its peak, and where an update computed anything, the median
+        of their seconds beside sampling and judging, planned for as many tokens as they had.
+        """
+        bytes_of = {"planned_peak_bytes": self.plan.peak_bytes, "peak_bytes": peak_bytes}
+        updates = [metrics for metrics in history if metrics["computed_tokens"]]
+        if not updates:
+            return bytes_of
+        planned = seconds(self.plan, self.flops_per_s) / (self.job.tokens * self.job.ranks)
+        return bytes_of | {
+            "planned_update_s": planned * median(metrics["computed_tokens"] for metrics in updates),
+            "measured_update_s": median(metrics["update_s"] - metrics["sample_s"] for metrics in updates),
+        }
 
 
 def plan_run(config: TrainConfig, device: torch.device, *, say: Callable[[str], None]) -> RunPlan:
@@ -206,8 +224,8 @@ def plan_run(config: TrainConfig, device: torch.device, *, say: Callable[[str], 
     model = shape_of(config.model)
     host_memory = memory_of_host().total
     job = job_of(model, config, on_gpu=device.type == "cuda", ranks=ranks, ranks_of_host=here, host_memory=host_memory)
-    planned = RunPlan(job, plans.plan(job), memory_here(device))
     rate = usage.measured_peak_flops(device, getattr(torch, config.dtype)) * share_of_peak(job)
+    planned = RunPlan(job, plans.plan(job), memory_here(device), rate)
     say(line_of(job, planned.plan, rate))
     if config.memory_check:
         warning = require_fits(job, planned.plan, planned.memory)
@@ -271,13 +289,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return told or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def line_of(job: Job, plan: Plan, flops_per_s: float | None) -> str:
+def line_of(job: Job, plan: Plan, flops_per_s: float) -> str:
     """The plan in one line."""
     parts = sorted(plan.moments[plan.peak].items(), key=lambda part: -part[1])
     shown = ", ".join(f"{name} {gb(size)}" for name, size in parts[:4] if size)
     each = " on each of its GPUs" if job.on_gpu else ""
     each = f" on each of {job.ranks} ranks" if job.ranks > 1 else each
-    took = f"; about {seconds(plan, flops_per_s):.2g} s for {job.tokens:,} packed tokens" if flops_per_s else ""
+    took = f"; about {seconds(plan, flops_per_s):.2g} s for {job.tokens:,} packed tokens"
     beside = f"; {host_line(plan)}" if plan.host_bytes else ""
     return f"plan: {gb(plan.peak_bytes)} of memory{each} at its peak ({shown}){beside}{took}"
 
@@ -286,6 +304,15 @@ def host_line(plan: Plan) -> str:
     """What the plan keeps beside GPUs, in words."""
     shown = ", ".join(f"{name} {gb(size)}" for name, size in plan.host.items() if size)
     return f"{gb(plan.host_bytes)} of the host's memory ({shown})"
+
+
+def outcome_line(held: dict[str, float]) -> str:
+    """What `RunPlan.held_against` gives, in words."""
+    line = f"planned and measured: {gb(held['planned_peak_bytes'])} and {gb(held['peak_bytes'])} of memory at its peak"
+    if "planned_update_s" not in held:
+        return line
+    of_update = (f"{held[name]:.2g} s" for name in ("planned_update_s", "measured_update_s"))
+    return f"{line}, {' and '.join(of_update)} an update beside sampling and judging"
 
 
 def seconds(plan: Plan, flops_per_s: float) -> float:

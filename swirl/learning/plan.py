@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swirl.learning.usage import MANY_WEIGHTS, MAPPED_BYTES, flops_of, num_adapter_weights
+from swirl.learning.usage import MANY_WEIGHTS, MAPPED_BYTES, flops_of, head_flops, layer_flops, num_adapter_weights
 from swirl.model import activations
 from swirl.model.activations import Computation
 from swirl.model.config import GemmaConfig
@@ -112,8 +112,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """moments: by name, what lies in memory, by name, in bytes of one rank. flops: of the largest micro-batch. host:
-    what lies in the memory of a machine beside its GPUs, by name, in bytes of all its ranks.
+    """moments: by name, what lies in memory, by name, in bytes of one rank. flops: of the largest micro-batch, with all
+    that is computed again, and for other policies. host: what lies in the memory of a machine beside its GPUs, by name,
+    in bytes of all its ranks.
     """
 
     moments: dict[str, Parts]
@@ -142,8 +143,6 @@ class Plan:
 
 def plan(job: Job) -> Plan:
     """The plan of a job."""
-    position_ids = torch.arange(job.tokens) % TREE_TOKENS
-    flops = flops_of(job.model, position_ids, job.action_tokens, lora_rank=job.config.lora)
     always, gradients = _always(job), {"gradients": 4 * job.trained_here}
     moments = {"sampling": always | _sampling(job)} if job.cache_tokens else {}
     moments |= {"passes": always | gradients | _passes(job), "step": always | gradients | _step(job)}
@@ -151,7 +150,20 @@ def plan(job: Job) -> Plan:
         # The model as it was is loaded once more, the optimizer is gone. A GPU without the room goes on without it.
         again = {"the base again": job.model.num_weights * job.itemsize} | _gathered_whole(job)
         moments["comparing"] = always | {"optimizer": 0, "checkpoint": 0} | again
-    return Plan(moments, flops, _host(job))
+    return Plan(moments, _flops(job), _host(job))
+
+
+def _flops(job: Job) -> float:
+    """Of the largest micro-batch: its update's, layers that are computed again, and the passes of other policies. A KL
+    computes the head of both anew. The log-probs' own head, computed again as ever, is in the rate that is reached.
+    """
+    config, position_ids = job.config, torch.arange(job.tokens) % TREE_TOKENS
+    layers = sum(layer_flops(job.model, position_ids, lora_rank=config.lora))
+    head = head_flops(job.model, job.action_tokens)
+    again = layers if config.activation_checkpointing == "layers" else 0
+    reference = layers + head + (2 if config.lora else 3) * head if config.kl_coefficient else 0
+    proximal = layers + head if config.proximal_every else 0
+    return flops_of(job.model, position_ids, job.action_tokens, lora_rank=config.lora) + again + reference + proximal
 
 
 def _always(job: Job) -> Parts:

@@ -35,18 +35,28 @@ def flops_of(config, position_ids: torch.Tensor, num_action_tokens: int, *, lora
     """Forward and backward FLOPs under a GemmaConfig of packed tokens at these positions (T,): 6 per weight and token,
     the head on action rows alone, attention 4 * heads * head_dim a visible pair forward and 2.5 times that backward.
     With adapters of `lora_rank` 4 per weight, which is frozen, and 6 per weight of theirs."""
+    weights, adapters, attention = layer_flops(config, position_ids, lora_rank=lora_rank)
+    head = head_flops(config, num_action_tokens)
+    return (2 if lora_rank else 3) * (weights + head) + 3 * adapters + 3.5 * attention
+
+
+def layer_flops(config, position_ids: torch.Tensor, *, lora_rank: int = 0) -> tuple[float, float, float]:
+    """Those of all layers forward: of their weights, of adapters beside them, of attention."""
     d, D = config.hidden_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    F, each = config.intermediate_size, 4 if lora_rank else 6
-    weights = config.num_hidden_layers * (2 * d * D * (heads + kv_heads) + 3 * d * F)
-    adapters = num_adapter_weights(config, lora_rank)
+    weights = config.num_hidden_layers * (2 * d * D * (heads + kv_heads) + 3 * d * config.intermediate_size)
     depth = position_ids.double() + 1
     pairs = 0.0
     for layer in range(config.num_hidden_layers):
         window = config.window(layer)
         pairs += (depth if window is None else depth.clamp(max=window)).sum().item()
-    head = each * num_action_tokens * d * config.vocab_size
-    return (each * weights + 6 * adapters) * position_ids.numel() + head + 3.5 * 4 * heads * D * pairs
+    tokens = position_ids.numel()
+    return 2 * weights * tokens, 2 * num_adapter_weights(config, lora_rank) * tokens, 4 * heads * D * pairs
+
+
+def head_flops(config, num_action_tokens: int) -> float:
+    """Those of the head forward."""
+    return 2 * num_action_tokens * config.hidden_size * config.vocab_size
 
 
 @functools.cache

@@ -29,9 +29,10 @@ def run(*flags, cwd):
 
 def test_a_plan_says_whether_it_fits_and_what_would_make_it(tmp_path):
     flags = ("--model", "gemma-2-9b", "--gpus", "1", "--memory-gb", "80", "--mode", "recorded", "--no-evaluate")
-    first, *table, besides, last = run(*flags, cwd=tmp_path)
+    first, *table, besides, time, last = run(*flags, cwd=tmp_path)
     assert first == "gemma-2-9b, 9.24B weights, bfloat16, on 1 GPU: micro-batches of 4,096 tokens"
     assert table[0].split() == ["GB", "passes", "step"] and table[-1].startswith("sum")
+    assert time == "the time of an update is not known: there is no GPU here whose rate could be measured"
     assert besides == "besides: 129 GB of the host's memory (checkpoint 129 GB)"
     assert ["weights", "18.48", "18.48"] in [line.split() for line in table]
     said = re.fullmatch(r"does not fit: \d+ GB of 80.0 GB; (--lora 16) makes it fit, in (.*)", last)
@@ -55,7 +56,7 @@ def planned(name, ranks=1, **flags) -> RunPlan:
     model = PRESETS[name]
     asked = TrainConfig(**{"mode": "recorded", "reward": "outcome", "data": ("a",), "evaluate_on": ()} | flags)
     job = job_of(model, sized(settled(asked, {"bridge"}, "cuda"), model.num_weights), on_gpu=True, ranks=ranks)
-    return RunPlan(job, plan(job), Memory(80 * 10**9, 80 * 10**9))
+    return RunPlan(job, plan(job), Memory(80 * 10**9, 80 * 10**9), 1e14)
 
 
 def test_flags_are_tried_in_order_and_together_where_none_is_enough():
@@ -154,3 +155,15 @@ def test_a_run_takes_what_its_plan_says(small):  # noqa: F811
     summary = json.loads((config.out.parent / "one" / "summary.json").read_text())
     assert float(said[1]) == pytest.approx(summary["planned_peak_bytes"] / 1e9, abs=0.006)
     assert summary["planned_peak_bytes"] == pytest.approx(summary["peak_bytes"], rel=0.15)
+    took = r"planned and measured: .* GB and .* GB of memory at its peak, (.*) s and (.*) s an update beside sampling"
+    said = re.search(took, done.stderr)
+    assert (said[1], said[2]) == (f"{summary['planned_update_s']:.2g}", f"{summary['measured_update_s']:.2g}")
+
+
+def test_planned_seconds_are_for_the_tokens_that_updates_had():
+    one = replace(planned("gemma-2-2b", ranks=2), flops_per_s=1e14)
+    updates = [{"computed_tokens": n, "update_s": 5.0 + n, "sample_s": 4.0} for n in (0, 8192, 16_384, 16_384)]
+    held = one.held_against(updates, 10**9)
+    assert held["planned_update_s"] == pytest.approx(one.plan.flops / 1e14)  # two ranks, 8,192 tokens each
+    assert held["measured_update_s"] == 16_385 and held["peak_bytes"] == 10**9
+    assert "planned_update_s" not in one.held_against(updates[:1], 10**9)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from swirl.config import TrainConfig, settled, sized
 from swirl.learning.plan import Job, plan
-from swirl.learning.usage import flops_of, num_adapter_weights, update_flops
+from swirl.learning.usage import flops_of, head_flops, layer_flops, num_adapter_weights, update_flops
 from swirl.model.config import PRESETS, GemmaConfig
 from swirl.tree.pack import pack
 
@@ -101,3 +102,14 @@ def test_flops_of_positions_are_those_of_the_batch():
     batch = pack([([1, 2, 3], [4, 5]), ([1, 2], [6])])
     assert flops_of(SHAPE, batch.position_ids, batch.num_action_tokens) == update_flops(SHAPE, batch)
     assert plan(job(tokens_per_micro_batch=100)).flops > 6 * 100 * 2 * 49_152
+
+
+def test_what_is_computed_again_takes_time_too():
+    def flops(**flags):
+        return plan(job(tokens_per_micro_batch=800, **flags)).flops
+
+    layers, head = sum(layer_flops(SHAPE, torch.arange(800))), head_flops(SHAPE, 240)
+    assert flops(activation_checkpointing="layers") == flops() + layers
+    assert flops(activation_checkpointing="cheap") == flops()
+    assert flops(kl_coefficient=0.1) == flops() + layers + 4 * head  # the reference's pass, both heads, and a gradient
+    assert flops(proximal_every=1) == flops() + layers + head
