@@ -98,6 +98,7 @@ class Server:
         self._max_concurrency, self._max_body_bytes = max_concurrency, max_body_bytes
         self._context = engine.model.config.max_position_embeddings
         self._num_sequences, self._draining, self._started = 0, False, int(time.time())
+        self._reading: set[asyncio.Task] = set()  # those whose body is not all there yet
         self.num_in_flight = 0
 
     def runner(self) -> web.AppRunner:
@@ -106,18 +107,19 @@ class Server:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
-        return web.AppRunner(app, access_log=None)
+        return web.AppRunner(app, access_log=None, handler_cancellation=True)  # who has left is not drawn for
 
     async def drain(self) -> None:
-        """Refuse new requests, and return when those in flight are answered."""
+        """Refuse new requests, those half sent too, and return when those in flight are answered."""
         self._draining = True
+        for task in self._reading:
+            task.cancel()
         while self.num_in_flight:
             await asyncio.sleep(0.01)
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]):
         """Key, limits, and every refusal in OpenAI's form."""
-        self.num_in_flight += 1
         try:
             if self._key is not None and request.path != "/health":
                 given = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -130,8 +132,6 @@ class Server:
             return _error(refused.status, str(refused))
         except web.HTTPException as refused:
             return _error(refused.status, refused.reason)
-        finally:
-            self.num_in_flight -= 1
 
     async def _health(self, request: web.Request) -> web.Response:
         return _json({"status": "ok"})
@@ -166,7 +166,7 @@ class Server:
             return await self._answer(request, asked, [self._fitting(ids, most)], most, form)
 
     async def _read(self, request: web.Request, kind: type):
-        body = await request.read()
+        body = await self._body(request)
         try:
             fields = msgspec.json.decode(body, type=dict[str, Any])
             known = {field.name for field in msgspec.structs.fields(kind)}
@@ -182,18 +182,29 @@ class Server:
             raise Refused(404, f"model '{asked.model}' is not here: expected '{self._name}'")
         return asked
 
+    async def _body(self, request: web.Request) -> bytes:
+        """All of it; `drain` does not wait for more to come."""
+        task = asyncio.current_task()
+        self._reading.add(task)
+        try:
+            return await request.read()
+        finally:
+            self._reading.discard(task)
+
     @contextmanager
     def _reserved(self, num_sequences: int) -> Iterator[None]:
-        """Room for so many sequences, before anything is made for them."""
+        """Room for the sequences of a request that is in flight from here on, before anything is made for them."""
         if num_sequences > self._max_concurrency:
             raise Refused(400, f"{num_sequences} sequences in a request: expected at most {self._max_concurrency}")
         if self._num_sequences + num_sequences > self._max_concurrency:
             raise Refused(429, f"{self._num_sequences} sequences are in flight, of at most {self._max_concurrency}")
         self._num_sequences += num_sequences
+        self.num_in_flight += 1
         try:
             yield
         finally:
             self._num_sequences -= num_sequences
+            self.num_in_flight -= 1
 
     def _ids_of(self, text: str) -> list[int]:
         """<bos> and the text, in which spelled control tokens are those tokens: a prompt is its client's own."""
@@ -307,6 +318,8 @@ class Server:
                 else:
                     await _send(response, {**head, "object": form.chunk_object, "choices": [piece]})
             await response.write(b"data: [DONE]\n\n")
+        except ConnectionError:
+            pass  # the client has left
         finally:
             for task in tasks:
                 task.cancel()

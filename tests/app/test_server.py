@@ -7,6 +7,7 @@ import threading
 from contextlib import asynccontextmanager
 
 import aiohttp
+import pytest
 from aiohttp import web
 
 from swirl.app.resolve import load_model
@@ -26,12 +27,19 @@ async def serving(max_concurrency=4):
     server = Server(engine, tokenizer, name="almanac", key=None, **limits)
     runner = server.runner()
     await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
+        try:
             yield server, engine, session
-    finally:
-        await runner.cleanup()
+        finally:
+            await server.drain()
+            await runner.cleanup()
+
+
+async def until(holds):
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 async def asked(session, path="completions", **fields):
@@ -76,3 +84,46 @@ def test_no_prompt_is_tokenized_of_a_request_too_large_nor_any_where_others_are_
             assert threads and threading.main_thread() not in threads
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_makes_room(stream):
+    async def leave():
+        async with serving(max_concurrency=4) as (server, engine, session):
+            with engine.together():  # nothing is drawn while the body runs
+                leaving = asyncio.create_task(asked(session, prompt="a", n=4, stream=stream))
+                await until(lambda: server.num_in_flight == 1)
+                leaving.cancel()
+                await until(lambda: server.num_in_flight == 0)
+            assert (await asked(session, prompt="a", n=4, max_tokens=1))[0] == 200
+
+    asyncio.run(leave())
+
+
+def test_a_client_that_leaves_its_stream_is_no_error(caplog):
+    async def leave():
+        async with serving(max_concurrency=4) as (server, _, session):
+            for _ in range(20):
+                long = dict(prompt="a", max_tokens=2000, temperature=100, seed=186, n=4, stream=True)
+                answer = await session.post("/v1/completions", json=long)
+                await answer.content.readline()
+                answer.close()
+                await until(lambda: server.num_in_flight == 0)
+
+    asyncio.run(leave())
+    assert not caplog.records
+
+
+def test_the_server_ends_without_a_body_that_is_half_sent():
+    async def half():
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async def send_half():
+        async with asyncio.timeout(20), serving() as (server, _, session):
+            sending = asyncio.create_task(session.post("/v1/completions", data=half()))
+            await until(lambda: server._reading)
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await sending
+
+    asyncio.run(send_half())
