@@ -63,9 +63,13 @@ kernels() {
 }
 
 update() {
-  run 120 "packed update" "$python" -m benchmarks.train_step --device "$([[ $dry ]] && echo cpu || echo cuda)" \
-    $([[ $dry ]] && echo --trees 1 --repeats 1) --out "$out/train_step.jsonl"
-  [[ $dry ]] && return # the rest takes 5 GB and minutes of a CPU even with one layer
+  if [[ $dry ]]; then # 2b shapes would take 5 GB and minutes of a CPU even with one layer
+    run 120 "packed update" "$python" -m benchmarks.train_step --tiny --out "$out/train_step.jsonl"
+    run 60 memory "$python" -m benchmarks.memory --model almanac --device cpu --dtype float32 --tokens 1500 \
+      --out "$out/memory.jsonl"
+    return
+  fi
+  run 120 "packed update" "$python" -m benchmarks.train_step --device cuda --out "$out/train_step.jsonl"
   # Gemma-2 2b's shapes in bfloat16: the update beside separate passes and merged rows, then what a whole update holds
   run 200 "update, 2b shapes" "$python" -m benchmarks.train_step --model gemma-2-2b --device cuda --trees 1 --repeats 3 \
     --out "$out/train_step.jsonl"
@@ -77,7 +81,8 @@ update() {
 }
 
 sampling() {
-  run 240 sampling "$python" -m benchmarks.sampling $([[ $dry ]] && echo --tiny || echo --device cuda) --out "$out/sampling.jsonl"
+  run 280 sampling "$python" -m benchmarks.sampling \
+    $([[ $dry ]] && echo --tiny --shapes base --no-growth || echo --device cuda --seconds 4) --out "$out/sampling.jsonl"
 }
 
 tune() {

@@ -11,7 +11,6 @@ on a CPU, Python and torch included, and what torch allocated on CUDA.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -19,33 +18,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import append, machine
-from benchmarks.train_step import ACTION, workload
-from swirl.config import TrainConfig
+from benchmarks.train_step import ACTION, Action, UpdateConfig, opened, workload
 from swirl.learning import gradient, usage
 from swirl.learning.batches import SubTrajectory, num_tokens
 from swirl.learning.objective import Objective
 from swirl.learning.optimizer import clip_grad_norm, make_optimizer
-from swirl.model.config import PRESETS
-from swirl.model.gemma import Gemma
 from swirl.model.lora import LoRA, add_lora
-from swirl.trajectories.record import Step
 from swirl.tree.pack import pack
-
-
-def random_model(name: str, layers: int | None, dtype: torch.dtype, device: str) -> Gemma:
-    """A preset's shapes, or the first `layers` of them, with weights drawn in place: never held twice."""
-    config = PRESETS[name]
-    if layers:
-        config = dataclasses.replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
-    with torch.device("meta"):
-        model = Gemma(config).to(dtype)
-    model.to_empty(device=device)
-    drawn = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            for part in weight.view(-1).split(drawn.numel()):
-                part.copy_(drawn[: part.numel()]) if weight.ndim > 1 else part.zero_()
-    return model
 
 
 def update_of(tokens: int, vocab_size: int) -> list[SubTrajectory]:
@@ -56,7 +35,7 @@ def update_of(tokens: int, vocab_size: int) -> list[SubTrajectory]:
     actions = workload("comb", trees, vocab_size)
     left = tokens - _packed(actions) - ACTION
     state = [16 + i % (vocab_size - 16) for i in range(left)]
-    return [*actions, SubTrajectory(trees, 0, state, Step(action="", action_ids=tuple(state[:ACTION])), 1.0)]
+    return [*actions, SubTrajectory(trees, 0, state, Action(tuple(state[:ACTION])), 1.0)]
 
 
 def _packed(actions: list[SubTrajectory]) -> int:
@@ -66,7 +45,7 @@ def _packed(actions: list[SubTrajectory]) -> int:
 def measured(given: argparse.Namespace) -> dict:
     """The row of one update."""
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
-    model = random_model(given.model, given.layers, dtype, given.device)
+    model = opened(given.model, given.layers, dtype, given.device)
     model.activation_checkpointing = given.activation_checkpointing
     num_weights = sum(weight.numel() for weight in model.parameters())
     if device.type == "cpu" and num_weights >= usage.MANY_WEIGHTS:  # as swirl.train does
@@ -74,7 +53,7 @@ def measured(given: argparse.Namespace) -> dict:
     if given.lora:
         add_lora(model, LoRA(given.lora))
     optimizer = make_optimizer(model, learning_rate=1e-5, kind=given.optimizer, offload=given.offload_optimizer)
-    config = TrainConfig(mode="recorded", tokens_per_micro_batch=given.tokens)
+    config = UpdateConfig(tokens_per_micro_batch=given.tokens)
     objective = Objective(config, model)
     actions = update_of(given.tokens, model.config.vocab_size)
     before, started, cpu = usage.peak_bytes(device), time.perf_counter(), time.process_time()
@@ -108,8 +87,8 @@ def measured(given: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=PRESETS, default="gemma-2-2b")
-    parser.add_argument("--layers", type=int, help="the first so many of its layers; default: all")
+    parser.add_argument("--model", default="gemma-2-2b", help="a preset's shapes, `almanac`, or a Hugging Face folder")
+    parser.add_argument("--layers", type=int, help="of a preset the first so many; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights are trained")

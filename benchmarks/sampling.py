@@ -135,7 +135,8 @@ def measure(given: argparse.Namespace, provider: str, shape: str, comb: dict, fo
         command += [f"--{name}", str(getattr(given, name))]
     for name, value in comb.items():
         command += [f"--{name}", str(value)]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(given.threads)}
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(given.threads)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     row = {"benchmark": "sampling", "shape": shape, **comb, "provider": provider}
     if done.returncode:
@@ -159,10 +160,10 @@ def rows_of(given: argparse.Namespace):
     torch.set_num_threads(given.threads)
     how = settings_of(argparse.Namespace(**vars(given) | {"dtype": None}))
     bandwidth, facts = copy_bandwidth(how), machine(how.device)
-    for shape in given.shapes:
-        for comb in combs(given):
-            axis = {"axis": comb["axis"]} if "axis" in comb else {}
-            comb = {name: value for name, value in comb.items() if name != "axis"}
+    for comb in combs(given):  # every shape's comb before any grows, so that a run cut short has them
+        axis = {"axis": comb["axis"]} if "axis" in comb else {}
+        comb = {name: value for name, value in comb.items() if name != "axis"}
+        for shape in given.shapes:
             seconds = min(given.seconds, GROWTH_SECONDS) if axis else given.seconds
             found = [measure(argparse.Namespace(**vars(given) | {"seconds": seconds}), "swirl", shape, comb)]
             if not axis and given.before:

@@ -40,9 +40,8 @@ def work(given: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.sampling import COMB, TINY, comb_states
-    from benchmarks.train_step import Swirl, workload
+    from benchmarks.train_step import Swirl, UpdateConfig, workload
     from swirl.app.resolve import load_model
-    from swirl.config import TrainConfig, sized
     from swirl.sampling.engine import Engine
 
     torch.set_num_threads(given.threads)
@@ -50,7 +49,7 @@ def work(given: argparse.Namespace) -> None:
     comb = TINY if given.tiny else COMB
     new, states = comb["new"], comb_states(comb["trunk"], comb["states"], comb["draws"], model.config.vocab_size)
     actions = workload("comb", 1 if given.tiny else 4, model.config.vocab_size)
-    side = Swirl(model, sized(TrainConfig(), 0))
+    side = Swirl(model, UpdateConfig())
 
     def sample():
         Engine(model).sample(states, seeds=range(len(states)), max_new_tokens=new, stop_ids=())

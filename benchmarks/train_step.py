@@ -15,6 +15,7 @@ the same update (loss and gradient norm are compared) with the model that ships 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -24,23 +25,68 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import swirl
 from benchmarks.harness import append
-from swirl.app.resolve import load_model
-from swirl.config import TrainConfig, sized
 from swirl.learning.batches import SubTrajectory, micro_batches, num_tokens
 from swirl.learning.objective import Objective
 from swirl.learning.usage import commit, measured_peak_flops, update_flops
 from swirl.model.config import PRESETS
 from swirl.model.gemma import Gemma
-from swirl.trajectories.record import Step
 from swirl.tree.pack import pack_chains
 
+ALMANAC = Path(swirl.__file__).with_name("tasks") / "almanac" / "base"
 PROMPT, ACTION, OBSERVATION, STEPS, SAMPLES = 150, 20, 60, 8, 4
 
 
-def workload(name: str, num_trees: int, vocab_size: int, seed: int = 0) -> list[SubTrajectory]:
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+    """Of swirl's TrainConfig, with its values, what an update of recorded actions reads.
+
+    This and `Action` stand in for records that need msgspec and tyro, which a borrowed GPU machine may lack.
+    """
+
+    mode: str = "recorded"
+    packed: bool = True
+    attention: str = "tree"
+    tokens_per_micro_batch: int = 8192
+    clip: float = 0.2
+    kl_coefficient: float = 0.0
+    proximal_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """Of swirl's Step what an update of recorded actions reads."""
+
+    action_ids: tuple[int, ...]
+
+
+def opened(name: str, layers: int | None, dtype: torch.dtype, device: str) -> Gemma:
+    """`almanac`, a Hugging Face folder, or random weights of a preset's shapes."""
+    if name in PRESETS:
+        return random_model(name, layers, dtype, device)
+    return Gemma.from_pretrained(ALMANAC if name == "almanac" else name, dtype=dtype, device=device)
+
+
+def random_model(name: str, layers: int | None, dtype: torch.dtype, device: str) -> Gemma:
+    """A preset's shapes, or the first `layers` of them, with weights drawn in place: never held twice."""
+    config = PRESETS[name]
+    if layers:
+        config = dataclasses.replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
+    with torch.device("meta"):
+        model = Gemma(config).to(dtype)
+    model.to_empty(device=device)
+    drawn = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            for part in weight.view(-1).split(drawn.numel()):
+                part.copy_(drawn[: part.numel()]) if weight.ndim > 1 else part.zero_()
+    return model
+
+
+def workload(name: str, num_trees: int, vocab_size: int, *, steps: int = STEPS) -> list[SubTrajectory]:
     """Actions of `num_trees` chains or combs."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def ids(length):
         return rng.integers(16, vocab_size, length).tolist()
@@ -48,10 +94,9 @@ def workload(name: str, num_trees: int, vocab_size: int, seed: int = 0) -> list[
     actions = []
     for tree in range(num_trees):
         state = ids(PROMPT)
-        for k in range(STEPS):
+        for k in range(steps):
             draws = [ids(ACTION) for _ in range(SAMPLES if name == "comb" else 1)]
-            steps = [Step(action="", action_ids=tuple(draw)) for draw in draws]
-            actions += [SubTrajectory(tree, k, list(state), step, float(rng.normal())) for step in steps]
+            actions += [SubTrajectory(tree, k, list(state), Action(tuple(d)), float(rng.normal())) for d in draws]
             state += (ids(ACTION) if name == "comb" else draws[0]) + ids(OBSERVATION)
     return actions
 
@@ -72,7 +117,7 @@ def merged_rows(actions: list[SubTrajectory]) -> list[list[SubTrajectory]]:
 class Swirl:
     """The update of `swirl.train`: its forward and backward passes, packed or one a sub-trajectory."""
 
-    def __init__(self, model: Gemma, config: TrainConfig):
+    def __init__(self, model: Gemma, config: UpdateConfig):
         self.model, self.config, self.objective = model, config, Objective(config, model)
 
     def accumulate(self, actions: list[SubTrajectory]) -> dict:
@@ -153,11 +198,10 @@ class Peer:
         return {"loss": total}
 
 
-def compare(name: str, model_name: str, model: Gemma, num_trees: int, repeats: int, peer: Peer | None) -> dict:
-    """All sides in one run, in turn, so that a drift of the machine's speed meets all."""
-    actions = workload(name, num_trees, model.config.vocab_size)
-    sides = {name: Swirl(model, sized(TrainConfig(packed=name == "packed"), 0)) for name in ("packed", "separate")}
-    sides["merged"] = Merged(model, sized(TrainConfig(), 0))
+def compare(model: Gemma, actions: list[SubTrajectory], repeats: int, peer: Peer | None) -> dict:
+    """What a row says of all sides: in one run, in turn, so that a drift of the machine's speed meets all."""
+    sides = {name: Swirl(model, UpdateConfig(packed=name == "packed")) for name in ("packed", "separate")}
+    sides["merged"] = Merged(model, UpdateConfig())
     if peer is not None:
         sides["transformers"] = peer
     times, found = {side: [] for side in sides}, {}
@@ -170,17 +214,14 @@ def compare(name: str, model_name: str, model: Gemma, num_trees: int, repeats: i
     peak_flops = measured_peak_flops(model.device, model.dtype)
     for side, other in found.items():
         if abs(a["grad_norm"] - other["grad_norm"]) > tolerance * a["grad_norm"]:
-            raise SystemExit(f"{name}: gradients differ, {a['grad_norm']} and {other['grad_norm']} ({side})")
+            raise SystemExit(f"gradients differ, {a['grad_norm']} and {other['grad_norm']} ({side})")
     packed_s, separate_s = statistics.median(times["packed"]), statistics.median(times["separate"])
     beside = {}
     if peer is not None:
         beside["transformers_s"] = statistics.median(times["transformers"])
         beside["transformers_ratio"] = beside["transformers_s"] / packed_s
     return {
-        "benchmark": "train_step",
-        "workload": name,
-        "model": model_name,
-        "trees": num_trees,
+        "trees": actions[-1].tree + 1,
         "sub_trajectories": len(actions),
         "packed_tokens": int(a["computed_tokens"]),
         "separate_tokens": int(b["computed_tokens"]),
@@ -219,19 +260,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed updates of each side")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peer", action="store_true", help="beside transformers too")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--json", action="store_true", help="one JSON row a workload instead of the table")
     parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
     args = parser.parse_args()
-    if args.model in PRESETS:
-        from benchmarks.memory import random_model  # which imports this module
-
-        dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-        model = random_model(args.model, args.layers, dtype, args.device)
-    else:
-        model, _ = load_model(args.model, device=args.device)
+    on_gpu = args.device.startswith("cuda")
+    dtype = torch.bfloat16 if on_gpu and args.model in PRESETS else torch.float32
+    model = opened(args.model, args.layers, dtype, args.device)
     peer = Peer(model) if args.peer else None
+    trees, steps, repeats = (1, 2, 1) if args.tiny else (args.trees, STEPS, args.repeats)
     for name in args.workload:
-        row = compare(name, args.model, model, args.trees, args.repeats, peer)
+        actions = workload(name, trees, model.config.vocab_size, steps=steps)
+        row = {"benchmark": "train_step", "workload": name, "model": args.model, "tiny": args.tiny}
+        row |= compare(model, actions, repeats, peer)
         append(args.out, [row])
         if args.json:
             print(json.dumps(row))

@@ -16,12 +16,12 @@ from swirl.kernels.transfer import to_device
 from swirl.learning import distributed
 from swirl.learning.usage import update_flops
 from swirl.model.config import GemmaConfig
-from swirl.trajectories.record import Step
 from swirl.tree.batch import PackedBatch
 from swirl.tree.pack import pack, pack_chains, pack_micro_batches, separate
 
 if TYPE_CHECKING:
     from swirl.config import TrainConfig
+    from swirl.trajectories.record import Step
 
 
 @dataclass(frozen=True)

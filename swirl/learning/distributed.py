@@ -18,7 +18,6 @@ from functools import wraps
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 import torch
 import torch.distributed as dist
 
@@ -192,6 +191,8 @@ def gather_shares(share: list[Item], kind: type[Item]) -> list[Item]:
     """
     if world_size() == 1:
         return share
+    import msgspec  # for ranks that meet alone: benchmarks/gpu.sh updates on machines that lack it
+
     shares = [msgspec.msgpack.decode(part, type=list[kind]) for part in _gather_bytes(msgspec.msgpack.encode(share))]
     whole = [None] * sum(map(len, shares))
     for r, part in enumerate(shares):
@@ -203,6 +204,8 @@ def from_main(value: Item, kind: type[Item] = object) -> Item:
     """The main rank's value, on every rank; as `gather_shares` would send it."""
     if world_size() == 1:
         return value
+    import msgspec
+
     content = msgspec.msgpack.encode(value) if is_main() else b""
     return msgspec.msgpack.decode(_gather_bytes(content)[0], type=kind)
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from xml.etree import ElementTree
 
 import numpy as np
@@ -36,6 +36,7 @@ from benchmarks import (
     workloads,
 )
 from benchmarks.__main__ import benchmarks
+from swirl.config import TrainConfig, sized
 from swirl.kernels.tree_attention import tree_mask
 from tests.process import run_module
 
@@ -292,7 +293,7 @@ def test_the_gpu_script_goes_as_far_as_a_cpu_can(tmp_path):
 
 
 # What a machine lent for an hour has beside torch and triton may be little: these are not needed there.
-LACKING = "msgspec tyro bm25s rich aiohttp tokenizers transformers usearch pyarrow"
+LACKING = "msgspec tyro bm25s rich aiohttp tokenizers huggingface_hub transformers usearch pyarrow"
 WITHOUT = """
 import sys
 
@@ -328,6 +329,24 @@ def test_a_bare_machine_has_enough(part, tmp_path):
         command = ["-c", EACH_HELP, *COMMANDS, "tune"]
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("part", "files"), [("update", ["train_step", "memory"]), ("sampling", ["sampling"])])
+def test_a_bare_machine_updates_and_samples(part, files, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT % LACKING)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    run = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--dry-run", part], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    for name in files:
+        rows = harness.read(tmp_path / f"{name}.jsonl")
+        assert rows and all("note" not in row or row["provider"] == "transformers" for row in rows), rows
+
+
+def test_an_update_without_swirls_config_is_that_of_its_defaults():
+    config = sized(TrainConfig(mode="recorded"), 0)
+    assert asdict(train_step.UpdateConfig()).items() <= vars(config).items()
 
 
 def test_the_cpu_script_calls_commands_that_there_are():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import memory, precision
+from benchmarks import memory, precision, train_step
 from swirl.model.config import PRESETS, GemmaConfig
 from swirl.rollout.rollout import with_ids
 from tests.learning.updates import CONFIG
@@ -29,7 +29,7 @@ def test_the_update_has_exactly_the_tokens_that_were_asked_for(tokens):
 
 def test_weights_are_drawn_in_place_in_their_dtype(monkeypatch):
     monkeypatch.setitem(PRESETS, "gemma-2-2b", CONFIG)
-    model = memory.random_model("gemma-2-2b", None, torch.bfloat16, "cpu")
+    model = train_step.random_model("gemma-2-2b", None, torch.bfloat16, "cpu")
     assert isinstance(model.config, GemmaConfig) and all(w.dtype == torch.bfloat16 for w in model.parameters())
     assert 0.01 < model.model.embed_tokens.weight.float().std() < 0.03
     assert not model.model.norm.weight.any()
