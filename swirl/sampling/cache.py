@@ -18,6 +18,7 @@ from swirl.tree.batch import PackedStates
 from swirl.tree.pack import pack_states
 
 FIRST_SLOTS = 1024  # the pools double from here
+MAX_PATHS = 16  # times max_tokens: what finished sequences have as ids, the tokens they share counted in each
 
 
 class KeyCache:
@@ -38,7 +39,7 @@ class KeyCache:
         self._holders = np.zeros(size, np.int32)
         self._free = np.arange(1, size, dtype=np.int32)
         self._finished: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._num_finished = 0
+        self._num_finished = self._path_tokens = 0
 
     @property
     def num_used(self) -> int:
@@ -53,8 +54,7 @@ class KeyCache:
         while count > self.max_tokens - self.num_used:
             if not self._finished:
                 return None
-            _, (_, slots) = self._finished.popitem(last=False)
-            self.release(slots)
+            self._forget_oldest()
         if count > self._free.size:
             self._grow(count)
         taken, self._free = self._free[:count], self._free[count:]
@@ -73,30 +73,43 @@ class KeyCache:
         """Take over what a finished sequence holds, for states that go on from it, until room is wanted."""
         self._finished[self._num_finished] = ids, slots
         self._num_finished += 1
+        self._path_tokens += ids.size
+        while self._path_tokens > MAX_PATHS * self.max_tokens:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        self._forget(next(iter(self._finished)))
+
+    def _forget(self, key: int) -> None:
+        ids, slots = self._finished.pop(key)
+        self._path_tokens -= ids.size
+        self.release(slots)
 
     def find(self, states: Sequence[np.ndarray], running: Sequence[tuple[np.ndarray, np.ndarray]]):
         """(PackedStates of the states, (T,) slot of each of its tokens, -1 where it has none yet).
 
-        Looked for in finished sequences and the (ids, slots) of running ones; finished ones that another goes on from
-        are forgotten, once what the states share with them is held by the caller's states: see `drop_prefixes`.
+        Looked for in finished sequences and the (ids, slots) of running ones; finished ones that another goes on from,
+        or repeats, are forgotten, once what the states share with them is held by the caller's states: see
+        `drop_prefixes`.
         """
         held = [*self._finished.values(), *running]
         packed = pack_states([*(ids for ids, _ in held), *states])
         slot = np.full(packed.input_ids.size, -1, np.int32)
         if held:
             slot[packed.paths[: packed.offsets[len(held)]]] = np.concatenate([slots for _, slots in held])
-        last = packed.last[: len(self._finished)]
-        self._prefixes = [key for key, at in zip(self._finished, last) if packed.subtree_end[at] > at + 1]
+        newest = {at: key for key, at in zip(self._finished, packed.last.tolist())}
+        leaves = {key for at, key in newest.items() if packed.subtree_end[at] == at + 1}
+        self._prefixes = [key for key in self._finished if key not in leaves]
         offsets = packed.offsets[len(held) :]
         paths = packed.paths[offsets[0] :]
         packed = PackedStates(packed.input_ids, packed.position_ids, packed.subtree_end, paths, offsets - offsets[0])
         return packed, slot
 
     def drop_prefixes(self) -> None:
-        """Forget finished sequences that `find` saw to be the beginning of others."""
+        """Forget finished sequences that `find` saw to be the beginning of others, or the same."""
         for key in self._prefixes:
             if key in self._finished:
-                self.release(self._finished.pop(key)[1])
+                self._forget(key)
         self._prefixes = []
 
     def _grow(self, count: int) -> None:
@@ -104,14 +117,18 @@ class KeyCache:
         larger = min(max(2 * size, size + count, FIRST_SLOTS), self.max_tokens + 1)
         config, embedding = self._model.config, self._model.model.embed_tokens.weight
         shape = (larger, config.num_key_value_heads, config.head_dim)
-        for pools in (self.keys, self.values):
-            for layer in range(config.num_hidden_layers):
-                pool = torch.empty(shape, dtype=embedding.dtype, device=embedding.device)
-                if layer < len(pools):
-                    pool[:size] = pools[layer]
-                    pools[layer] = pool
-                else:
-                    pools.append(pool)
+        try:
+            for pools in (self.keys, self.values):
+                for layer in range(config.num_hidden_layers):
+                    pool = torch.empty(shape, dtype=embedding.dtype, device=embedding.device)
+                    if layer < len(pools):
+                        pool[:size] = pools[layer]
+                        pools[layer] = pool
+                    else:
+                        pools.append(pool)
+        except BaseException:
+            self.keys, self.values = [], []  # their sizes may differ: `clear` begins anew
+            raise
         self._holders = np.concatenate((self._holders, np.zeros(larger - size, np.int32)))
         self._free = np.concatenate((self._free, np.arange(size, larger, dtype=np.int32)))
 

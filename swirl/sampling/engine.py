@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -174,7 +174,8 @@ class Engine:
                 with self._arriving:
                     arrived, self._arrived = self._arrived, []
                 self._waiting += arrived
-                self._step()
+                with suppress(BaseException):  # whoever was in flight has been told
+                    self._step()
 
     def _gather(self) -> None:
         """Nothing is in flight: those who are just about to ask join the first prefill."""
@@ -240,11 +241,9 @@ class Engine:
         if not joining:
             return  # what runs will end, and make room
         self._waiting = self._waiting[len(joining) :]
-        self._calls_waited = 0
-        hidden = self._prefill_new(packed, slot, new, packed.last)
         self._running += joining
-        self._draw_first(joining, hidden)
-        self._tree = None
+        self._calls_waited, self._tree = 0, None
+        self._draw_first(joining, self._prefill_new(packed, slot, new, packed.last))
 
     def _follow_weights(self) -> None:
         """Forget what was computed with other weights."""
@@ -299,8 +298,9 @@ class Engine:
     # Decode.
 
     def _draw_first(self, joining: list[InFlight], hidden: torch.Tensor) -> None:
-        draws = self._draws(joining, 1)
-        self._take_drawn(joining, self._passes.draw(hidden, draws))
+        for members in _plain_and_truncated(joining):
+            sequences = [joining[i] for i in members]
+            self._take_drawn(sequences, self._passes.draw(hidden[members], self._draws(sequences, 1)))
 
     def _draws(self, sequences: list[InFlight], steps: int) -> Draws:
         limits = np.array([min(steps, one.num_left) for one in sequences], np.int32)
@@ -315,17 +315,21 @@ class Engine:
     def _decode_call(self) -> None:
         if self._tree is None:
             self._lay_out()
-        running = self._running
-        steps = min(DECODE_STEPS, max(one.num_left for one in running))
-        own_lengths = np.array([len(one.ids) - 1 for one in running], np.int32)
-        own_slots = np.zeros((len(running), int(own_lengths.max()) + steps), np.int32)
-        for row, length, one in zip(own_slots, own_lengths, running):
+        running, tree = self._running, self._tree
+        for members in _plain_and_truncated(running):
+            self._decode_together([running[i] for i in members], tree)
+
+    def _decode_together(self, sequences: list[InFlight], tree: Tree) -> None:
+        steps = min(DECODE_STEPS, max(one.num_left for one in sequences))
+        own_lengths = np.array([len(one.ids) - 1 for one in sequences], np.int32)
+        own_slots = np.zeros((len(sequences), int(own_lengths.max()) + steps), np.int32)
+        for row, length, one in zip(own_slots, own_lengths, sequences):
             slots = one.own_slots[: length + steps]
             row[: slots.size] = slots
-        states = np.array([one.packed_index for one in running], np.int32)
-        tokens = np.array([one.ids[-1] for one in running], np.int64)
-        draws = self._draws(running, steps)
-        self._take_drawn(running, self._passes.decode(tokens, self._tree, states, own_slots, own_lengths, draws))
+        states = np.array([one.packed_index for one in sequences], np.int32)
+        tokens = np.array([one.ids[-1] for one in sequences], np.int64)
+        draws = self._draws(sequences, steps)
+        self._take_drawn(sequences, self._passes.decode(tokens, tree, states, own_slots, own_lengths, draws))
 
     def _lay_out(self) -> None:
         """The tree of the states in flight, and the sequences in its order, so that neighbours see the same keys."""
@@ -340,7 +344,7 @@ class Engine:
     def _take_drawn(self, sequences: list[InFlight], drawn: Drawn) -> None:
         """Append what was drawn; end those that have stopped."""
         for sequence, ids, log_probs, count in zip(
-            list(sequences), drawn.ids.tolist(), drawn.log_probs.tolist(), drawn.counts.tolist(), strict=True
+            sequences, drawn.ids.tolist(), drawn.log_probs.tolist(), drawn.counts.tolist(), strict=True
         ):
             stops = [i for i in range(count) if ids[i] in sequence.params.stop_ids]
             count = stops[0] + 1 if stops else count
@@ -366,6 +370,15 @@ class Engine:
             sequence.on_end(Completion(tuple(sequence.ids), tuple(sequence.log_probs), stopped, stop_text))
 
 
+def _plain_and_truncated(sequences: Sequence[InFlight]) -> Iterator[list[int]]:
+    """Indices of those that draw from all tokens, then of those that leave some out: neither's numbers, nor the speed
+    of the plain ones, depend on the others.
+    """
+    for truncated in (False, True):
+        if members := [i for i, one in enumerate(sequences) if one.params.truncated == truncated]:
+            yield members
+
+
 def _call(loop: asyncio.AbstractEventLoop, function: Callable, *arguments: object) -> None:
-    if not loop.is_closed():  # a loop that has ended waits for nothing
+    with suppress(RuntimeError):  # a loop that has ended waits for nothing
         loop.call_soon_threadsafe(function, *arguments)

@@ -241,6 +241,83 @@ def test_an_error_reaches_all_who_wait_and_the_engine_goes_on():
     assert engine.sample(states, **options(states)) == Engine(model).sample(states, **options(states))
 
 
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+@pytest.mark.parametrize("error", [MemoryError, Panic])
+def test_an_error_while_requests_join_reaches_them_and_the_engine_goes_on(error, monkeypatch):
+    model, states = loud_gemma(), forest()
+    truth, prefill, failing = Engine(model).sample(states, **options(states)), StepPasses.prefill, [True, True]
+
+    def fails_at_first(*arguments):
+        if failing and failing.pop():
+            raise error("in prefill")
+        return prefill(*arguments)
+
+    monkeypatch.setattr(StepPasses, "prefill", fails_at_first)
+    engine, params = Engine(model), SamplingParams(19, 1.0, STOP)
+
+    async def some():
+        drawing = [engine.generate(state, seed=i, params=params) for i, state in enumerate(states)]
+        with engine.together():
+            tasks = [asyncio.ensure_future(one) for one in drawing]
+            await asyncio.sleep(0)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert {type(result) for result in asyncio.run(some())} == {error}
+    with pytest.raises(error):
+        engine.sample(states, **options(states))
+    assert asyncio.run(some()) == truth
+
+
+def test_a_cache_that_could_not_grow_begins_anew(monkeypatch):
+    model, states = loud_gemma(), forest(count=60)
+    engine, empty, made = Engine(model), torch.empty, []
+
+    def fails_at_the_second(*arguments, **keywords):
+        made.append(arguments)
+        if len(made) == 2:
+            raise MemoryError("no room for the second pool")
+        return empty(*arguments, **keywords)
+
+    engine.sample(states[:1], **options(states[:1]))
+    with monkeypatch.context() as patch:
+        patch.setattr("swirl.sampling.cache.FIRST_SLOTS", 1 << 14)
+        patch.setattr("swirl.sampling.cache.torch.empty", fails_at_the_second)
+        engine._cache._free = engine._cache._free[:0]  # the next request finds no slot
+        with pytest.raises(MemoryError):
+            engine.sample(states, **options(states))
+    assert engine.sample(states, **options(states)) == Engine(model).sample(states, **options(states))
+
+
+def test_what_finished_sequences_hold_is_bounded_and_none_is_kept_twice(monkeypatch):
+    model, state = loud_gemma(), [4, 8, 15, 16]
+    engine = Engine(model, max_cache_tokens=64)
+    for seed in range(5):
+        engine.sample([state] * 10, **options([state] * 10, seeds=[seed] * 10, max_new_tokens=1))
+        assert len(engine._cache._finished) <= 10 + 1  # those of this call, and one of all before
+    monkeypatch.setattr("swirl.sampling.cache.MAX_PATHS", 1)
+    for seed in range(20):
+        engine.sample([state], **options([state], seeds=[seed], max_new_tokens=8, stop_ids=()))
+        assert sum(ids.size for ids, _ in engine._cache._finished.values()) <= 64
+
+
+def test_those_that_leave_tokens_out_change_nothing_for_others():
+    model, states = loud_gemma(), forest(count=40)
+    truth = Engine(model).sample(states, **options(states))
+
+    async def mixed():
+        engine = Engine(model)
+        plain, truncated = SamplingParams(19, 1.0, STOP), SamplingParams(19, 1.0, STOP, top_p=0.7)
+        drawing = [engine.generate(state, seed=i, params=plain) for i, state in enumerate(states)]
+        return await asyncio.gather(
+            *drawing, *(engine.generate(state, seed=0, params=truncated) for state in states[::3])
+        )
+
+    assert asyncio.run(mixed())[: len(states)] == truth
+
+
 @pytest.mark.parametrize("limits", [dict(top_k=3), dict(top_p=0.6), dict(min_p=0.3), dict(top_k=9, top_p=0.8)])
 def test_truncated_draws_follow_their_distribution(limits):
     model, state, n = loud_gemma().double(), [4, 8, 15], 3000
