@@ -331,6 +331,18 @@ def settled(config: TrainConfig, tasks_of_data: set[str] | None, device: str = "
     task = config.task or tuple(sorted(tasks_of_data) if tasks_of_data else ("bridge",))
     trained_on = tasks_of_data or set(task)
     on_almanac = trained_on <= set(ALMANAC_FAMILIES)
+    evaluate_on = config.evaluate_on
+    if evaluate_on == ("auto",):
+        if tasks_of_data is not None:
+            evaluate_on = tuple(
+                name for name in task if name in ALMANAC_FAMILIES or ":" in name or config.evaluate_questions
+            )
+        else:
+            evaluate_on = FIRST_EDITION if set(task) <= set(FIRST_EDITION) else task
+    played = (*(task if tasks_of_data is None or config.evaluate_every else ()), *evaluate_on)
+    for name in dict.fromkeys(name for name in played if ":" not in name):
+        if "questions" in flags_of(name) and not (config.questions or config.evaluate_questions):
+            raise ConfigError(f"task '{name}' needs --questions or --evaluate-questions, files of the data set")
     mode, reward = config.mode, config.reward
     if reward == "auto" and mode in ("auto", "sampled"):
         reward = "rule" if on_almanac else "recorded"
@@ -354,21 +366,9 @@ def settled(config: TrainConfig, tasks_of_data: set[str] | None, device: str = "
     baseline = config.baseline
     if baseline == "auto":
         baseline = "leave_one_out" if mode in ON_POLICY else "none"
-    evaluate_on = config.evaluate_on
-    if evaluate_on == ("auto",):
-        if tasks_of_data is not None:
-            evaluate_on = tuple(
-                name for name in task if name in ALMANAC_FAMILIES or ":" in name or config.evaluate_questions
-            )
-        else:
-            evaluate_on = FIRST_EDITION if set(task) <= set(FIRST_EDITION) else task
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    played = (*(task if tasks_of_data is None or config.evaluate_every else ()), *evaluate_on)
-    for name in dict.fromkeys(name for name in played if ":" not in name):
-        if "questions" in flags_of(name) and not (config.questions or config.evaluate_questions):
-            raise ConfigError(f"task '{name}' needs --questions or --evaluate-questions, files of the data set")
     settings = {"mode": mode, "reward": reward, "judge": judge, "baseline": baseline, "dtype": dtype}
     return replace(config, **settings, task=task, evaluate_on=evaluate_on)
 

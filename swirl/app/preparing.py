@@ -41,6 +41,7 @@ def prepared(config: TrainConfig) -> tuple[TrainConfig, torch.device, FoundData 
     config = configs.smoke(config) if config.smoke else config
     device = distributed.local_device(resolve.device_for(config.device))
     found = _found(config) if config.data else None
+    require_named(() if config.data else config.task, config.tool)  # before it matters who judges them
     config = configs.settled(config, found and found.tasks, device.type)
     config = configs.sized(config, resolve.num_weights(config.model))
     asked = f"--lora {config.lora}" if config.lora else f"--shard {config.shard}"
@@ -51,7 +52,7 @@ def prepared(config: TrainConfig) -> tuple[TrainConfig, torch.device, FoundData 
     if config.optimizer == "adamw-8bit":
         adamw_8bit()
     require_trackers(config.track)
-    require_named(config.evaluate_on if config.data else (*config.task, *config.evaluate_on), config.tool)
+    require_named(config.evaluate_on, ())
     return config, device, found
 
 

@@ -98,6 +98,25 @@ def test_a_config_mistake_is_one_line_and_exit_code_2(name, flags, tmp_path, mon
     assert not (Path("run") / "config.json").exists() and set(before) <= set(Path().iterdir())
 
 
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize(
+    "task, said",
+    [
+        (["nonsense"], "task 'nonsense' is unknown: "),
+        (["bridge", "nonsense"], "task 'nonsense' is unknown: "),
+        (["absent.py:task"], "--task absent.py:task: no such file"),
+        (["gsm8k"], "task 'gsm8k' needs --questions"),
+    ],
+    ids=str,
+)
+def test_a_wrong_task_is_told_as_that_by_every_command(name, task, said, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"swirl {name}", "--task", *task])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"swirl.{name}").run_command()
+    assert capfd.readouterr().err.startswith(f"error: {said}")
+
+
 def test_a_flag_that_is_misspelt_is_answered_with_the_one_that_was_meant(tmp_path):
     with pytest.raises(ConfigError) as error:
         command.parse(TrainConfig, "", ["--attentoin", "tree"])
@@ -109,9 +128,8 @@ def test_a_flag_that_is_misspelt_is_answered_with_the_one_that_was_meant(tmp_pat
 def test_every_rank_says_the_same_line_and_exits_2(tmp_path):
     for done in run_ranks(2, "swirl.train", "--task", "hotpotqa", cwd=tmp_path):
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == (
-            "error: --filter process: needs --judge, the URL of a model that says which steps are GOOD\n"
-        )
+        said = "error: task 'hotpotqa' needs --questions or --evaluate-questions, files of the data set\n"
+        assert done.stderr == said
 
 
 @pytest.mark.parametrize("kind", [TrainConfig, FilterConfig, GenerateConfig, EvaluateConfig])
