@@ -75,6 +75,7 @@ class EvaluateConfig(OutputFlags, TaskFlags, PolicyFlags, JudgeFlags):
 
     def __post_init__(self):
         command.require_at_least(1, self, "samples")
+        command.require_no_folder(self, "out", "cache")
         self.check_task()
         self.check_policy()
         if self.samples > 1 and self.temperature == 0:
@@ -84,7 +85,7 @@ class EvaluateConfig(OutputFlags, TaskFlags, PolicyFlags, JudgeFlags):
 async def _evaluate(config: EvaluateConfig) -> list[tuple[Task, list[Trajectory | Unanswered]]]:
     """Each task, and what came of its questions."""
     if config.out:
-        _make_room(config.out)
+        config.out.parent.mkdir(parents=True, exist_ok=True)  # so that it shows before the work, not after
     cache = config.cache or (answers_beside(config.out) if config.out else None)
     made = []
     async with Client(cache) as client:
@@ -139,13 +140,6 @@ def _judges(config: EvaluateConfig, task: Task, client: Client) -> dict:
         named = {"flag": "--outcome-judge", "kind": "outcome", "prompt": config.outcome_judge_prompt}
         outcome_judge = open_judge(config.outcome_judge, **named, **how)
     return {"judge": judge, "outcome_judge": outcome_judge}
-
-
-def _make_room(out: Path) -> None:
-    """So that it shows before the work, and not after, whether the trajectories can be written there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir():
-        raise ConfigError(f"--out {out}: is a folder, expected a file to write")
 
 
 def main(config: EvaluateConfig) -> None:

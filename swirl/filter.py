@@ -96,6 +96,7 @@ class FilterConfig(FileFlags, JudgeFlags):
 
     def __post_init__(self):
         command.require_at_least(1, self, "votes", "in_flight")
+        command.require_no_folder(self, "data", "kept", "dropped", "cache")
 
 
 # No verdict depends on these; templates are compared by content, in the names of the judges.

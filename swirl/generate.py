@@ -51,6 +51,7 @@ class GenerateConfig(OutputFlags, TaskFlags, PolicyFlags):
 
     def __post_init__(self):
         command.require_at_least(1, self, "samples")
+        command.require_no_folder(self, "out", "cache")
         self.check_task()
         self.check_policy()
 

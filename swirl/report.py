@@ -34,11 +34,11 @@ class ReportConfig:
     """Of --serve; 0: any that is free, the line on stderr tells."""
 
     def __post_init__(self):
-        command.require_at_least(0, self, "trajectories", "port")
+        command.require_at_least(0, self, "trajectories")
+        command.require_port(self)
+        command.require_no_folder(self, "out")
         if not self.run:
             raise ConfigError("expected the folder of a run")
-        if self.out is not None and self.out.is_dir():
-            raise ConfigError(f"--out {self.out}: is a folder, expected a file to write")
 
 
 def main(config: ReportConfig) -> None:

@@ -47,7 +47,8 @@ class ServeConfig:
 
     def __post_init__(self):
         command.require_at_least(1, self, "max_cache_tokens", "max_concurrency")
-        command.require_at_least(0, self, "port", "max_body_mb")
+        command.require_at_least(0, self, "max_body_mb")
+        command.require_port(self)
         if not os.environ.get(self.key_env) and not _is_loopback(self.host):
             raise ConfigError(f"--host {self.host}: others can reach it, which needs a key in {self.key_env}")
 

@@ -96,6 +96,20 @@ def require_at_least(least: float, config: object, *flags: str) -> None:
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: expected at least {least}")
 
 
+def require_port(config: object) -> None:
+    """Raises ConfigError on a --port that is none."""
+    if not 0 <= config.port <= 65535:
+        raise ConfigError(f"--port {config.port}: expected 0 to 65535")
+
+
+def require_no_folder(config: object, *flags: str) -> None:
+    """Raises ConfigError on a flag for a file that names a folder; None stands for a default, and passes."""
+    for flag in flags:
+        path = getattr(config, flag)
+        if path is not None and path.is_dir():
+            raise ConfigError(f"--{flag.replace('_', '-')} {path}: is a folder, expected a file")
+
+
 def parse(kind: type[Config], description: str, argv: list[str] | None = None) -> Config:
     """Flags over defaults; `--config FILE` (JSON, such as a run's own config.json) replaces the defaults.
 

@@ -31,6 +31,8 @@ MISTAKES = {
         ("--task", "nonsense"),
         ("--tool", "nonsense"),
         ("--task", "bridge", "--questions", "q.json"),
+        ("--out", "."),
+        ("--cache", "."),
         ("--policy", "http://127.0.0.1:9/v1"),
         ("--tokenizer", "folder"),
         ("--device", "nonsense"),
@@ -45,6 +47,9 @@ MISTAKES = {
         ("--reward-judge", "nonsense"),
         ("--judge", "almanac_judge.py:absent"),
         ("--kept", "trajectories.jsonl"),
+        ("--kept", "."),
+        ("--dropped", "."),
+        ("--data", "."),
         ("--config", "unknown.json"),
     ],
     "evaluate": [
@@ -73,10 +78,10 @@ MISTAKES = {
         ("--attention", "fast"),
         ("--config", "unknown.json"),
     ],
-    "report": [("--no-such-flag",), ("--config", "unknown.json")],
+    "report": [("--no-such-flag",), ("--out", "."), ("--serve", "--port", "99999"), ("--config", "unknown.json")],
     "plan": [("--no-such-flag",), ("--tokens", "0"), ("--gpus", "-1"), ("--memory-gb", "0"), ("--lora", "-1")],
     "export": [("--no-such-flag",), ("--config", "unknown.json")],
-    "serve": [("--dtype", "nonsense"), ("--device", "nonsense"), ("--config", "unknown.json")],
+    "serve": [("--port", "99999"), ("--dtype", "nonsense"), ("--device", "nonsense"), ("--config", "unknown.json")],
 }
 
 
