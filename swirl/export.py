@@ -1,7 +1,7 @@
 """The model of a run's checkpoint as a Hugging Face folder, at any time, also while the run is at work.
 
-python -m swirl.export run model                 of the last whole checkpoint
-python -m swirl.export run model --update 40     of the one after update 40
+  python -m swirl.export run model                 of the last whole checkpoint
+  python -m swirl.export run model --update 40     of the one after update 40
 
 Adapters (--lora) are merged into the weights they were trained on; the checkpoint's own folder holds them in PEFT's
 format.

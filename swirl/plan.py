@@ -1,7 +1,7 @@
 """Will a training run fit, and how long will an update take? From shapes alone: no weight is read.
 
-python -m swirl.plan --model gemma-2-9b --gpus 8 --memory-gb 80
-python -m swirl.plan --model path/to/gemma --tokens 4096 --lora 16        on this machine's CPU
+  python -m swirl.plan --model gemma-2-9b --gpus 8 --memory-gb 80
+  python -m swirl.plan --model path/to/gemma --tokens 4096 --lora 16        on this machine's CPU
 
 Memory is of one GPU, or of one process on a CPU, in GB of 10^9 bytes. A line for each thing in memory, a column for
 each of the moments of a run: sampling, passes (forward and backward of the largest micro-batch), step (the optimizer's)

@@ -25,7 +25,7 @@ from swirl.errors import ConfigError
 @dataclass(frozen=True)
 class ServeConfig:
     model: str = "almanac"
-    """`almanac` (ships with swirl) or a Hugging Face folder."""
+    """`almanac` (ships with swirl), a Hugging Face folder of a Gemma, or its name on the hub."""
     name: str = ""
     """What clients call the model; default: the last part of --model. Any other name is refused."""
     host: str = "127.0.0.1"

@@ -119,7 +119,8 @@ def parse(kind: type[Config], description: str, argv: list[str] | None = None) -
 
     argv, default = _take_config_file(list(sys.argv[1:] if argv is None else argv), kind)
     description += "\n\nAlso: --config FILE takes defaults from a JSON file, such as the config.json of a run."
-    program = sys.argv[0] if sys.argv[0].startswith("swirl ") else f"python -m swirl.{Path(sys.argv[0]).stem}"
+    module = sys.modules["__main__"].__spec__  # of `python -m MODULE`
+    program = f"python -m {module.name}" if module and not sys.argv[0].startswith("swirl ") else sys.argv[0]
     shown = _in_groups(default)
     boxed = io.StringIO()
     try:

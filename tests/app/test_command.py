@@ -1,12 +1,14 @@
-"""Settings beside an output: they refuse others, and their own damage is told."""
+"""Settings beside an output: they refuse others, and their own damage is told. And what `--help` says of a command."""
 
 from dataclasses import replace
 
 import pytest
 
+from swirl.__main__ import COMMANDS
 from swirl.app import command
 from swirl.errors import ConfigError
 from swirl.generate import GenerateConfig
+from tests.process import run_module
 
 
 def check(config: GenerateConfig) -> None:
@@ -25,3 +27,13 @@ def test_a_settings_file_cut_anywhere_is_told(tmp_path):
         beside.write_bytes(whole[:length])
         with pytest.raises(ConfigError, match="settings.json: (expected a JSON object|does not match)"):
             check(config)
+
+
+@pytest.mark.parametrize("module", [*(f"swirl.{name}" for name in COMMANDS), "swirl.app.formats"])
+def test_help_names_the_module_and_leaves_each_example_on_its_line(module, tmp_path):
+    done = run_module(module, "--help", cwd=tmp_path, COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    usage, *about = done.stdout.partition("╭")[0].splitlines()
+    assert usage.startswith(f"usage: python -m {module} ")
+    examples = [line for line in about if "python -m swirl" in line]
+    assert all(line.startswith("  ") and line.count("python -m swirl") == 1 for line in examples)
