@@ -97,5 +97,5 @@ def log_line(metrics: dict) -> str:
     words.append(f"MFU {metrics['utilization']:.0%}")
     if metrics["balance"] < 1:
         words.append(f"balance {metrics['balance']:.0%}")
-    words.append(f"{metrics['peak_bytes'] / 2**30:.1f} GB")
+    words.append(f"{metrics['peak_bytes'] / 1e9:.1f} GB")
     return "  ".join(words)

@@ -32,9 +32,10 @@ SUMMARY = {
     "relative_gain": {"bridge": 0.5, "deep": None},
     "good_steps_before": {"bridge": 0.8},
     "good_steps_after": {"bridge": None, "deep": 0.9},
-    "updates": 3, "wall_s": 9.5, "tokens_per_s": 1234.5, "peak_rss_bytes": 2**30, "seed": 7, "commit": "ab<c",
+    "updates": 3, "wall_s": 9.5, "tokens_per_s": 1234.5, "peak_rss_bytes": 1_500_000_000, "seed": 7, "commit": "ab<c",
 }  # fmt: skip
-UPDATE = {"update": 1, "reward": 0.25, "loss": -0.5, "grad_norm": 1.0, "tokens_per_s": 100, "kl": 0.0, "masked": 0}
+UPDATE = {"update": 1, "reward": 0.25, "loss": -0.5, "grad_norm": 1.0, "tokens_per_s": 100, "kl": 0.0, "masked": 0,
+          "peak_bytes": 1_250_000_000}  # fmt: skip
 UPDATES = (UPDATE, {**UPDATE, "update": 2, "reward": None}, {**UPDATE, "update": 3})
 HOSTILE = "</script><script>window.stolen = 1</script><img src=x onerror='stolen=1'>{{script}} \u2028 \x00 %-->"
 
@@ -71,7 +72,9 @@ def test_the_page_has_table_curves_and_facts(tmp_path):
     page = write_report([run])
     assert page == run / "report.html" and "<title>swirl: räksmörgås</title>" in page.read_text("utf-8")
     (shown,) = parts_of(page)["overview"]["runs"]
-    assert ["commit", "ab<c"] in shown["facts"] and shown["status"]["kind"] == "finished"
+    assert ["commit", "ab<c"] in shown["facts"] and ["peak memory", "1.50 GB"] in shown["facts"]
+    assert shown["series"]["peak_bytes"] == {"x": [1, 2, 3], "y": [1.25] * 3}
+    assert shown["status"]["kind"] == "finished"
     bridge, deep = shown["table"]
     assert bridge["accuracy"] == {"before": 0.5, "after": 0.75} and bridge["change"] == 0.25
     assert bridge["good_steps"] == {"before": 0.8, "after": None} and deep["relative_gain"] is None

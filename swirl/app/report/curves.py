@@ -65,7 +65,7 @@ def _value(update: Update, key: str) -> float | None:
         return 100 * value / update.actions if update.actions else None
     if key in ("truncated", "no_variance", "clipped"):
         return 100 * value
-    return value / 2**30 if key == "peak_bytes" else value
+    return value / 1e9 if key == "peak_bytes" else value
 
 
 def scores_by_task(run: Run, key: str) -> list[dict]:

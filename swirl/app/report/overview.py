@@ -69,7 +69,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             "speed as separate passes",
             f"{summary.tokens_per_s if summary else speed:,.0f} tokens/s" if summary or run.updates else "–",
         ),
-        ("peak memory", f"{memory / 2**30:.2f} GB" if memory else "–"),
+        ("peak memory", f"{memory / 1e9:.2f} GB" if memory else "–"),
         ("seed", _shown(summary.seed if summary else config.get("seed"))),
         ("commit", summary.commit[:12] if summary else "–"),
     ]
