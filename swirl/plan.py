@@ -66,8 +66,8 @@ class PlanConfig:
     def __post_init__(self):
         command.require_at_least(1, self, "tokens", "tokens_per_micro_batch", "max_cache_tokens")
         command.require_at_least(0, self, "gpus", "lora", "kl_coefficient")
-        if self.memory_gb is not None and not self.memory_gb > 0:
-            raise ConfigError(f"--memory-gb {self.memory_gb}: expected more than 0")
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise ConfigError(f"--memory-gb {self.memory_gb}: expected more than 0, and finite")
 
 
 def job_of(config: PlanConfig, gpus: int, host_memory: float = math.inf) -> Job:

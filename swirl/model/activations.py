@@ -94,7 +94,8 @@ def head_backward(model: GemmaConfig, how: Computation, action_tokens: int, *, k
     d, V, b = model.hidden_size, model.vocab_size, how.itemsize
     gradient = 0 if how.lora else V * d * b
     if how.on_gpu:
-        room = linear_log_prob.EXTRA_BYTES
+        chunks = action_tokens * (V + d) * b  # of logits, and half of the float32 gradient of the rows
+        room = min(max(chunks, linear_log_prob.EXTRA_BYTES), linear_log_prob.MOST_EXTRA_BYTES)
     else:  # cpp/linear_log_prob.cpp: the rows turned, as panels, and their gradient
         room = action_tokens * d * (b + 4 * (1 if how.lora else 2))
     if kl:  # chunks of both distributions, and a float32 gradient beside the head's

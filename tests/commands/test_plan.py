@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -13,9 +14,10 @@ import torch
 from swirl.app import planning
 from swirl.app.planning import Memory, RunPlan, advice, job_of, needed_bytes, require_fits, told_if_out_of_memory
 from swirl.config import TrainConfig, settled, sized
-from swirl.errors import OutOfMemory
+from swirl.errors import ConfigError, OutOfMemory
 from swirl.learning.plan import plan
 from swirl.model.config import PRESETS
+from swirl.plan import PlanConfig
 from swirl.train import train
 from tests.commands.test_train import small, told  # noqa: F401
 from tests.process import run_module, run_ranks
@@ -50,6 +52,9 @@ def test_a_plan_of_a_folder_or_of_none(tiny_folder, tmp_path):
     done = run_module("swirl.plan", "--model", "gemma-9", cwd=tmp_path, timeout=60)
     assert done.returncode == 1 and "gemma-9: no such folder: expected `almanac`" in done.stderr
     assert run_module("swirl.plan", "--tokens", "0", cwd=tmp_path, timeout=60).returncode == 2
+    for size in (0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=f"--memory-gb {size}: expected more than 0, and finite"):
+            PlanConfig(memory_gb=size)
 
 
 def planned(name, ranks=1, **flags) -> RunPlan:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swirl.model.activations import Computation, kept_by_layer, kept_by_pass
+from swirl.model.activations import Computation, head_backward, kept_by_layer, kept_by_pass
 from swirl.model.config import PRESETS, GemmaConfig
 from swirl.model.gemma import Gemma
 from swirl.model.lora import LoRA, add_lora
@@ -73,3 +73,12 @@ def test_a_packed_token_of_2b_keeps_what_the_count_by_hand_says():
     assert none == pytest.approx(26 * 2 * (6 * 2304 + 2 * 2048 + 2 * 1024 + 3 * 9216), rel=0.001)
     assert cheap == pytest.approx(26 * 2 * (4 * 2304 + 2 * 2048 + 2 * 1024 + 2 * 9216), rel=0.001)
     assert layers == 26 * 2 * 2304
+
+
+def test_on_a_gpu_the_head_takes_all_logits_up_to_a_gigabyte():
+    two_b, how = PRESETS["gemma-2-2b"], Computation(2, on_gpu=True, lora=16)
+
+    def room(rows: int) -> int:
+        return head_backward(two_b, how, rows, kl=False) - 2 * rows * two_b.hidden_size
+
+    assert [room(rows) for rows in (1, 1000, 8192)] == [64 << 20, 2 * 1000 * (256_000 + 2304), 1 << 30]
