@@ -189,6 +189,23 @@ def test_a_bound_on_entries_leaves_the_evaluation_first_and_is_told(tmp_path):
     assert "the first 3 entries are here, others are left out (--trajectories)" in parts["overview"]["runs"][0]["notes"]
 
 
+@pytest.mark.parametrize("bound", [0, 1, 2, 3])
+def test_a_bound_on_entries_leaves_every_count_as_it_is(tmp_path, bound):
+    run = a_run(tmp_path / "run")
+    write_trajectories(run / EVALUATED["before"], [a_trajectory("m", False), a_trajectory("b", True)])
+    write_trajectories(run / EVALUATED["after"], [a_trajectory("m", True), a_trajectory("b", False)])
+    write_trajectories(run / "kept.jsonl", [a_trajectory("k", True)])
+    write_trajectories(run / "dropped.jsonl", [a_trajectory("d", dropped="outcome: wrong")])
+    parts = parts_of(write_report([run], max_entries=bound))
+    (shown,) = parts["overview"]["runs"]
+    assert parts["index"]["count"] == bound and shown["changes"] == {"mended": 1, "broken": 1}
+    assert [(stage["label"], stage["count"]) for stage in shown["funnel"]] == [
+        ("generated", 2), ("dropped: outcome", 1), ("kept", 1)]  # fmt: skip
+    given = a_run(tmp_path / "given", data=[str(run / "kept.jsonl")])
+    (shown,) = parts_of(write_report([given], max_entries=0))["overview"]["runs"]
+    assert shown["funnel"][-1] == {"label": "kept", "count": 1}
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.from_pretrained(ALMANAC_BASE)

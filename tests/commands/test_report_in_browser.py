@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import pytest
 from aiohttp.test_utils import TestServer
@@ -46,6 +47,16 @@ def browse(page, visit, **look):
             assert tab.complaints == []
 
     asyncio.run(opened())
+
+
+def test_questions_that_a_bound_leaves_out_are_counted(page, tmp_path):
+    bound = write_report([page.parent], tmp_path / "bound.html", max_entries=0)
+
+    async def visit(tab):
+        text = await tab.run("document.getElementById('changed').textContent")
+        assert re.fullmatch(r"(?:(Mended|Broken) by training \((\d+)\)\2 are left out of this page [^)]*\)){2}", text)
+
+    browse(bound, visit)
 
 
 def test_it_opens_on_what_training_mended_and_broke(page):

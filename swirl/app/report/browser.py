@@ -55,7 +55,8 @@ def browse(run: Run, limit: int) -> Browsed:
     run.evaluated = {when: _trajectories(run.path / name, run) for when, name in EVALUATED.items()}
     encode = _Encoder(run)
     made = Browsed()
-    for entry in _entries(run, encode, made):
+    data = _training_data(run, encode, made)  # counted whole, however few of them are shown
+    for entry in _entries(run, encode, data):
         if len(made.entries) == limit:
             made.notes.append(f"the first {limit} entries are here, others are left out (--trajectories)")
             break
@@ -73,13 +74,14 @@ def browse(run: Run, limit: int) -> Browsed:
     return made
 
 
-def _entries(run: Run, encode: _Encoder, made: Browsed) -> Iterator[Entry]:
+def _entries(run: Run, encode: _Encoder, data: Iterable[tuple[Trajectory, bool | None]]) -> Iterator[Entry]:
     after = {(t.question.task, t.id): t for t in run.evaluated["after"]}
     for first in run.evaluated["before"]:
         yield _evaluated(encode, first, after.pop((first.question.task, first.id), None))
     for last in after.values():
         yield _evaluated(encode, None, last)
-    yield from _trained_on(run, encode, made)
+    for trajectory, kept in data:
+        yield _recorded(encode, trajectory, kept)
     for key in sorted(encode.groups.keys() - encode.shown, key=str):  # trajectories that are nowhere to be found
         yield _played(encode, key)
 
@@ -89,12 +91,13 @@ def _evaluated(encode: _Encoder, first: Trajectory | None, last: Trajectory | No
     shown = answers[-1][1]
     row = _row("evaluated", shown, [t.prediction for _, t in answers])
     row["before"] = None if first is None else first.outcome
-    row["change"] = _change(first, last)
+    row["change"] = change_of(first, last)
     detail = {"prompt": shown.prompt, "answers": [encode.answer(t, POLICIES[w], EVALUATED[w]) for w, t in answers]}
     return Entry(row, detail)
 
 
-def _change(first: Trajectory | None, last: Trajectory | None) -> str | None:
+def change_of(first: Trajectory | None, last: Trajectory | None) -> str | None:
+    """What training did to an answer; None where it cannot be said."""
     if first is None or last is None or None in (first.outcome, last.outcome):
         return None
     return {(False, True): "mended", (True, False): "broken", (True, True): "still right"}.get(
@@ -102,12 +105,13 @@ def _change(first: Trajectory | None, last: Trajectory | None) -> str | None:
     )
 
 
-def _trained_on(run: Run, encode: _Encoder, made: Browsed) -> Iterator[Entry]:
-    """What the run was given, else what the filter dropped and kept, else what was generated."""
+def _training_data(run: Run, encode: _Encoder, made: Browsed) -> Iterable[tuple[Trajectory, bool | None]]:
+    """(trajectory, whether it was kept) of what the run was given, else of what the filter dropped and kept, else of
+    what was generated; `run.counts` is filled in.
+    """
     given = run.config.get("data") or []
     if given:
-        yield from _given(run, encode, made, [given] if isinstance(given, str) else given)
-        return
+        return _given(run, made, [given] if isinstance(given, str) else given)
     kept, dropped = (_trajectories(run.path / name, run) for name in (KEPT, DROPPED))
     generated = [] if kept or dropped else _trajectories(run.path / GENERATED, run)
     chosen = {t.id for t in kept}
@@ -116,21 +120,20 @@ def _trained_on(run: Run, encode: _Encoder, made: Browsed) -> Iterator[Entry]:
     run.counts.update(f"dropped:{_rule(t)}" for t in dropped)
     both = [*(t for t in kept if t.id not in refused), *dropped, *generated]
     both.sort(key=lambda t: (t.question.task, t.id) not in encode.groups)  # what has samples comes first
-    for trajectory in both:
-        yield _recorded(encode, trajectory, kept=None if generated else trajectory.id in chosen)
+    return [(trajectory, None if generated else trajectory.id in chosen) for trajectory in both]
 
 
-def _given(run: Run, encode: _Encoder, made: Browsed, files: list[str]) -> Iterator[Entry]:
+def _given(run: Run, made: Browsed, files: list[str]) -> Iterable[tuple[Trajectory, bool]]:
     """Of the files that the run was given as far as they are there: they may be too many to be read whole."""
     there = [file for file in files if Path(file).is_file()]
     if there != files:
         missing = ", ".join(file for file in files if file not in there)
         made.notes.append(f"the training data, {missing}, is not there")
-    if there:
-        trajectories = TrajectoryFiles(there)
-        run.counts["kept"] = len(trajectories)
-        for trajectory in trajectories:
-            yield _recorded(encode, trajectory, kept=True)
+    if not there:
+        return ()
+    trajectories = TrajectoryFiles(there)
+    run.counts["kept"] = len(trajectories)
+    return ((trajectory, True) for trajectory in trajectories)
 
 
 def _rule(dropped: Trajectory) -> str:

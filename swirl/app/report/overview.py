@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from swirl.app.report.browser import change_of
 from swirl.app.report.curves import SCORES, all_curves, differing_settings, groups, mean_over_tasks, series_of
 from swirl.app.report.runs import Run
 from swirl.app.report.table import table
@@ -33,7 +34,15 @@ def _described(run: Run, differing: Sequence[str]) -> dict:
         "series": series_of(run),
         "mean_scores": {key: mean_over_tasks(run, key) for key in SCORES},
         "funnel": funnel(run.counts),
+        "changes": _changes(run),
     }
+
+
+def _changes(run: Run) -> Counter:
+    """How many test questions training mended, broke, and left as they were, also those that the page leaves out."""
+    after = {(t.question.task, t.id): t for t in run.evaluated["after"]}
+    changes = (change_of(first, after.get((first.question.task, first.id))) for first in run.evaluated["before"])
+    return Counter(change for change in changes if change)
 
 
 def _shown(value) -> str:

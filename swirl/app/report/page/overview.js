@@ -2,7 +2,7 @@
 
 function drawOverview(overview, entries) {
   replace("runs", overview.runs.map(runLine));
-  replace("changed", changedLists(entries));
+  replace("changed", changedLists(overview, entries));
   replace("table", [beforeAndAfter(overview)]);
   replace("funnel", overview.runs.map((run) => funnelOf(run, overview.runs.length > 1)));
   replace("settings", overview.runs.map(settingsOf));
@@ -30,22 +30,24 @@ function swatch(of) {
 const OPENS_WITH = 10;
 
 // Ten questions that training mended, ten that it broke: the families in turn, so that none hides another.
-function changedLists(entries) {
+function changedLists(overview, entries) {
   const titles = { mended: "Mended by training", broken: "Broken by training" };
-  if (!entries.some((entry) => entry.change)) {
+  if (!overview.runs.some((run) => Object.keys(run.changes).length)) {
     return [el("div", {}, el("h2", {}, "What training changed"),
       el("p.note", {}, `${NONE}: no question was answered both before and after training, so nothing can be compared yet.`))];
   }
   return Object.entries(titles).map(([change, title]) => {
     const all = entries.filter((entry) => entry.change === change);
+    const count = overview.runs.reduce((sum, run) => sum + (run.changes[change] ?? 0), 0);
     const items = inTurn(all).slice(0, OPENS_WITH).map((entry) => el("li", {}, el("a", { href: hashOf(entry) },
       el("span", {}, entry.question),
       el("span.answers", {}, `${entry.task}: ${entry.predictions[0] ?? NONE} → ${entry.predictions[1] ?? NONE}` +
         (change === "broken" && entry.gold !== null ? ` (right: ${entry.gold})` : "")))));
     const more = all.length > items.length
       ? el("p", {}, el("a", { href: "#/trajectories", onclick: () => showChanged(change) }, `all ${all.length}`)) : null;
-    return el("section", {}, el("h2", {}, `${title} (${all.length})`),
-      items.length ? el("ol", {}, items) : el("p.note", {}, "none"), more);
+    return el("section", {}, el("h2", {}, `${title} (${count})`),
+      items.length ? el("ol", {}, items) : count ? null : el("p.note", {}, "none"), more,
+      count > all.length ? el("p.note", {}, `${count - all.length} are left out of this page (--trajectories)`) : null);
   });
 }
 
