@@ -1,9 +1,9 @@
 """OpenAI's protocol over the sampling engine: /v1/models, /v1/completions and /v1/chat/completions.
 
 Token ids travel too: a prompt may be ids, and `return_token_ids` gives those of the answer, the stop id included, each
-with its log-prob where `logprobs` asks for them. `stop` ends an answer at a text, which `include_stop_str_in_output`
-leaves in it; a choice's `stop_reason` then names it. An unknown or unsupported field that would change the answer is
-refused by name (400), never ignored.
+with its log-prob where `logprobs` asks for them. `stop` ends an answer at a text, one of at most 16, which
+`include_stop_str_in_output` leaves in it; a choice's `stop_reason` then names it. An unknown or unsupported field that
+would change the answer is refused by name (400), never ignored.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -295,6 +297,15 @@ def test_round_trip_of_any_text(ours, text):
 )
 def test_round_trip_of_awkward_text(ours, text):
     assert ours.decode(ours.encode(text)) == text
+
+
+def test_other_threads_go_on_while_a_text_is_encoded(ours):
+    thread, steps = threading.Thread(target=ours.encode, args=("The capital of Elmor is Vast. " * 20_000,)), 0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        steps += 1
+    assert steps > 10
 
 
 def test_tags_are_single_ids_and_digits_stand_alone(ours):
