@@ -39,14 +39,14 @@ def test_links_lead_somewhere(page):
 def test_blocks_are_run_or_say_why_not(page):
     lines, inside = page.read_text(encoding="utf-8").splitlines(), False
     for number, line in enumerate(lines):
-        if not line.startswith("```"):
-            continue
-        inside = not inside
-        if inside:
+        if line.startswith("```"):
+            inside = not inside
             language = line[3:].strip()
             marked = language == "text" or lines[number - 1].startswith("<!-- not run: ")
-            where = f"{page.name}:{number + 1}: ```{language}"
-            assert marked or language in RUN.get(page.name, ()), f"{where}: is neither run nor marked"
+            known = marked or language in RUN.get(page.name, ())
+            assert known or not inside, f"{page.name}:{number + 1}: ```{language}: is neither run nor marked"
+        elif line.startswith("    ") and not lines[number - 1] and not inside:
+            raise AssertionError(f"{page.name}:{number + 1}: an indented block is seen by no test, expected a fence")
     assert not inside, page.name
 
 

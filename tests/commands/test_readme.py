@@ -17,6 +17,7 @@ import pytest
 
 from swirl.app import command
 from swirl.evaluate import EvaluateConfig
+from swirl.export import ExportConfig
 from swirl.filter import FilterConfig
 from swirl.generate import GenerateConfig
 from swirl.plan import PlanConfig
@@ -30,6 +31,7 @@ KINDS = {
     "filter": FilterConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "export": ExportConfig,
     "plan": PlanConfig,
 }
 ROOT = Path(__file__).parents[2]
