@@ -3,8 +3,9 @@
   python -m swirl.serve --model FOLDER                  http://127.0.0.1:8000/v1, for this machine alone
   SWIRL_SERVE_KEY=… python -m swirl.serve --model FOLDER --host 0.0.0.0
 
-Requests of all clients are sampled together, over one cache of keys. Ctrl-C takes no new ones and finishes those in
-flight; a second one ends at once.
+Requests of all clients are sampled together, over one cache of keys. A request names at most 16 stop texts, and gets
+log-probs of the tokens drawn, not of alternatives; what is not supported is refused by name. Ctrl-C takes no new ones
+and finishes those in flight; a second one ends at once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Token ids travel too: a prompt may be ids, and `return_token_ids` gives those of the answer, the stop id included, each
 with its log-prob where `logprobs` asks for them. `stop` ends an answer at a text, one of at most 16, which
-`include_stop_str_in_output` leaves in it; a choice's `stop_reason` then names it. An unknown or unsupported field that
-would change the answer is refused by name (400), never ignored.
+`include_stop_str_in_output` leaves in it; a choice's `stop_reason` then names it. Log-probs are of the tokens drawn,
+never of alternatives. An unknown or unsupported field that would change the answer is refused by name (400), never
+ignored.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Request(msgspec.Struct):
 class CompletionRequest(_Request):
     prompt: str | list[str | int | list[int]] = ""  # a text, ids, or many of either
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
-    logprobs: int | bool | None = None
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=1)] | bool | None = None  # above 1 asks for alternatives
 
 
 class Message(msgspec.Struct):
@@ -169,6 +170,9 @@ class Server:
         body = await self._body(request)
         try:
             fields = msgspec.json.decode(body, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Refused(400, f"expected a JSON object: {error}") from None
+        try:
             known = {field.name for field in msgspec.structs.fields(kind)}
             for name, value in fields.items():
                 if name not in known and not (
@@ -176,7 +180,7 @@ class Server:
                 ):
                     raise Refused(400, f"{name}: not supported here")
             asked = msgspec.convert({k: v for k, v in fields.items() if v is not None}, kind)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        except msgspec.ValidationError as error:
             raise Refused(400, str(error)) from None
         if asked.model not in ("", self._name):
             raise Refused(404, f"model '{asked.model}' is not here: expected '{self._name}'")
@@ -188,6 +192,9 @@ class Server:
         self._reading.add(task)
         try:
             return await request.read()
+        except web.RequestPayloadError:
+            request.content.feed_eof()  # else aiohttp reads on, and fails
+            raise Refused(400, "expected a body in the encoding that its headers name") from None
         finally:
             self._reading.discard(task)
 
@@ -275,17 +282,16 @@ class Server:
                     group.create_task(self._engine.generate(one.state, seed=one.seed, params=one.params))
                     for one in sequences
                 ]
-        except* ValueError as errors:
-            raise Refused(400, str(errors.exceptions[0])) from None
         except* Exception as errors:
-            raise Refused(500, str(errors.exceptions[0])) from None
+            raise _refused(errors.exceptions[0]) from None
         return [task.result() for task in tasks]
 
     async def _stream(self, request, sequences: list[_Asked], form, head: dict, with_ids: bool) -> web.StreamResponse:
-        """Server-sent events: pieces of text as they are sure, then each choice's end, then [DONE]."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        await response.prepare(request)
-        pieces: asyncio.Queue = asyncio.Queue()
+        """Server-sent events: pieces of text as they are sure, then each choice's end, then [DONE].
+
+        What fails before the first piece is refused as it is without a stream; later it is an event, and the last.
+        """
+        pieces: asyncio.Queue[dict | Exception] = asyncio.Queue()
 
         async def draw(one: _Asked):
             drawn = Piecewise(self._tokenizer, one.params.stop_texts)
@@ -300,23 +306,26 @@ class Server:
                 text = drawn.rest_of(form.text_of(completion))
                 pieces.put_nowait(form.last_piece(one, completion, text, with_ids))
             except Exception as error:
-                pieces.put_nowait({"error": {"message": str(error), "type": "server_error"}})
-            pieces.put_nowait(None)
+                pieces.put_nowait(error)
 
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         tasks = [asyncio.create_task(draw(one)) for one in sequences]
         try:
+            piece = await pieces.get()
+            if isinstance(piece, Exception):
+                raise _refused(piece)
+            await response.prepare(request)
             for one in sequences:
                 if (opening := form.opening(one.index)) is not None:
                     await _send(response, {**head, "object": form.chunk_object, "choices": [opening]})
             left = len(sequences)
             while left:
-                piece = await pieces.get()
-                if piece is None:
-                    left -= 1
-                elif "error" in piece:
-                    await _send(response, piece)
-                else:
-                    await _send(response, {**head, "object": form.chunk_object, "choices": [piece]})
+                if isinstance(piece, Exception):
+                    await _send(response, {"error": {"message": str(piece), "type": "server_error"}})
+                    break
+                await _send(response, {**head, "object": form.chunk_object, "choices": [piece]})
+                left -= piece["finish_reason"] is not None
+                piece = await pieces.get() if left else None
             await response.write(b"data: [DONE]\n\n")
         except ConnectionError:
             pass  # the client has left
@@ -411,6 +420,11 @@ class _Chat(_Form):
             for name, log_prob, id in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _refused(error: Exception) -> Refused:
+    """What the engine says of a request: ValueError where it cannot be answered as it is."""
+    return Refused(400 if isinstance(error, ValueError) else 500, str(error))
 
 
 def _json(value: dict, status: int = 200) -> web.Response:

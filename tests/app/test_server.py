@@ -127,3 +127,15 @@ def test_the_server_ends_without_a_body_that_is_half_sent():
             await sending
 
     asyncio.run(send_half())
+
+
+def test_a_body_that_is_not_in_its_encoding_is_refused_and_no_error_of_ours(caplog):
+    async def send():
+        async with serving() as (_, _, session):
+            headers = {"Content-Encoding": "gzip"}
+            async with session.post("/v1/completions", data=b"abc", headers=headers) as answer:
+                return answer.status, await answer.json()
+
+    status, answer = asyncio.run(send())
+    assert status == 400 and "encoding" in answer["error"]["message"]
+    assert not caplog.records

@@ -105,6 +105,17 @@ def test_an_action_ends_at_its_tag_over_the_wire_as_it_does_here(server, here):
             assert step.log_probs == pytest.approx(truth.log_probs)
 
 
+def test_swirls_own_client_goes_on_without_alternatives_which_are_not_given(server, here):
+    policy, tokenizer = here
+    ids = tuple(tokenizer.prompt_ids(PROMPT))
+    states = [PolicyState(prompt=PROMPT, ids=ids, temperature=0, max_new_tokens=8, top_log_probs=5)]
+
+    (mine,) = asyncio.run(acted(policy, states))
+    for protocol in ("completions", "chat"):
+        (step,) = acted_over_the_wire(protocol, here, server, states)
+        assert (step.action, step.top_log_probs) == (mine.action, None)
+
+
 def test_openai_chat(client, here):
     messages = [{"role": "user", "content": PROMPT}]
     answer = client.chat.completions.create(
@@ -178,6 +189,8 @@ def ask(url, body, key=KEY):
         ("completions", {"prompt": "a", "beam_width": 2}, 400, "beam_width"),
         ("completions", {"prompt": ["a"] * 200, "n": 2}, 400, "at most 256"),
         ("completions", {"prompt": "a", "stop": ["b"] * 17}, 400, "$.stop"),
+        ("completions", {"prompt": "a", "logprobs": 5}, 400, "$.logprobs"),
+        ("completions", {"prompt": [[1, 2], [1, 5000]], "stream": True}, 400, "token ids in"),
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, 400, "in turn"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3}, 400, "top_logprobs"),
@@ -189,7 +202,9 @@ def test_what_is_not_served_is_refused_in_a_line(server, path, fields, status, w
 
 
 def test_no_json_a_wrong_key_and_a_large_body_are_refused(server):
-    assert ask(f"{server}/completions", b"{")[0] == 400
+    for body in (b"{", b'{"prompt": "\xff"}', b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"[]", b""):
+        status, answer = ask(f"{server}/completions", body)
+        assert status == 400 and "expected a JSON object" in answer["error"]["message"]
     assert ask(f"{server}/completions", b"{}", key="wrong")[0] == 401
     assert ask(f"{server}/completions", b" " * (17 << 20))[0] == 413
 
