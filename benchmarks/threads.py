@@ -1,6 +1,6 @@
 """How should a thread that waits for the others wait? Sampling and an update, quiet and beside a busy process.
 
-    python -m benchmarks.threads [--threads 2] [--rounds 5] [--repeats 3] [--tiny] [--json] [--out rows.jsonl]
+    python -m benchmarks.threads [--threads 2] [--rounds 5] [--repeats 3] [--waiting swirl] [--tiny] [--json] [--out rows.jsonl]
 
 Ways to wait: swirl's own (GOMP_SPINCOUNT=500, set by the package where the user has set nothing), libgomp's (300,000),
 sleeping at once (OMP_WAIT_POLICY=PASSIVE) and spinning without end (ACTIVE). Each by hand, swirl's also under make and
@@ -101,17 +101,17 @@ def rows_of(given: argparse.Namespace):
 
     from benchmarks.harness import machine
 
-    facts = machine(torch.device("cpu"))
+    facts, cases = machine(torch.device("cpu")), [case for case in CASES if case[0] in given.waiting]
     with tempfile.TemporaryDirectory() as folder:
         for busy in (False, True):
             company = _busy_process() if busy else None
             try:
-                rounds = [[measure(given, *case, Path(folder)) for case in CASES] for _ in range(given.rounds)]
+                rounds = [[measure(given, *case, Path(folder)) for case in cases] for _ in range(given.rounds)]
             finally:
                 if company is not None:
                     company.kill()
                     company.wait()
-            for (waiting, launcher), found in zip(CASES, zip(*rounds)):
+            for (waiting, launcher), found in zip(cases, zip(*rounds)):
                 named = {"benchmark": "threads", "waiting": waiting, "launcher": launcher, "busy": busy}
                 how = {"threads": given.threads, "tiny": given.tiny, "load": os.getloadavg()[0]}
                 yield facts | named | how | {"rounds": given.rounds} | summed_up(found)
@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5, help="processes a case")
     parser.add_argument("--repeats", type=int, default=3, help="of each process")
+    parser.add_argument("--waiting", choices=WAITING, nargs="+", default=list(WAITING), help="ways to wait")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--json", action="store_true", help="one JSON row a line on stdout, no table")
     parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
