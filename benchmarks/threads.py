@@ -1,6 +1,6 @@
 """How should a thread that waits for the others wait? Sampling and an update, quiet and beside a busy process.
 
-    python -m benchmarks.threads [--threads 2] [--rounds 5] [--repeats 3] [--waiting swirl] [--tiny] [--json] [--out rows.jsonl]
+    python -m benchmarks.threads [--threads 2] [--rounds 5] [--repeats 3] [--waiting swirl] [--tiny] [--json] [--out F]
 
 Ways to wait: swirl's own (GOMP_SPINCOUNT=500, set by the package where the user has set nothing), libgomp's (300,000),
 sleeping at once (OMP_WAIT_POLICY=PASSIVE) and spinning without end (ACTIVE). Each by hand, swirl's also under make and
