@@ -58,7 +58,7 @@ def measured(given: argparse.Namespace) -> dict:
     actions = update_of(given.tokens, model.config.vocab_size)
     before, started, cpu = usage.peak_bytes(device), time.perf_counter(), time.process_time()
     sums = gradient.accumulate(model, objective, actions, num_tokens(actions), config)
-    norm = clip_grad_norm(model, 1.0).item()
+    norm = clip_grad_norm(model, config.max_grad_norm).item()
     optimizer.step()
     optimizer.zero_grad()
     seconds = time.perf_counter() - started

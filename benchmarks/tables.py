@@ -187,31 +187,33 @@ def train_step(rows: list[dict]) -> str:
     def peer(row):
         return f"{1e3 * row['transformers_s']:,.0f} ms ({row['transformers_ratio']:.0f}x)"
 
-    lines = [
-        [
-            row["workload"],
-            f"{row['separate_tokens']:,} → {row['packed_tokens']:,}",
-            f"{row['merged_tokens']:,}" if "merged_tokens" in row else "–",
-            f"{1e3 * row['separate_s']:,.0f} ms",
-            f"{1e3 * row['merged_s']:,.0f} ms" if "merged_s" in row else "–",
-            f"{1e3 * row['packed_s']:,.0f} ms",
-            f"{row['measured_ratio']:.1f}x",
-            f"{row['ideal_ratio']:.1f}x",
-            peer(row) if "transformers_s" in row else "–",
-        ]
-        for row in rows
-    ]
-    headers = [
-        "workload",
-        "tokens, separate → packed",
-        "tokens of merged rows",
-        "separate",
-        "merged rows",
-        "packed",
-        "faster",
-    ]
-    headers += ["token ratio (ideal)", "transformers, eager, padded merged rows"]
-    return f"{_source(rows)}\n\n{grid(headers, lines)}"
+    def update(row):
+        return f"{1e3 * row['packed_update_s']:,.0f} ms ({row['update_utilization']:.0%})"
+
+    # Column: what it shows. The last ones stand where some row has them.
+    columns = {
+        "workload": lambda row: row["workload"],
+        "tokens, separate → packed": lambda row: f"{row['separate_tokens']:,} → {row['packed_tokens']:,}",
+        "tokens of merged rows": lambda row: f"{row['merged_tokens']:,}",
+        "separate": lambda row: f"{1e3 * row['separate_s']:,.0f} ms",
+        "merged rows": lambda row: f"{1e3 * row['merged_s']:,.0f} ms",
+        "packed": lambda row: f"{1e3 * row['packed_s']:,.0f} ms",
+        "faster": lambda row: f"{row['measured_ratio']:.1f}x",
+        "token ratio (ideal)": lambda row: f"{row['ideal_ratio']:.1f}x",
+    }
+    optional = {
+        "packed_update_s": ("whole update (of the matrix rate)", update),
+        "transformers_s": ("transformers, eager, padded merged rows", peer),
+    }
+    tables = []
+    for (model, trees, _), members in _groups(rows, "model", "trees", "hardware").items():
+        shown = dict(columns)
+        for key, (header, cell) in optional.items():
+            if any(key in row for row in members):
+                shown[header] = lambda row, key=key, cell=cell: cell(row) if key in row else "–"
+        lines = [[cell(row) for cell in shown.values()] for row in members]
+        tables.append(f"{_source(members)}; {model}, {trees} trees\n\n{grid(list(shown), lines)}")
+    return "\n\n".join(tables)
 
 
 def sharded_memory(rows: list[dict]) -> str:

@@ -40,8 +40,11 @@ def work(given: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.sampling import COMB, TINY, comb_states
-    from benchmarks.train_step import Swirl, UpdateConfig, workload
+    from benchmarks.train_step import UpdateConfig, workload
     from swirl.app.resolve import load_model
+    from swirl.learning import gradient
+    from swirl.learning.batches import num_tokens
+    from swirl.learning.objective import Objective
     from swirl.sampling.engine import Engine
 
     torch.set_num_threads(given.threads)
@@ -49,13 +52,17 @@ def work(given: argparse.Namespace) -> None:
     comb = TINY if given.tiny else COMB
     new, states = comb["new"], comb_states(comb["trunk"], comb["states"], comb["draws"], model.config.vocab_size)
     actions = workload("comb", 1 if given.tiny else 4, model.config.vocab_size)
-    side = Swirl(model, UpdateConfig())
+    config = UpdateConfig()
+    objective = Objective(config, model)
+
+    def update():
+        gradient.accumulate(model, objective, actions, num_tokens(actions), config)
 
     def sample():
         Engine(model).sample(states, seeds=range(len(states)), max_new_tokens=new, stop_ids=())
 
     found = {}
-    for name, run in (("sample_s", sample), ("update_s", lambda: side.accumulate(actions))):
+    for name, run in (("sample_s", sample), ("update_s", update)):
         run()
         times = []
         for _ in range(given.repeats):

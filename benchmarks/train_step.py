@@ -9,7 +9,10 @@ Workloads (token ids drawn at random, the shape of a question with a search tool
   comb    the same 8 states with 4 sampled actions at each
 Merged rows are what a trainer of whole conversations with loss masks computes: a row a leaf of the tree, each with the
 losses of all actions that lie on it, laid end to end; their update is timed too, with swirl's kernels. All sides make
-the same update (loss and gradient norm are compared) with the model that ships with swirl, or --model.
+the same update (gradient norms are compared) with the model that ships with swirl, or --model.
+
+`packed_s` and its like are forward and backward passes, `packed_update_s` and its like whole updates as `swirl.train`
+makes them, from packing to the optimizer's step; utilization is of the rate of a matrix product, measured.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ import torch
 
 import swirl
 from benchmarks.harness import append
-from swirl.learning.batches import SubTrajectory, micro_batches, num_tokens
+from swirl.learning import gradient
+from swirl.learning.batches import SubTrajectory, num_tokens
 from swirl.learning.objective import Objective
-from swirl.learning.usage import commit, measured_peak_flops, update_flops
+from swirl.learning.optimizer import Optimizer, clip_grad_norm, make_optimizer
+from swirl.learning.usage import commit, measured_peak_flops
 from swirl.model.config import PRESETS
 from swirl.model.gemma import Gemma
 from swirl.tree.pack import pack_chains
@@ -52,6 +57,7 @@ class UpdateConfig:
     clip: float = 0.2
     kl_coefficient: float = 0.0
     proximal_every: int = 0
+    max_grad_norm: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,50 +121,28 @@ def merged_rows(actions: list[SubTrajectory]) -> list[list[SubTrajectory]]:
 
 
 class Swirl:
-    """The update of `swirl.train`: its forward and backward passes, packed or one a sub-trajectory."""
+    """The update of `swirl.train`, packed or one pass a sub-trajectory."""
 
-    def __init__(self, model: Gemma, config: UpdateConfig):
-        self.model, self.config, self.objective = model, config, Objective(config, model)
+    def __init__(self, model: Gemma, config: UpdateConfig, optimizer: Optimizer):
+        self.model, self.config, self.optimizer = model, config, optimizer
+        self.objective = Objective(config, model)
 
     def accumulate(self, actions: list[SubTrajectory]) -> dict:
-        found = {"loss": 0.0, "computed_tokens": 0, "flops": 0.0}
-        for batch, members in micro_batches(actions, self.config):
-            loss, _ = self.objective(self.model, batch.to(self.model.device), members)
-            (loss / num_tokens(actions)).backward()
-            found["loss"] += loss.item() / num_tokens(actions)
-            found["computed_tokens"] += batch.num_tokens
-            found["flops"] += update_flops(self.model.config, batch)
-        return found
+        return gradient.accumulate(self.model, self.objective, actions, num_tokens(actions), self.config)
 
 
 class Merged(Swirl):
     """The same update by merged rows, nothing shared between them, nothing padded."""
 
     def accumulate(self, actions: list[SubTrajectory]) -> dict:
-        found = {"loss": 0.0, "computed_tokens": 0}
-        rows = merged_rows(actions)
+        rows, computed_tokens = merged_rows(actions), 0
         pairs = [[(action.state_ids, action.step.action_ids) for action in row] for row in rows]
         flat = [action for row in rows for action in row]
         for batch, indices in pack_chains(pairs, self.config.tokens_per_micro_batch):
             loss, _ = self.objective(self.model, batch.to(self.model.device), [flat[i] for i in indices])
             (loss / num_tokens(actions)).backward()
-            found["loss"] += loss.item() / num_tokens(actions)
-            found["computed_tokens"] += batch.num_tokens
-        return found
-
-
-def measure(side: Swirl | Peer, actions: list[SubTrajectory], repeats: int) -> tuple[list[float], dict]:
-    """Seconds of each forward and backward over the update, and what it computed."""
-    times = []
-    for _ in range(repeats + 1):
-        side.model.zero_grad(set_to_none=True)
-        started = time.perf_counter()
-        metrics = side.accumulate(actions)
-        if side.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in side.model.parameters()]).item()
-    return times[1:], {**metrics, "grad_norm": norm}
+            computed_tokens += batch.num_tokens
+        return {"computed_tokens": computed_tokens}
 
 
 class Peer:
@@ -173,11 +157,12 @@ class Peer:
             model.save_pretrained(f"{folder}/model")
             self.model = Gemma2ForCausalLM.from_pretrained(f"{folder}/model", attn_implementation="eager")
         self.model.to(model.device)
+        self.optimizer = make_optimizer(self.model, learning_rate=0.0)
         self.rows = rows
 
     def accumulate(self, actions: list[SubTrajectory]) -> dict:
         num_action_tokens = sum(len(action.step.action_ids) for action in actions)
-        device, total = self.model.device, 0.0
+        device = self.model.device
         rows = merged_rows(actions)
         for start in range(0, len(rows), self.rows):
             part = rows[start : start + self.rows]
@@ -194,50 +179,65 @@ class Peer:
             log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
             loss = -(weights[:, 1:].to(device) * log_probs).sum() / num_action_tokens
             loss.backward()
-            total += loss.item()
-        return {"loss": total}
+        return {}
 
 
-def compare(model: Gemma, actions: list[SubTrajectory], repeats: int, peer: Peer | None) -> dict:
+def measure(side: Swirl | Peer, actions: list[SubTrajectory]) -> tuple[float, float, dict]:
+    """Seconds of an update's forward and backward passes, seconds of all of it, and what it computed."""
+    started = time.perf_counter()
+    found = side.accumulate(actions)
+    synchronize(side.model.device)
+    passes_s = time.perf_counter() - started
+    norm = clip_grad_norm(side.model, UpdateConfig.max_grad_norm).item()
+    side.optimizer.step()
+    side.optimizer.zero_grad()
+    synchronize(side.model.device)
+    return passes_s, time.perf_counter() - started, found | {"grad_norm": norm}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def compare(sides: dict[str, Swirl | Peer], actions: list[SubTrajectory], repeats: int) -> dict:
     """What a row says of all sides: in one run, in turn, so that a drift of the machine's speed meets all."""
-    sides = {name: Swirl(model, UpdateConfig(packed=name == "packed")) for name in ("packed", "separate")}
-    sides["merged"] = Merged(model, UpdateConfig())
-    if peer is not None:
-        sides["transformers"] = peer
-    times, found = {side: [] for side in sides}, {}
-    for _ in range(repeats):
-        for which, side in sides.items():
-            seconds, found[which] = measure(side, actions, 1)
-            times[which] += seconds
-    a, b = found["packed"], found["separate"]
+    passes, updates = {name: [] for name in sides}, {name: [] for name in sides}
+    found = {}
+    for _ in range(repeats + 1):
+        for name, side in sides.items():
+            passes_s, update_s, found[name] = measure(side, actions)
+            passes[name].append(passes_s)
+            updates[name].append(update_s)
+    # the first of each compiles, and does not count
+    passes_s, update_s = ({name: statistics.median(s[1:]) for name, s in of.items()} for of in (passes, updates))
+    model, packed = sides["packed"].model, found["packed"]
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2  # bfloat16 rounds the sums of gradients
+    for name, other in found.items():
+        if abs(packed["grad_norm"] - other["grad_norm"]) > tolerance * packed["grad_norm"]:
+            raise SystemExit(f"gradients differ, {packed['grad_norm']} and {other['grad_norm']} ({name})")
     peak_flops = measured_peak_flops(model.device, model.dtype)
-    for side, other in found.items():
-        if abs(a["grad_norm"] - other["grad_norm"]) > tolerance * a["grad_norm"]:
-            raise SystemExit(f"gradients differ, {a['grad_norm']} and {other['grad_norm']} ({side})")
-    packed_s, separate_s = statistics.median(times["packed"]), statistics.median(times["separate"])
+    tokens = {f"{name}_tokens": int(of["computed_tokens"]) for name, of in found.items() if "computed_tokens" in of}
     beside = {}
-    if peer is not None:
-        beside["transformers_s"] = statistics.median(times["transformers"])
-        beside["transformers_ratio"] = beside["transformers_s"] / packed_s
+    if "transformers" in sides:
+        beside["transformers_ratio"] = passes_s["transformers"] / passes_s["packed"]
     return {
         "trees": actions[-1].tree + 1,
         "sub_trajectories": len(actions),
-        "packed_tokens": int(a["computed_tokens"]),
-        "separate_tokens": int(b["computed_tokens"]),
-        "merged_tokens": int(found["merged"]["computed_tokens"]),
-        "ideal_ratio": b["computed_tokens"] / a["computed_tokens"],
-        "measured_ratio": separate_s / packed_s,
-        "packed_s": packed_s,
-        "separate_s": separate_s,
-        "merged_s": statistics.median(times["merged"]),
+        **tokens,
+        "ideal_ratio": tokens["separate_tokens"] / tokens["packed_tokens"],
+        "measured_ratio": passes_s["separate"] / passes_s["packed"],
+        **{f"{name}_s": seconds for name, seconds in passes_s.items()},
+        **{f"{name}_update_s": seconds for name, seconds in update_s.items()},
         **beside,
         "matrix_flops_per_s": peak_flops,
-        "packed_utilization": a["flops"] / packed_s / peak_flops,
-        "packed_tokens_per_s": a["computed_tokens"] / packed_s,
+        "packed_utilization": packed["flops"] / passes_s["packed"] / peak_flops,
+        "update_utilization": packed["flops"] / update_s["packed"] / peak_flops,
+        "packed_tokens_per_s": tokens["packed_tokens"] / passes_s["packed"],
         "repeats": repeats,
         "hardware": torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype)[6:],
         "torch": torch.__version__,
         "commit": commit(),
     }
@@ -267,12 +267,17 @@ def main() -> None:
     on_gpu = args.device.startswith("cuda")
     dtype = torch.bfloat16 if on_gpu and args.model in PRESETS else torch.float32
     model = opened(args.model, args.layers, dtype, args.device)
-    peer = Peer(model) if args.peer else None
+    # Steps of rate 0 take as long and change nothing: all sides have the same weights.
+    optimizer = make_optimizer(model, learning_rate=0.0)
+    sides = {name: Swirl(model, UpdateConfig(packed=name == "packed"), optimizer) for name in ("packed", "separate")}
+    sides["merged"] = Merged(model, UpdateConfig(), optimizer)
+    if args.peer:
+        sides["transformers"] = Peer(model)
     trees, steps, repeats = (1, 2, 1) if args.tiny else (args.trees, STEPS, args.repeats)
     for name in args.workload:
         actions = workload(name, trees, model.config.vocab_size, steps=steps)
         row = {"benchmark": "train_step", "workload": name, "model": args.model, "tiny": args.tiny}
-        row |= compare(model, actions, repeats, peer)
+        row |= compare(sides, actions, repeats)
         append(args.out, [row])
         if args.json:
             print(json.dumps(row))
@@ -283,8 +288,9 @@ def main() -> None:
                 f"separate {row['separate_s'] * 1e3:8.1f} ms  packed {row['packed_s'] * 1e3:7.1f} ms  "
                 f"measured {row['measured_ratio']:.2f}x  ideal {row['ideal_ratio']:.2f}x  "
                 f"({row['measured_ratio'] / row['ideal_ratio']:.0%} of ideal)  "
-                f"merged rows {row['merged_s'] * 1e3:.1f} ms"
-                + (f"  transformers {row['transformers_ratio']:.1f}x" if peer else "")
+                f"merged rows {row['merged_s'] * 1e3:.1f} ms  "
+                f"whole update {row['packed_update_s'] * 1e3:.1f} ms  ({row['update_utilization']:.0%} of matrix rate)"
+                + (f"  transformers {row['transformers_ratio']:.1f}x" if args.peer else "")
             )
 
 

@@ -135,10 +135,30 @@ def test_tables_of_the_benchmarks_that_time_themselves(tmp_path, monkeypatch):
     made = tables.tables(tmp_path)
     assert {"train_step", "packing", "client"} <= set(made)
     chain, comb = (line.split(" | ") for line in made["train_step"].splitlines()[4:])
+    assert "whole update (of the matrix rate)" in made["train_step"].splitlines()[2]
     assert chain[:3] == ["| chain", "750 → 330", "330"] and comb[:3] == ["| comb", "3,000 → 550", "3,000"]
     shapes = [line.split(" | ")[0] for line in made["packing"].splitlines()[4:]]
     assert shapes == [f"| {name}" for name in packing.SHAPES]
     assert "| 8 of 1 ms, 4 in flight | 0% |" in made["client"]
+
+
+def test_an_update_is_timed_whole_and_leaves_the_weights_alone():
+    model = train_step.opened("almanac", None, torch.bfloat16, "cpu")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimizer = train_step.make_optimizer(model, learning_rate=0.0)
+    side = train_step.Swirl(model, train_step.UpdateConfig(), optimizer)
+    actions = train_step.workload("comb", 1, model.config.vocab_size, steps=2)
+    passes_s, update_s, found = train_step.measure(side, actions)
+    assert 0 < passes_s < update_s and found["computed_tokens"] == 390 and found["grad_norm"] > 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_updates_of_other_models_and_machines_have_tables_of_their_own():
+    rows = [row for row in harness.read(harness.RESULTS / "train_step.jsonl") if row["model"] == "almanac"]
+    other = {"model": "gemma-2-2b", "hardware": "H200", "packed_update_s": 0.5, "update_utilization": 0.25}
+    _, here, there = tables.train_step([*rows, *(row | other for row in rows)]).split("\n\n| ")
+    assert "whole update" not in here and there.count("| 500 ms (25%) |") == len(rows)
 
 
 def test_rows_of_the_first_run_are_of_three_runs(tmp_path, monkeypatch):
