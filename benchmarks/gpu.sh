@@ -82,8 +82,15 @@ update() {
 }
 
 sampling() {
-  run 280 sampling "$python" -m benchmarks.sampling \
-    $([[ $dry ]] && echo --tiny --shapes base --no-growth || echo --device cuda --seconds 4) --out "$out/sampling.jsonl"
+  if [[ $dry ]]; then
+    run 120 "sampling, tiny" "$python" -m benchmarks.sampling --tiny --shapes base --no-growth --out "$out/sampling.jsonl"
+    return
+  fi
+  local shape
+  for shape in gemma-2-2b 80m base; do # most of the time is starting each provider's process, vLLM's above all
+    run 240 "sampling, $shape" "$python" -m benchmarks.sampling --shapes "$shape" --no-growth --device cuda --seconds 5 \
+      --out "$out/sampling.jsonl"
+  done
 }
 
 tune() {

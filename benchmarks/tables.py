@@ -266,21 +266,31 @@ def packing(rows: list[dict]) -> str:
 
 
 def sampling(rows: list[dict]) -> str:
-    """The comb alone; how it grows is a picture."""
-    measured = [row for row in rows if "axis" not in row and "tokens_per_s" in row]
-    lines = [
-        [
-            {"base": "the base that ships", "80m": "80M"}[row["shape"]],
-            {"before": "swirl at e2d659d"}.get(row["provider"], row["provider"]),
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['share_of_floor']:.1%}",
-            f"{row['swirl_is_faster']:.1f}x",
-            f"{row['load']:.1f}",
-        ]
-        for row in measured
-    ]
+    """The comb by hardware; how it grows is a picture, whose rows are named below."""
+    names = {"base": "the base that ships", "80m": "80M", "gemma-2-2b": "Gemma-2 2b"}
     headers = ["shape", "drawn by", "tokens a second", "of the floor", "swirl is faster", "load"]
-    return f"{_source(measured or rows)}\n\n{grid(headers, lines)}"
+    tables = []
+    for members in _groups([row for row in rows if "tokens_per_s" in row], "hardware").values():
+        combs, grown = ([row for row in members if ("axis" in row) == is_grown] for is_grown in (False, True))
+        lines = [
+            [
+                names[row["shape"]],
+                {"before": "swirl at e2d659d"}.get(row["provider"], row["provider"]),
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['share_of_floor']:.1%}",
+                f"{row['swirl_is_faster']:.1f}x",
+                f"{row['load']:.1f}",
+            ]
+            for row in combs
+        ]
+        tables.append(f"{_source(combs or members)}\n\n{grid(headers, lines)}")
+        said = []
+        for (shape, commit), points in _groups(grown, "shape", "commit").items():
+            loads = sorted(row["load"] for row in points)
+            said.append(f"{names[shape]} at commit {commit}, load {loads[0]:.1f} to {loads[-1]:.1f}")
+        if said:
+            tables.append(f"Growth: {'; '.join(said)}.")
+    return "\n\n".join(tables)
 
 
 def threads(rows: list[dict]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from benchmarks import (
 from benchmarks.__main__ import benchmarks
 from swirl.config import TrainConfig, sized
 from swirl.kernels.tree_attention import tree_mask
+from swirl.model.config import PRESETS
 from tests.process import run_module
 
 COMMANDS = {
@@ -313,7 +315,7 @@ def test_the_gpu_script_goes_as_far_as_a_cpu_can(tmp_path):
 
 
 # What a machine lent for an hour has beside torch and triton may be little: these are not needed there.
-LACKING = "msgspec tyro bm25s rich aiohttp tokenizers huggingface_hub transformers usearch pyarrow"
+LACKING = "msgspec tyro bm25s rich aiohttp tokenizers huggingface_hub transformers usearch pyarrow vllm"
 WITHOUT = """
 import sys
 
@@ -443,6 +445,36 @@ def test_the_gpu_script_says_what_it_lacks():
     assert run.returncode == 1 and "CUDA" in run.stderr
 
 
+def test_sampling_of_256_sequences_has_its_floor_and_needs_a_gpu(capsys):
+    config, comb = sampling.config_of("gemma-2-2b"), sampling.MANY
+    assert config == PRESETS["gemma-2-2b"] and comb["states"] * comb["draws"] == 256
+    floor = sampling.floor_bytes(config, 2, **comb)  # bfloat16: 104 KiB of keys and values a token
+    assert floor == comb["new"] * (2 * config.num_weights + 104 * 1024 * (1024 + 256 * comb["new"] / 2))
+    found = sampling.combs(argparse.Namespace(shapes=list(sampling.SHAPES), tiny=False, growth=True))
+    assert found[:3] == [("base", sampling.COMB), ("80m", sampling.COMB), ("gemma-2-2b", comb)]
+    assert {shape for shape, _ in found[3:]} == {"base", "80m"} and all("axis" in grown for _, grown in found[3:])
+    with pytest.raises(SystemExit):
+        sampling.main(["--shapes", "gemma-2-2b", "--tiny"])
+    assert "--shapes gemma-2-2b: expected --device cuda, not 'cpu'" in capsys.readouterr().err
+
+
+def test_sampling_ends_where_swirl_fails_and_goes_on_where_a_peer_does():
+    how = argparse.Namespace(threads=1, device="nowhere", seconds=0.0, repeats=1)
+    with pytest.raises(SystemExit, match="base failed\\n(.|\n)*device"):
+        sampling.measure(how, "swirl", "base", sampling.TINY)
+    peer = sampling.measure(how, "uncaptured", "base", sampling.TINY)
+    assert peer["note"].startswith("RuntimeError: Expected one of cpu") and "median_s" not in peer
+
+
+def test_the_table_of_sampling_is_by_hardware_and_says_whose_the_growth_is():
+    rows = harness.read(harness.RESULTS / "sampling.jsonl")
+    gpu = rows[0] | {"hardware": "NVIDIA H200", "shape": "gemma-2-2b", "dtype": "bfloat16", "commit": "abc"}
+    _, grid, growth, source, last = tables.sampling([*rows, gpu]).split("\n\n")
+    assert "Gemma-2 2b" not in grid and growth.startswith("Growth: the base that ships at commit ")
+    assert source.startswith("NVIDIA H200, ") and "bfloat16" in source and source.endswith("commit abc")
+    assert last.count("| Gemma-2 2b | swirl |") == 1 and last.count("\n") == 2
+
+
 @pytest.mark.slow
 def test_sampling(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
@@ -453,6 +485,7 @@ def test_sampling(tmp_path, capsys):
         ("swirl", None), ("transformers", None), ("swirl", "draws"), ("swirl", "draws"),
     ]  # fmt: skip
     assert all(row["tokens_per_s"] > 0 and row["tiny"] and row["hardware"] for row in rows), rows
+    assert all(row["share_of_floor"] > 0 and row["dtype"] == "float32" for row in rows), rows
     assert tables.newest("sampling", rows) == []  # tiny rows say nothing
     rows = [row | {"tiny": False} for row in rows]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
