@@ -45,8 +45,8 @@ def test_blocks_are_run_or_say_why_not(page):
             marked = language == "text" or lines[number - 1].startswith("<!-- not run: ")
             known = marked or language in RUN.get(page.name, ())
             assert known or not inside, f"{page.name}:{number + 1}: ```{language}: is neither run nor marked"
-        elif line.startswith("    ") and not lines[number - 1] and not inside:
-            raise AssertionError(f"{page.name}:{number + 1}: an indented block is seen by no test, expected a fence")
+        elif not inside and line.startswith("    "):
+            assert lines[number - 1], f"{page.name}:{number + 1}: an indented block, which nothing here reads: fence it"
     assert not inside, page.name
 
 

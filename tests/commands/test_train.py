@@ -206,15 +206,13 @@ def test_what_auto_means():
     )
     assert settled(TrainConfig(), None, "cuda").dtype == "bfloat16" and settled(TrainConfig(), None).dtype == "float32"
     for flags, said in (
-        ({"task": ("hotpotqa",), "reward": "http://h/v1#m"}, "--filter process: needs --judge"),
-        ({"task": ("hotpotqa",), "mode": "sampled"}, "--reward: sampled actions need one"),
-        (
-            {"task": ("hotpotqa",), "judge": "rule", "reward": "http://h/v1#m"},
-            "--judge rule: knows Almanac's questions alone",
-        ),
+        ({"reward": "http://h/v1#m"}, "--filter process: needs --judge"),
+        ({"mode": "sampled"}, "--reward: sampled actions need one"),
+        ({"judge": "rule", "reward": "http://h/v1#m"}, "--judge rule: knows Almanac's questions alone"),
+        ({"questions": None}, "task 'hotpotqa' needs --questions"),
     ):
         with pytest.raises(ConfigError, match=said):
-            settled(TrainConfig(**flags), None)
+            settled(TrainConfig(**{"task": ("hotpotqa",), "questions": Path("h.json"), **flags}), None)
 
 
 class Unable:
