@@ -5,7 +5,8 @@
 
 Memory is of one GPU, or of one process on a CPU, in GB of 10^9 bytes. A line for each thing in memory, a column for
 each of the moments of a run: sampling, passes (forward and backward of the largest micro-batch), step (the optimizer's)
-and, on a CPU, comparing (the model as it was beside it as it is, where it is evaluated).
+and, on a CPU, comparing (the model as it was beside it as it is, where it is evaluated). What GPUs leave to their
+host's memory, offloaded state and the copy that a checkpoint is written from, is a line of its own.
 """
 
 from __future__ import annotations

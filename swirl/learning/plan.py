@@ -59,7 +59,7 @@ class Job:
     @property
     def computation(self) -> Computation:
         config = self.config
-        return Computation(self.itemsize, self.on_gpu, config.activation_checkpointing, config.lora)
+        return Computation(self.itemsize, self.on_gpu, config.activation_checkpointing, config.lora, self.maps_blocks)
 
     @property
     def tokens(self) -> int:

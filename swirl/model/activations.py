@@ -22,13 +22,15 @@ class Computation:
     """How passes are computed.
 
     itemsize: bytes of an element of the weights. on_gpu: by Triton. checkpointing: what is computed again, as the flag
-    says. lora: rank of adapters beside frozen weights, 0: none.
+    says. lora: rank of adapters beside frozen weights, 0: none. maps_blocks: whether what is freed goes back to the
+    system, rather than into a heap.
     """
 
     itemsize: int
     on_gpu: bool
     checkpointing: str = "none"
     lora: int = 0
+    maps_blocks: bool = False
 
     @property
     def has_kernels(self) -> bool:
@@ -84,7 +86,8 @@ def layer_backward(model: GemmaConfig, how: Computation, tokens: int) -> int:
         mlp += min(panels, CPP_KEPT_BYTES)
     again = sum(kept_by_layer(model, replace(how, checkpointing="none"))) if how.checkpointing == "layers" else 0
     largest_weight = d * max(F, q)
-    again *= 1 if how.on_gpu else 2  # as measured: what one layer has freed the next finds too small
+    if not how.on_gpu and not how.maps_blocks:
+        again *= 2  # as measured: what one layer has freed the next finds too small
     products = 0 if how.lora else b * largest_weight
     return max(mlp, attention) + tokens * (3 * b * d + again) + products
 

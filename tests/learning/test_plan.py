@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.harness import RESULTS, read
 from swirl.config import TrainConfig, settled, sized
 from swirl.learning.plan import Job, plan
 from swirl.learning.usage import flops_of, head_flops, layer_flops, num_adapter_weights, update_flops
@@ -87,6 +88,17 @@ def test_passes_hold_activations_and_the_head_s_workspace():
     assert order == sorted(order, reverse=True)
     comparing = plan(job(evaluate_on=("bridge",), on_gpu=False)).moments["comparing"]
     assert comparing["the base again"] == comparing["weights"] == 4 * WEIGHTS
+
+
+def test_a_2b_with_adapters_took_what_is_planned_for_it():
+    """A first update of benchmarks/memory.py, which has no moments yet; its process is what it held beside weights."""
+    (row,) = [row for row in read(RESULTS / "memory.jsonl") if row["layers"] == 26]
+    two_b = job(PRESETS[row["model"]], on_gpu=False, dtype=row["dtype"], lora=row["lora"],
+                activation_checkpointing=row["activation_checkpointing"],
+                tokens_per_micro_batch=row["tokens"])  # fmt: skip
+    held = plan(two_b).moments["passes"] | {"optimizer": 0}
+    planned = row["before_bytes"] + sum(held.values()) - held["weights"]
+    assert planned == pytest.approx(row["peak_bytes"], rel=0.05)
 
 
 def test_large_models_are_sharded_by_themselves():
