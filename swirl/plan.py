@@ -116,8 +116,9 @@ def table(plan: Plan) -> str:
 def verdict(job: Job, plan: Plan, memory_bytes: int | None) -> str:
     """Whether it fits, and where it does not, what would make it."""
     needed = planning.needed_bytes(job, plan)
-    if plan.host_bytes > job.host_memory:
-        return f"does not fit: {planning.host_line(plan)}, of {planning.gb(job.host_memory)}"
+    if plan.offloaded_bytes > job.host_memory:
+        offloaded, has = planning.gb(plan.offloaded_bytes), planning.gb(job.host_memory)
+        return f"does not fit: --offload-optimizer takes {offloaded} of the host's {has}"
     if memory_bytes is None:
         fits = [card for card in CARDS_GB if needed <= card * 10**9]
         smallest = f"fits a card of {fits[0]} GB" if fits else f"fits no card of {CARDS_GB[-1]} GB"
@@ -142,7 +143,7 @@ def main(config: PlanConfig) -> None:
     )
     print(table(plan))
     if plan.host_bytes:
-        print(f"besides: {planning.host_line(plan)}")
+        print(f"besides: {planning.host_line(job, plan)}")
     if bool(gpus) == (device.type == "cuda"):
         rate = measured_peak_flops(device, getattr(torch, job.config.dtype)) * planning.share_of_peak(job)
         update = config.tokens or job.tokens * job.ranks

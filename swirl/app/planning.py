@@ -177,7 +177,7 @@ def _each_alone(job: Job) -> Iterator[tuple[Flags, Job]]:
     for flags in _changes(job):
         config = replace(job.config, **flags)
         changed = replace(job, config=config, cache_tokens=min(job.cache_tokens, config.max_cache_tokens))
-        if not _why_refused(changed) and plans.plan(changed).host_bytes <= job.host_memory:
+        if not _why_refused(changed) and plans.plan(changed).offloaded_bytes <= job.host_memory:
             yield flags, changed
 
 
@@ -250,11 +250,10 @@ def require_fits(job: Job, plan: Plan, memory: Memory) -> str | None:
             f"this run cannot fit: weights and what they need alone are {gb(plan.least_bytes)}, of {gb(memory.total)} "
             f"of memory; {advice(job, memory.total)} (--no-memory-check tries all the same)"
         )
-    offloaded = plan.host_bytes - plan.host.get("checkpoint", 0)
-    if offloaded > job.host_memory:
+    if plan.offloaded_bytes > job.host_memory:
         raise OutOfMemory(
-            f"this run cannot fit: --offload-optimizer takes {gb(offloaded)} of the host's {gb(job.host_memory)}; "
-            "leave it out, or take --lora (--no-memory-check tries all the same)"
+            f"this run cannot fit: --offload-optimizer takes {gb(plan.offloaded_bytes)} of the host's "
+            f"{gb(job.host_memory)}; leave it out, or take --lora (--no-memory-check tries all the same)"
         )
     if needed_bytes(job, plan) > memory.available:
         return (
@@ -262,7 +261,7 @@ def require_fits(job: Job, plan: Plan, memory: Memory) -> str | None:
             f"{advice(job, memory.available)}"
         )
     if plan.host_bytes > job.host_memory:
-        return f"the plan is {host_line(plan)}, of {gb(job.host_memory)}; --save-minutes 0 makes no copy to save"
+        return f"the plan is {host_line(job, plan)}"
     return None
 
 
@@ -296,14 +295,15 @@ def line_of(job: Job, plan: Plan, flops_per_s: float) -> str:
     each = " on each of its GPUs" if job.on_gpu else ""
     each = f" on each of {job.ranks} ranks" if job.ranks > 1 else each
     took = f"; about {seconds(plan, flops_per_s):.2g} s for {job.tokens:,} packed tokens"
-    beside = f"; {host_line(plan)}" if plan.host_bytes else ""
+    beside = f"; {host_line(job, plan)}" if plan.host_bytes else ""
     return f"plan: {gb(plan.peak_bytes)} of memory{each} at its peak ({shown}){beside}{took}"
 
 
-def host_line(plan: Plan) -> str:
+def host_line(job: Job, plan: Plan) -> str:
     """What the plan keeps beside GPUs, in words."""
     shown = ", ".join(f"{name} {gb(size)}" for name, size in plan.host.items() if size)
-    return f"{gb(plan.host_bytes)} of the host's memory ({shown})"
+    lacks = f", which is {gb(job.host_memory)}; --save-minutes 0 makes no copy to save"
+    return f"{gb(plan.host_bytes)} of the host's memory ({shown}){lacks if plan.host_bytes > job.host_memory else ''}"
 
 
 def outcome_line(held: dict[str, float]) -> str:

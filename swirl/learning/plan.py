@@ -135,6 +135,11 @@ class Plan:
         return sum(self.host.values())
 
     @property
+    def offloaded_bytes(self) -> int:
+        """What the host holds whether the run saves or not."""
+        return self.host_bytes - self.host.get("checkpoint", 0)
+
+    @property
     def least_bytes(self) -> int:
         """What the run holds whatever its data are: no activations, no keys and values."""
         step = self.moments["step"]

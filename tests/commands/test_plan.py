@@ -113,7 +113,11 @@ def test_the_host_must_hold_what_is_offloaded():
     assert warning.startswith(
         "the plan is 277 GB of the host's memory (optimizer 111 GB, gradients 37.0 GB, checkpoint"
     )
+    assert warning.endswith("129 GB), which is 200 GB; --save-minutes 0 makes no copy to save")
     assert require_fits(offloads.job, offloads.plan, card) is None
+    # a host without the room for the copy alone stands in the way of no other flag
+    saves = replace(planned("gemma-2-9b", lora=16).job, host_memory=1e6)
+    assert advice(saves, 50 * 10**9).startswith("--activation-checkpointing cheap makes it fit")
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_loads(small, monkeypatch, capsys):  # noqa: F811
