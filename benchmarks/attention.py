@@ -15,10 +15,12 @@ On CUDA, Gemma-2 2b's heads; on CPU those of the model that ships wherever the w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from benchmarks import workloads
-from benchmarks.attention_peers import Op, providers, swirl_op
+from benchmarks.attention_peers import Op, Provider, providers, swirl_op
 from benchmarks.harness import Report, Settings, command_line, difference, gemm_flops, reason, settings_of
 
 BRANCH = 64  # tokens a branch of the crossover
@@ -63,53 +65,71 @@ def _results(op: Op, q, k, v, do):
     return o.detach(), *torch.autograd.grad(o, (q, k, v), do)
 
 
-def _measure(report: Report, workload, shape, ceiling):
-    heads, kv_heads, D, window = shape
+@dataclass
+class Case:
+    """A workload and shapes, with inputs; `truth` holds swirl's results, once there are some."""
+
+    workload: workloads.Workload
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    inputs: tuple[torch.Tensor, ...]
+    truth: tuple[torch.Tensor, ...] | None = None
+
+
+def _measure_all(report: Report, shapes, ceiling: float):
+    """Every provider on every workload, the cheap ones on all before the dear ones on any: a run that is cut short
+    lacks what takes minutes to compile, and nothing of swirl's own.
+    """
+    how, turns = report.how, []
+    for workload, heads, kv_heads, D, window in shapes:
+        case = Case(workload, heads, kv_heads, D, window, _inputs(workload.num_tokens, heads, kv_heads, D, how))
+        turns += [(provider, case) for provider in providers(workload, heads, D, window, how)]
+    for provider, case in sorted(turns, key=lambda turn: turn[0].turn):
+        if how.compile_only and provider.name != "swirl":
+            break  # swirl's come first
+        _measure(report, provider, case, ceiling)
+
+
+def _measure(report: Report, provider: Provider, case: Case, ceiling: float):
+    heads, kv_heads, D, workload = case.heads, case.kv_heads, case.head_dim, case.workload
     how = report.how
-    flops = 4 * heads * D * workloads.live_pairs(workload.position_ids, window)
-    facts = {"workload": workload.name, "window": window, "heads": f"{heads}/{kv_heads}", "head_dim": D}
-    truth, packed = None, _inputs(workload.num_tokens, heads, kv_heads, D, how)
-    for provider in providers(workload, heads, D, window, how):
-        op, note, distance, x = None, provider.note, 0.0, packed
-        if provider.make and provider.num_tokens != workload.num_tokens:
-            x = _inputs(provider.num_tokens, heads, kv_heads, D, how)
-        try:
-            op = provider.make and provider.make()
-            if op and (provider.exact or truth is None):
-                results = _results(op, *x)
-                truth = truth or results
-                distance = difference(results, truth) if provider.exact else 0.0
-                if not distance <= WRONG:
-                    note = f"another result than swirl's: {distance:.2e} of its norm"
-        except Exception as error:
-            if provider.name == "swirl":
-                raise
-            op, note = None, reason(error)
-        if op is None:
-            report.add(provider.name, None, note=note, phase="both", **facts, tokens=provider.num_tokens)
-            continue
+    flops = 4 * heads * D * workloads.live_pairs(workload.position_ids, case.window)
+    facts = {"workload": workload.name, "window": case.window, "heads": f"{heads}/{kv_heads}", "head_dim": D}
+    facts["tokens"] = provider.num_tokens
+    op, note, distance, x = None, provider.note, 0.0, case.inputs
+    if provider.make and provider.num_tokens != workload.num_tokens:
+        x = _inputs(provider.num_tokens, heads, kv_heads, D, how)
+    try:
+        op = provider.make and provider.make()
+        if op and (provider.exact or case.truth is None):
+            results = _results(op, *x)
+            case.truth = case.truth or results
+            distance = difference(results, case.truth) if provider.exact else 0.0
+            if not distance <= WRONG:
+                note = f"another result than swirl's: {distance:.2e} of its norm"
+    except Exception as error:
+        if provider.name == "swirl":
+            raise
+        op, note = None, reason(error)
+    if op is None:
+        report.add(provider.name, None, note=note, phase="both", **facts)
+        return
 
-        def forward(op=op, x=x):
-            with torch.no_grad():
-                return op(*x[:3], D**-0.5)
+    def forward():
+        with torch.no_grad():
+            return op(*x[:3], D**-0.5)
 
-        def both(op=op, x=x):
-            return _results(op, *x)
+    def both():
+        return _results(op, *x)
 
-        for phase, run, factor in (("forward", forward, 1.0), ("both", both, 3.5)):
-            row = report.add(
-                provider.name,
-                run,
-                floor_s=factor * flops / ceiling,
-                note=note,
-                phase=phase,
-                **facts,
-                tokens=provider.num_tokens,
-            )
-            if provider.exact and distance <= WRONG:
-                row["difference"] = float(f"{distance:.2e}")
-            if "median_ms" in row:
-                row["live_tflops"] = round(factor * flops / row["median_ms"] / 1e9, 3)
+    for phase, run, factor in (("forward", forward, 1.0), ("both", both, 3.5)):
+        row = report.add(provider.name, run, floor_s=factor * flops / ceiling, note=note, phase=phase, **facts)
+        if provider.exact and distance <= WRONG:
+            row["difference"] = float(f"{distance:.2e}")
+        if "median_ms" in row:
+            row["live_tflops"] = round(factor * flops / row["median_ms"] / 1e9, 3)
 
 
 def _crossover(report: Report):
@@ -125,10 +145,11 @@ def _crossover(report: Report):
                 "tree": (workload.subtree_end, workload.position_ids),
                 "separate": workloads.forest_of(workload.separate),
             }
+            rows = []
             for form, mask in forms.items():
                 op = swirl_op(tuple(x.to(how.device) for x in mask), None)
                 x = _inputs(mask[0].numel(), heads, heads, D, how)
-                report.add(
+                row = report.add(
                     "swirl",
                     lambda op=op, x=x: _results(op, *x),
                     phase="both",
@@ -140,7 +161,10 @@ def _crossover(report: Report):
                     head_dim=D,
                     tokens=mask[0].numel(),
                 )
-            tree, separate = report.rows[-2:]
+                rows.append(row)
+            if how.compile_only:
+                return  # one shape is compiled for all
+            tree, separate = rows
             separate["time_ratio"] = round(separate["median_ms"] / tree["median_ms"], 3)
             separate["token_ratio"] = round(separate["tokens"] / tree["tokens"], 3)
 
@@ -154,9 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.crossover:
         _crossover(report)
     else:
-        ceiling = gemm_flops(how)
-        for workload, *shape in _workloads(how):
-            _measure(report, workload, shape, ceiling)
+        _measure_all(report, _workloads(how), gemm_flops(how))
     report.finish()
 
 

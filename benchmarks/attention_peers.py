@@ -35,6 +35,7 @@ class Provider:
     num_tokens: int
     note: str = ""
     exact: bool = False  # the same operator on the same tokens: held against swirl before it is timed
+    turn: int = 1  # cheap to build first: 0 ours, 2 and 3 what is compiled, and tuned, for each workload
 
 
 def _flex(mask, window, mode):
@@ -196,11 +197,11 @@ def _sdpa_tree(mask, window) -> Op:
 
 
 def providers(workload: Workload, heads: int, D: int, window: int | None, how: Settings) -> Iterator[Provider]:
-    """All ways, ours first and the slowest to build last."""
+    """All ways, each with its turn."""
     cuda, T = how.device.type == "cuda", workload.num_tokens
     mask = tuple(x.to(how.device) for x in (workload.subtree_end, workload.position_ids))
     built = cuda or cpu.supports(torch.empty(0, dtype=how.dtype))
-    yield Provider("swirl", partial(swirl_op, mask, window), T, "" if built else "C++ not built: the reference")
+    yield Provider("swirl", partial(swirl_op, mask, window), T, "" if built else "C++ not built: the reference", turn=0)
     if heads * T * T * 4 * 3 <= DENSE_BYTES[how.device.type]:
         yield Provider("reference", partial(_reference, mask, window), T, exact=True)
         yield Provider("SDPA, tree mask", partial(_sdpa_tree, mask, window), T, "no softcap")
@@ -216,9 +217,10 @@ def providers(workload: Workload, heads: int, D: int, window: int | None, how: S
     for name, lengths in (("separate passes", workload.separate), ("merged rows", workload.merged)):
         if lengths:
             yield from _unshared(name, lengths, T, flash2, flash4, window, how.device)
-    for name, mode in (("default", "default"), ("max-autotune", "max-autotune-no-cudagraphs")):
+    for turn, name, mode in ((2, "default", "default"), (3, "max-autotune", "max-autotune-no-cudagraphs")):
         make = partial(_flex, mask, window, mode) if cuda and not how.tiny else None
-        yield Provider(f"FlexAttention, {name}", make, T, "" if make else "no backward on CPU", exact=True)
+        note = "" if make else "no backward on CPU"
+        yield Provider(f"FlexAttention, {name}", make, T, note, exact=True, turn=turn)
 
 
 def _unshared(name, lengths, T, flash2, flash4, window, device) -> Iterator[Provider]:
@@ -226,12 +228,12 @@ def _unshared(name, lengths, T, flash2, flash4, window, device) -> Iterator[Prov
     tokens = sum(lengths)
     note = f"{tokens / T:.2f} times the tokens"
     if tokens > MOST_ROWS * T:
-        yield Provider(f"swirl, {name}", None, tokens, f"{note}: not run")
+        yield Provider(f"swirl, {name}", None, tokens, f"{note}: not run", turn=0)
         return
     forest = tuple(x.to(device) for x in forest_of(lengths))
     same = name == "merged rows" and tokens == T
     make = None if same else partial(swirl_op, forest, window)
-    yield Provider(f"swirl, {name}", make, tokens, "the packed chain itself" if same else note)
+    yield Provider(f"swirl, {name}", make, tokens, "the packed chain itself" if same else note, turn=0)
     make = partial(_flash2, flash2, lengths, window, device) if flash2 else None
     yield Provider(f"flash-attn, {name}", make, tokens, note if flash2 else "not importable")
     make = partial(_flash4_rows, flash4, lengths, window, device) if flash4 else None

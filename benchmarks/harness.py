@@ -28,6 +28,7 @@ class Settings:
     dtype: torch.dtype
     seconds: float  # of repeats, a measurement
     tiny: bool  # sizes that only show that all runs
+    compile_only: bool  # swirl's kernels are called once, nothing is measured
     as_json: bool
     out: Path | None
 
@@ -39,6 +40,9 @@ def command_line(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on CUDA, else float32")
     parser.add_argument("--seconds", type=float, default=0.5, help="how long each measurement repeats")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure nothing: fill Triton's cache with swirl's kernels"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON row a line on stdout, no table")
     parser.add_argument("--out", type=Path, help="also append the rows to this file (.jsonl)")
     return parser
@@ -48,7 +52,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
     """What `command_line` read."""
     dtype = given.dtype or ("bfloat16" if given.device.startswith("cuda") else "float32")
     device = torch.device(given.device)
-    return Settings(device, getattr(torch, dtype), given.seconds, given.tiny, given.json, given.out)
+    return Settings(device, getattr(torch, dtype), given.seconds, given.tiny, given.compile, given.json, given.out)
 
 
 def settings(description: str, arguments: list[str] | None = None) -> Settings:
@@ -204,8 +208,13 @@ class Report:
     ) -> dict:
         """Time one provider, and return its row, which may be added to until the next one begins.
 
-        run None: not importable, or not for this input (the note says which).
+        run None: not importable, or not for this input (the note says which). With --compile swirl runs once, others do
+        not, and there is no row.
         """
+        if self.how.compile_only:
+            if provider == "swirl":
+                run()
+            return {}
         self._write()
         row = {"benchmark": self.name, **facts, "provider": provider}
         if run is not None:
@@ -238,7 +247,7 @@ class Report:
     def finish(self) -> None:
         """Write the last row, and print the table."""
         self._write()
-        if self.how.as_json:
+        if self.how.as_json or self.how.compile_only:
             return
         hidden = {"benchmark", "dtype", "tiny", *self.machine}
         columns = [key for key in dict.fromkeys(key for row in self.rows for key in row) if key not in hidden]

@@ -65,8 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         for phase, run, flops in (("forward", forward, 2 * M * d * V), ("both", both, 6 * M * d * V)):
             facts = {"phase": phase, "rows": M, "d": d, "vocabulary": V}
-            report.add(name, op and run, floor_s=flops / ceiling, note=note, **facts)
-            row = report.rows[-1]
+            row = report.add(name, op and run, floor_s=flops / ceiling, note=note, **facts)
             if "median_ms" in row:
                 row["tflops"] = round(flops / row["median_ms"] / 1e9, 3)
                 if row["peak_bytes"] is not None:

@@ -200,7 +200,7 @@ def rows_of(given: argparse.Namespace):
     from benchmarks.harness import copy_bandwidth, machine, settings_of
 
     torch.set_num_threads(given.threads)
-    how = settings_of(argparse.Namespace(**vars(given) | {"dtype": None}))
+    how = settings_of(argparse.Namespace(**vars(given) | {"dtype": None, "compile": False}))
     bandwidth, facts = copy_bandwidth(how), machine(how.device)
     dtype = dtype_of(given.device)
     peers = ["before"] if given.before else []

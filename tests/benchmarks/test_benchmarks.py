@@ -217,10 +217,35 @@ def test_the_list_names_every_command(capsys):
 def test_what_claims_to_be_the_same_operator_is():
     how = harness.settings("", ["--tiny", "--device", "cpu"])
     report = harness.Report("attention", how)
-    for workload, window in ((workloads.from_data("tree", "musique", 700), 90), (workloads.agent(900), None)):
-        attention._measure(report, workload, (2, 1, 32, window), ceiling=1e9)
+    shapes = [(workloads.from_data("tree", "musique", 700), 2, 1, 32, 90), (workloads.agent(900), 2, 1, 32, None)]
+    attention._measure_all(report, shapes, ceiling=1e9)
     reference = [row["difference"] for row in report.rows if row["provider"] == "reference"]
     assert len(reference) == 4 and max(reference) < 1e-5
+
+
+def test_cheap_ways_of_all_workloads_come_before_dear_ones():
+    how = harness.settings("", ["--tiny", "--device", "cpu"])
+    report = harness.Report("attention", how)
+    attention._measure_all(report, attention._workloads(how), ceiling=1e9)
+    cases = list(attention._workloads(how))
+    names = [row["workload"] for row in report.rows if row["provider"] == "swirl"]
+    assert list(dict.fromkeys(names)) == [workload.name for workload, *_ in cases]
+    turn = {p.name: p.turn for w, heads, _, D, window in cases for p in attention.providers(w, heads, D, window, how)}
+    turns = [turn[row["provider"]] for row in report.rows]
+    assert turns == sorted(turns) and set(turns) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_compiling_calls_swirls_kernels_and_leaves_no_rows(name, tmp_path, monkeypatch):
+    called, out = [], tmp_path / "rows.jsonl"
+    add = harness.Report.add
+
+    def counted(report, provider, run, **facts):
+        return add(report, provider, run and (lambda: called.append(provider) or run()), **facts)
+
+    monkeypatch.setattr(harness.Report, "add", counted)
+    COMMANDS[name].main(["--tiny", "--device", "cpu", "--compile", "--out", str(out)])
+    assert set(called) == {"swirl"} and not out.exists()
 
 
 @pytest.mark.parametrize("T", [1, 300, 640])
