@@ -6,9 +6,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -20,7 +19,7 @@ from swirl.config import TrainConfig
 from swirl.errors import CheckpointError, ConfigError, OutOfMemory
 from swirl.learning import plan as plans
 from swirl.learning import usage
-from swirl.learning.optimizer import why_refused
+from swirl.learning.optimizer import adamw_8bit, why_refused
 from swirl.learning.plan import Job, Plan
 from swirl.model import checkpoint
 from swirl.model.config import PRESETS, GemmaConfig
@@ -93,8 +92,9 @@ def _sampled_tokens(config: TrainConfig, ranks: int) -> int:
 def _process_bytes(config: TrainConfig) -> int:
     """What this process holds beside a model, once it has loaded all that training needs."""
     pack([([0], [0])])  # compiled code
-    if config.optimizer == "adamw-8bit" and find_spec("bitsandbytes"):
-        import bitsandbytes.optim  # noqa: F401  (hundreds of MB)
+    if config.optimizer == "adamw-8bit":
+        with suppress(ConfigError):  # `swirl plan` needs none
+            adamw_8bit()  # hundreds of MB
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # most of torch that is not loaded yet
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") + LATER_BYTES
@@ -218,12 +218,15 @@ class RunPlan:
 def plan_run(config: TrainConfig, device: torch.device, *, say: Callable[[str], None]) -> RunPlan:
     """Plan this rank's part of a run, before it loads anything, and `say` the plan in a line.
 
-    Raises OutOfMemory where the run cannot fit, CheckpointError where there is no such model.
+    Raises OutOfMemory where the run cannot fit, CheckpointError where there is no such model, ConfigError where its
+    optimizer is not installed, or takes no weights in shards.
     """
     ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     model = shape_of(config.model)
     host_memory = memory_of_host().total
     job = job_of(model, config, on_gpu=device.type == "cuda", ranks=ranks, ranks_of_host=here, host_memory=host_memory)
+    if config.optimizer == "adamw-8bit":
+        adamw_8bit()
     rate = usage.measured_peak_flops(device, getattr(torch, config.dtype)) * share_of_peak(job)
     planned = RunPlan(job, plans.plan(job), memory_here(device), rate)
     say(line_of(job, planned.plan, rate))

@@ -13,7 +13,6 @@ from swirl.app.tracking import require_trackers
 from swirl.config import TrainConfig
 from swirl.errors import ConfigError
 from swirl.learning import distributed
-from swirl.learning.optimizer import adamw_8bit
 from swirl.model.lora import is_adapter
 from swirl.trajectories.files import TrajectoryFiles
 from swirl.trajectories.record import Trajectory
@@ -49,8 +48,6 @@ def prepared(config: TrainConfig) -> tuple[TrainConfig, torch.device, FoundData 
         raise ConfigError(f"{asked}: --model {config.model} holds adapters already; merge them (export) first")
     if config.offload_optimizer and device.type == "cpu":
         command.warn("--offload-optimizer changes nothing on a CPU, whose memory is where it would go")
-    if config.optimizer == "adamw-8bit":
-        adamw_8bit()
     require_trackers(config.track)
     require_named(config.evaluate_on, ())
     return config, device, found

@@ -3,6 +3,7 @@ import sys
 import pytest
 import torch
 
+from swirl.app.planning import plan_run
 from swirl.app.preparing import prepared
 from swirl.config import TrainConfig
 from swirl.errors import ConfigError, NonFiniteError
@@ -244,5 +245,6 @@ def test_bitsandbytes_is_asked_for_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match="needs bitsandbytes: pip install 'swirl\\[adamw-8bit\\]'"):
         make_optimizer(large_and_small(torch.float32), learning_rate=1.0, kind="adamw-8bit")
+    config, device, _ = prepared(TrainConfig(optimizer="adamw-8bit", device="cpu"))
     with pytest.raises(ConfigError, match="needs bitsandbytes"):  # a run asks before it loads anything
-        prepared(TrainConfig(optimizer="adamw-8bit", device="cpu"))
+        plan_run(config, device, say=print)
