@@ -6,8 +6,10 @@ written for no one.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from mmap import mmap
 
 import numpy as np
 import torch
@@ -120,7 +122,7 @@ class KeyCache:
         try:
             for pools in (self.keys, self.values):
                 for layer in range(config.num_hidden_layers):
-                    pool = torch.empty(shape, dtype=embedding.dtype, device=embedding.device)
+                    pool = _empty(shape, embedding)
                     if layer < len(pools):
                         pool[:size] = pools[layer]
                         pools[layer] = pool
@@ -131,6 +133,13 @@ class KeyCache:
             raise
         self._holders = np.concatenate((self._holders, np.zeros(larger - size, np.int32)))
         self._free = np.concatenate((self._free, np.arange(size, larger, dtype=np.int32)))
+
+
+def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Memory of its own on a CPU, which goes back when the pool is outgrown, whatever malloc keeps of what is freed."""
+    if like.device.type != "cpu":
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return torch.frombuffer(mmap(-1, math.prod(shape) * like.itemsize), dtype=like.dtype).view(shape)
 
 
 class Attend:

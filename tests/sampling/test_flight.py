@@ -14,6 +14,7 @@ from swirl.app.resolve import load_model
 from swirl.errors import ConfigError
 from swirl.model.lora import LoRA, add_lora
 from swirl.rollout.policy import PolicyState
+from swirl.sampling import cache as cache_module
 from swirl.sampling import engine as engine_module
 from swirl.sampling.cache import KeyCache
 from swirl.sampling.draw import SamplingParams
@@ -273,18 +274,18 @@ def test_an_error_while_requests_join_reaches_them_and_the_engine_goes_on(error,
 
 def test_a_cache_that_could_not_grow_begins_anew(monkeypatch):
     model, states = loud_gemma(), forest(count=60)
-    engine, empty, made = Engine(model), torch.empty, []
+    engine, mapped, made = Engine(model), cache_module.mmap, []
 
-    def fails_at_the_second(*arguments, **keywords):
+    def fails_at_the_second(*arguments):
         made.append(arguments)
         if len(made) == 2:
             raise MemoryError("no room for the second pool")
-        return empty(*arguments, **keywords)
+        return mapped(*arguments)
 
     engine.sample(states[:1], **options(states[:1]))
     with monkeypatch.context() as patch:
-        patch.setattr("swirl.sampling.cache.FIRST_SLOTS", 1 << 14)
-        patch.setattr("swirl.sampling.cache.torch.empty", fails_at_the_second)
+        patch.setattr(cache_module, "FIRST_SLOTS", 1 << 14)
+        patch.setattr(cache_module, "mmap", fails_at_the_second)
         engine._cache._free = engine._cache._free[:0]  # the next request finds no slot
         with pytest.raises(MemoryError):
             engine.sample(states, **options(states))
@@ -297,7 +298,7 @@ def test_what_finished_sequences_hold_is_bounded_and_none_is_kept_twice(monkeypa
     for seed in range(5):
         engine.sample([state] * 10, **options([state] * 10, seeds=[seed] * 10, max_new_tokens=1))
         assert len(engine._cache._finished) <= 10 + 1  # those of this call, and one of all before
-    monkeypatch.setattr("swirl.sampling.cache.MAX_PATHS", 1)
+    monkeypatch.setattr(cache_module, "MAX_PATHS", 1)
     for seed in range(20):
         engine.sample([state], **options([state], seeds=[seed], max_new_tokens=8, stop_ids=()))
         assert sum(ids.size for ids, _ in engine._cache._finished.values()) <= 64
